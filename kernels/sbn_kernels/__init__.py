@@ -1,0 +1,1 @@
+"""The kernel library of megatron_sbn: imports torch and triton only."""

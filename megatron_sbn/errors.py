@@ -1,0 +1,43 @@
+"""What can go wrong for a user, and the exit status that a shell script sees for it.
+
+| status | meaning |
+|---|---|
+| 0 | done |
+| 1 | anything else |
+| 2 | bad recipe or input |
+| 3 | numerical failure (NaN or Inf) |
+| 4 | no whole checkpoint |
+| 75 | checkpointed on a signal, requeue me |
+
+Every message is one line that names the field or file, the value, and the way out.
+"""
+
+
+class SbnError(Exception):
+    """A failure that the user can act on; `cli.main` prints its message and exits with `status`."""
+
+    status: int = 1
+
+
+class RecipeError(SbnError):
+    """A recipe that cannot be trained: unknown key, wrong type, impossible combination."""
+
+    status = 2
+
+
+class InputError(SbnError):
+    """An input file that cannot be used: text, token shard, tokenizer model."""
+
+    status = 2
+
+
+class NumericalError(SbnError):
+    """NaN or Inf in the loss, the gradients or the weights."""
+
+    status = 3
+
+
+class CheckpointError(SbnError):
+    """No whole checkpoint where one is needed."""
+
+    status = 4

@@ -1,0 +1,1 @@
+"""The parts of the training loop: step, schedule, checkpoint, evaluation."""

@@ -1,0 +1,37 @@
+"""Packaging of megatron_sbn and of its stand-alone kernel library sbn_kernels.
+
+`kernels/` itself is not a package: Hugging Face publishes one under that name.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-sbn",
+    version="0.1.0",
+    description="Distributed pretraining of Sparse-BitNet (ternary, N:M sparse) language models",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_sbn", "megatron_sbn.*"])
+    + find_packages(where="kernels", include=["sbn_kernels", "sbn_kernels.*"]),
+    package_dir={"sbn_kernels": "kernels/sbn_kernels"},
+    package_data={"megatron_sbn": ["py.typed"], "sbn_kernels": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6",
+        "megatron-core>=0.16.1,<0.17",
+        "deepspeed>=0.19.8,<0.20",
+        "sentencepiece>=0.2",
+        "mlflow>=3.1",
+        "pydantic>=2.7",
+        "PyYAML>=6",
+        "tqdm>=4.66",
+        "matplotlib>=3.8",
+        "safetensors>=0.5",
+        "pyarrow>=17",
+        "numpy>=1.26",
+        "psutil>=5.9",
+    ],
+    extras_require={
+        "dev": ["ruff", "mypy", "types-PyYAML", "pytest", "pytest-timeout", "hypothesis"],
+    },
+    entry_points={"console_scripts": ["sbn = megatron_sbn.cli:main"]},
+)
