@@ -1,1 +1,1 @@
-"""What a model is made of: linear layers, norm, attention, and the specification that tells Megatron-Core about them."""
+"""What a model is made of: linear layers, norm, attention, and the spec that tells Megatron-Core about them."""

@@ -1,1 +1,1 @@
-"""Who talks to whom: ranks and groups, ZeRO, gradient synchronisation, and what the engines need on a machine without CUDA."""
+"""Who talks to whom: ranks and groups, ZeRO, gradient synchronisation, and life without CUDA."""

@@ -1,0 +1,360 @@
+"""Recipe: everything a run depends on, in one frozen, strict, validated object. Imports no torch.
+
+Three stated steps: YAML (with `extends:`, read relative to the file) -> `section.key=value` overrides -> `Recipe`.
+A key that does not exist, a value of the wrong type or a combination that cannot be trained (`feasibility.py`) is a
+`RecipeError` of one line that names the field, the value and the way out, before anything is allocated.
+
+Field names of `model` are Megatron-Core's own; those of `optimizer` follow Megatron's where it has one.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from megatron_sbn import feasibility
+from megatron_sbn.errors import RecipeError
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _parse_sparsity(value: Any) -> Any:  # noqa: ANN401 - anything that YAML can hold
+    """'6:8' or [6, 8] -> (6, 8)."""
+    if isinstance(value, str) and re.fullmatch(r"\d+:\d+", value):
+        return tuple(int(part) for part in value.split(":"))
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(type(part) is int for part in value):
+        return tuple(value)
+    raise ValueError("write N:M, such as 6:8")
+
+
+def _parse_bits(value: Any) -> Any:  # noqa: ANN401 - anything that YAML can hold
+    return None if value == "none" else value
+
+
+def _as_tuple(value: Any) -> Any:  # noqa: ANN401 - anything that YAML can hold
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _parse_shards(value: Any) -> Any:  # noqa: ANN401 - anything that YAML can hold
+    items = [value] if isinstance(value, (str, dict)) else value
+    if isinstance(items, (list, tuple)):
+        return tuple({"path": item} if isinstance(item, str) else item for item in items)
+    return value
+
+
+Sparsity = Annotated[tuple[int, int], BeforeValidator(_parse_sparsity)]
+ActivationBits = Annotated[Literal[8, 4] | None, BeforeValidator(_parse_bits)]
+WeightFormat = Literal["ternary", "dense"]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, no unknown keys, no silent conversions."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", validate_default=True)
+
+
+class Model(Section):
+    """The transformer, in Megatron-Core's names. Pre-norm RMSNorm, SwiGLU, RoPE, grouped-query attention."""
+
+    num_layers: Positive
+    hidden_size: Positive
+    ffn_hidden_size: Positive
+    num_attention_heads: Positive
+    num_query_groups: Positive | None = None  # None: as many as heads
+    kv_channels: Positive | None = None  # None: hidden_size / num_attention_heads
+    seq_length: Positive
+    vocab_size: Positive
+    make_vocab_size_divisible_by: Positive = 128
+    share_embeddings_and_output_weights: bool = False
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    rotary_base: Positive = 10000
+    rotary_percent: PositiveFloat = 1.0
+    rotary_interleaved: bool = False
+    layernorm_epsilon: PositiveFloat = 1e-5
+    init_method_std: PositiveFloat = 0.02
+    bf16: bool = True  # activations and floating GEMMs; parameters are optimizer.parameter_dtype
+    recompute_granularity: Literal["full", "selective"] | None = None
+
+    @property
+    def query_groups(self) -> int:
+        """Key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: the same at every tensor-parallel degree, so that the weights are too."""
+        unit = self.make_vocab_size_divisible_by
+        return -(-self.vocab_size // unit) * unit
+
+
+class Phase(Section):
+    """From `step` on, the settings given here replace those of `linear` (None: unchanged)."""
+
+    step: NonNegative
+    weight_format: WeightFormat | None = None
+    sparsity: Sparsity | None = None
+    activation_bits: ActivationBits | Literal["unchanged"] = "unchanged"
+
+
+class Linear(Section):
+    """What the attention and MLP projections compute (docs/method.md)."""
+
+    weight_format: WeightFormat = "ternary"
+    sparsity: Sparsity = (6, 8)
+    activation_bits: ActivationBits = 8
+    order: Literal["quant_then_mask", "mask_then_quant"] = "quant_then_mask"
+    mask_source: Literal["latent", "quantized"] = "latent"
+    masked_gradient: Literal["dense", "masked"] = "dense"
+    sr_ste_decay: NonNegativeFloat = 0.0
+    backward: Literal["exact", "int8_dgrad", "int8"] = "exact"
+    mask_interval: Positive = 1  # steps between mask updates
+    mask_freeze_step: NonNegative | None = None  # masks stay as they are from this step on
+    phases: Annotated[tuple[Phase, ...], BeforeValidator(_as_tuple)] = ()
+
+
+class Parallel(Section):
+    """How the model is cut. Data-parallel size is what is left of the world."""
+
+    tensor: Positive = 1
+    pipeline: Positive = 1
+    virtual_pipeline: Positive | None = None  # model chunks per pipeline rank (interleaved 1F1B)
+    expert: Positive = 1
+    sequence: bool = True  # sequence parallelism inside the tensor-parallel group; no effect at tensor=1
+    zero_stage: Literal[1, 2] = 1
+
+
+class Shard(Section):
+    """One `.bin/.idx` pair by its prefix, and its share of a blend."""
+
+    path: str
+    weight: PositiveFloat = 1.0
+
+
+Shards = Annotated[tuple[Shard, ...], BeforeValidator(_parse_shards), Field(min_length=1)]
+
+
+class Data(Section):
+    """Token shards, written by `sbn prepare` or by Megatron's own tools."""
+
+    train: Shards
+    validation: Shards | None = None
+    tokenizer: str | None = None
+
+
+class Stage(Section):
+    """One stage of a staged schedule: from `step` on, lr goes from `lr` to `end_lr` at the next stage's step."""
+
+    step: NonNegative
+    lr: NonNegativeFloat
+    end_lr: NonNegativeFloat
+    weight_decay: NonNegativeFloat
+
+
+class Optimizer(Section):
+    """AdamW with decay and no-decay groups, fp32 masters under ZeRO."""
+
+    lr: PositiveFloat = 3e-4
+    min_lr: NonNegativeFloat = 1e-5
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_warmup_steps: NonNegative = 0
+    lr_decay_steps: Positive | None = None  # None: training.steps
+    stages: Annotated[tuple[Stage, ...], BeforeValidator(_as_tuple)] = ()
+    weight_decay: NonNegativeFloat = 0.1
+    weight_decay_style: Literal["auto", "constant", "cosine_to_zero"] = "auto"
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    adam_eps: PositiveFloat = 1e-8
+    clip_grad: NonNegativeFloat = 1.0  # 0: no clipping
+    parameter_dtype: Literal["fp32"] = "fp32"
+
+
+class Training(Section):
+    """Length, batch, and how often things are looked at. Intervals are in optimizer steps; 0 means never."""
+
+    steps: Positive
+    seed: NonNegative = 1234
+    global_batch_size: Positive
+    micro_batch_size: Positive
+    log_interval: Positive = 1
+    validation_interval: NonNegative = 0
+    validation_samples: Positive = 64
+    telemetry_interval: NonNegative = 100
+
+
+class Checkpoint(Section):
+    """When to save, how many to keep, and whether an existing run folder is continued."""
+
+    interval: NonNegative = 0
+    keep: Positive = 2
+    resume: Literal["auto", "never", "required"] = "auto"
+
+
+class Tracking(Section):
+    """MLflow. metrics.jsonl in the run folder is written whatever is set here."""
+
+    enabled: bool = True
+    uri: str | None = None  # None: sqlite:/// beside the run folders
+    experiment: str = "megatron_sbn"
+
+
+class Recipe(Section):
+    """One experiment."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    run_dir: str | None = None
+    model: Model
+    linear: Linear = Linear()
+    parallel: Parallel = Parallel()
+    data: Data
+    optimizer: Optimizer = Optimizer()
+    training: Training
+    checkpoint: Checkpoint = Checkpoint()
+    tracking: Tracking = Tracking()
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, readable by `load_recipe` again."""
+        resolved = self.model_dump(mode="json")
+        resolved["linear"] = _plain_linear(resolved["linear"])
+        return yaml.safe_dump(resolved, sort_keys=False)
+
+
+def _plain_linear(linear: dict[str, Any]) -> dict[str, Any]:
+    """N:M as '6:8' and no-bits as 'none', the way people write them."""
+
+    def plain(key: str, value: Any) -> Any:  # noqa: ANN401 - anything that YAML can hold
+        if key == "sparsity" and value is not None:
+            return f"{value[0]}:{value[1]}"
+        return "none" if key == "activation_bits" and value is None else value
+
+    phases = [{key: plain(key, value) for key, value in phase.items()} for phase in linear["phases"]]
+    return {key: plain(key, value) for key, value in linear.items()} | {"phases": phases}
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Reads a recipe file, applies `section.key=value` overrides, validates. Raises RecipeError."""
+    values = _read_with_extends(Path(path), seen=())
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(_one_line(error)) from None
+    feasibility.check_recipe(recipe)
+    return recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 3e-4 is a number and 6:8 is text (YAML 1.1: text, and 368), and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_NUMBERS[0], re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    _NUMBERS[1],
+    re.compile(r"^[-+]?((\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?|\.inf|\.nan)$"),
+    list("-+.0123456789"),
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:  # noqa: ANN401 - anything that YAML can hold
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        problem = " ".join(str(error).split())[:300]
+        raise RecipeError(f"{where}: not valid YAML: {problem}") from None
+
+
+def _read_with_extends(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in seen:
+        raise RecipeError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in (*seen, path))}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise RecipeError(f"{path}: cannot read this recipe: {error}") from None
+    values = _parse_yaml(text, str(path))
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections (model:, training:, ...)")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise RecipeError(f"{path}: extends: {parent!r} is not the path of a recipe")
+    return _merge(_read_with_extends(path.parent / parent, (*seen, path)), values)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Sections are merged key by key; everything else, lists included, is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(merged.get(key), dict) and isinstance(value, dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    """`a.b=c`, c read as YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"{override!r}: an override is section.key=value, such as training.steps=20")
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"{override!r}: {section} is not a section{_nearest(key)}")
+        values = inner
+    values[last] = _parse_yaml(text, override)
+
+
+def _fields(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key of a section."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _fields(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _nearest(key: str) -> str:
+    match = difflib.get_close_matches(key, _fields(Recipe), n=1, cutoff=0.6)
+    return f"; did you mean {match[0]}?" if match else f"; the sections are {', '.join(Recipe.model_fields)}"
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first problem of a validation, as `field = value: what is wrong and what would be right`."""
+    problem = error.errors()[0]
+    internal = re.compile(r"(tuple|literal|constrained|function|none)")  # pydantic's own steps through a union
+    location = [str(part) for part in problem["loc"] if not internal.match(str(part))]
+    field = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        return f"{field} is not a recipe key{_nearest(field)}"
+    if problem["type"] == "missing":
+        return f"{field} is missing: the recipe must set it"
+    value = repr(problem["input"])
+    return (
+        f"{field} = {value if len(value) <= 80 else value[:77] + '...'}: {problem['msg'].removeprefix('Value error, ')}"
+    )

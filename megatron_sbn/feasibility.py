@@ -1,0 +1,163 @@
+"""Which recipes can be trained: every combination that cannot is refused here, before anything is allocated.
+
+Each message is one line: the field, its value, and the fix. Imports no torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from megatron_sbn.errors import RecipeError
+
+if TYPE_CHECKING:
+    from megatron_sbn.config import Recipe
+
+# Largest input width whose int32 accumulators are exact in fp32 (docs/method.md, section 2).
+MAX_EXACT_INPUT = 131072
+
+
+def check_recipe(recipe: "Recipe") -> None:
+    """Raises RecipeError unless the recipe can be trained on some number of ranks."""
+    _check_model(recipe)
+    _check_parallel(recipe)
+    _check_linear(recipe)
+    _check_schedule(recipe)
+    if recipe.training.global_batch_size % recipe.training.micro_batch_size:
+        raise RecipeError(
+            f"training.global_batch_size = {recipe.training.global_batch_size} is not a multiple of "
+            f"training.micro_batch_size = {recipe.training.micro_batch_size}; make it one"
+        )
+    if recipe.training.validation_interval and recipe.data.validation is None:
+        raise RecipeError(
+            f"training.validation_interval = {recipe.training.validation_interval} needs data.validation; "
+            "name a held-out shard or set the interval to 0"
+        )
+
+
+def check_world(recipe: "Recipe", world_size: int) -> None:
+    """Raises RecipeError unless `world_size` ranks fill the layout exactly."""
+    parallel, training = recipe.parallel, recipe.training
+    model_size = parallel.tensor * parallel.pipeline
+    if world_size % model_size:
+        raise RecipeError(
+            f"parallel.tensor = {parallel.tensor} x parallel.pipeline = {parallel.pipeline} needs a multiple of "
+            f"{model_size} ranks, and {world_size} were started; start {model_size} (--nproc-per-node) or change it"
+        )
+    data_size = world_size // model_size
+    unit = training.micro_batch_size * data_size
+    if training.global_batch_size % unit:
+        raise RecipeError(
+            f"training.global_batch_size = {training.global_batch_size} is not divisible by "
+            f"training.micro_batch_size = {training.micro_batch_size} x {data_size} data-parallel ranks; "
+            f"use a multiple of {unit}"
+        )
+    micro_batches = training.global_batch_size // unit
+    if parallel.virtual_pipeline and parallel.virtual_pipeline > 1 and micro_batches % parallel.pipeline:
+        raise RecipeError(
+            f"parallel.virtual_pipeline = {parallel.virtual_pipeline} needs a multiple of {parallel.pipeline} "
+            f"micro-batches per step, and there are {micro_batches}; change training.global_batch_size"
+        )
+
+
+def _check_model(recipe: "Recipe") -> None:
+    model = recipe.model
+    if model.kv_channels is None:
+        _divisible(model.hidden_size, "model.hidden_size", model.num_attention_heads, "model.num_attention_heads")
+    _divisible(model.num_attention_heads, "model.num_attention_heads", model.query_groups, "model.num_query_groups")
+    if model.head_dim % 2:
+        raise RecipeError(f"model.kv_channels = {model.head_dim}: rotary embeddings need an even width; use one")
+    if model.rotary_percent > 1:
+        raise RecipeError(f"model.rotary_percent = {model.rotary_percent}: at most 1.0")
+
+
+def _check_parallel(recipe: "Recipe") -> None:
+    model, parallel = recipe.model, recipe.parallel
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    _divisible(model.num_attention_heads, "model.num_attention_heads", tensor, "parallel.tensor")
+    _divisible(model.query_groups, "model.num_query_groups", tensor, "parallel.tensor")
+    _divisible(model.ffn_hidden_size, "model.ffn_hidden_size", tensor, "parallel.tensor")
+    _divisible(model.padded_vocab_size, "model.vocab_size (padded)", tensor, "parallel.tensor")
+    if parallel.sequence and tensor > 1:
+        _divisible(model.seq_length, "model.seq_length", tensor, "parallel.tensor", "or set parallel.sequence=false")
+    chunks = pipeline * (parallel.virtual_pipeline or 1)
+    if parallel.virtual_pipeline and parallel.virtual_pipeline > 1 and pipeline == 1:
+        raise RecipeError(
+            f"parallel.virtual_pipeline = {parallel.virtual_pipeline} needs parallel.pipeline > 1; leave it out"
+        )
+    name = "parallel.pipeline" if chunks == pipeline else "parallel.pipeline x parallel.virtual_pipeline"
+    _divisible(model.num_layers, "model.num_layers", chunks, name)
+    if parallel.expert != 1:
+        raise RecipeError(f"parallel.expert = {parallel.expert}: the model has no experts; use 1")
+
+
+def _check_linear(recipe: "Recipe") -> None:
+    linear = recipe.linear
+    if linear.mask_source == "quantized" and linear.order == "mask_then_quant":
+        raise RecipeError(
+            "linear.mask_source = 'quantized' needs linear.order = 'quant_then_mask': a mask made from the codes "
+            "cannot come before them"
+        )
+    settings = [(linear.weight_format, linear.sparsity, linear.activation_bits, "linear")]
+    for index, phase in enumerate(linear.phases):
+        where = f"linear.phases.{index}"
+        if index and phase.step <= linear.phases[index - 1].step:
+            raise RecipeError(f"{where}.step = {phase.step}: phases start at increasing steps; put them in order")
+        last = settings[-1]
+        bits = last[2] if phase.activation_bits == "unchanged" else phase.activation_bits
+        settings.append((phase.weight_format or last[0], phase.sparsity or last[1], bits, where))
+    for weight_format, (n, m), bits, where in settings:
+        if not 1 <= n <= m <= 32:
+            raise RecipeError(f"{where}.sparsity = {n}:{m}: needs 1 <= N <= M <= 32, such as 6:8")
+        if n < m:
+            _check_groups(recipe, n, m, where)
+        if weight_format == "dense" and linear.mask_source == "quantized" and n < m:
+            raise RecipeError(
+                f"{where}.weight_format = 'dense' has no codes for linear.mask_source = 'quantized'; use latent"
+            )
+        if weight_format == "ternary" and bits is not None:
+            _check_exact(recipe)
+
+
+def _check_groups(recipe: "Recipe", n: int, m: int, where: str) -> None:
+    """No group of M may straddle a shard: column-parallel weights are whole along in, row-parallel ones cut."""
+    model, tensor = recipe.model, recipe.parallel.tensor
+    inputs = (
+        ("model.hidden_size", model.hidden_size, 1),
+        ("the attention width (heads x kv_channels)", model.num_attention_heads * model.head_dim, tensor),
+        ("model.ffn_hidden_size", model.ffn_hidden_size, tensor),
+    )
+    for name, width, cut in inputs:
+        if (width // cut) % m:
+            by = f" over {cut} tensor-parallel ranks" if cut > 1 else ""
+            raise RecipeError(
+                f"{where}.sparsity = {n}:{m}: {name} = {width}{by} leaves {width // cut} weights a row, which groups "
+                f"of {m} do not fill; use a multiple of {m * cut}, another M, or fewer tensor-parallel ranks"
+            )
+
+
+def _check_exact(recipe: "Recipe") -> None:
+    model = recipe.model
+    widest = max(model.hidden_size, model.ffn_hidden_size, model.num_attention_heads * model.head_dim)
+    if widest > MAX_EXACT_INPUT:
+        raise RecipeError(f"a linear input of {widest} exceeds {MAX_EXACT_INPUT}, where integer sums stop being exact")
+
+
+def _check_schedule(recipe: "Recipe") -> None:
+    optimizer = recipe.optimizer
+    if not optimizer.stages and optimizer.min_lr > optimizer.lr:
+        raise RecipeError(f"optimizer.min_lr = {optimizer.min_lr} is above optimizer.lr = {optimizer.lr}; lower it")
+    decay_steps = optimizer.lr_decay_steps or recipe.training.steps
+    if not optimizer.stages and optimizer.lr_warmup_steps > decay_steps:
+        raise RecipeError(
+            f"optimizer.lr_warmup_steps = {optimizer.lr_warmup_steps} is longer than the {decay_steps} steps of the "
+            "schedule; shorten it or set optimizer.lr_decay_steps"
+        )
+    steps = [stage.step for stage in optimizer.stages]
+    if steps and (steps[0] != 0 or sorted(set(steps)) != steps):
+        raise RecipeError(f"optimizer.stages start at steps {steps}; start the first at 0 and each after the last")
+
+
+def _divisible(value: int, name: str, by: int, by_name: str, otherwise: str = "") -> None:
+    if value % by:
+        lower, upper = value // by * by, -(-value // by) * by
+        choice = f"{lower} or {upper}" if lower else str(upper)
+        way_out = f"; use {choice}, or another {by_name.split()[0]}{', ' + otherwise if otherwise else ''}"
+        raise RecipeError(f"{name} = {value} is not divisible by {by_name} = {by}{way_out}")
