@@ -1,0 +1,197 @@
+"""Recipe -> this rank's stages of a Megatron-Core GPTModel, with Sparse-BitNet layers and layout-free initial weights.
+
+Embeddings and head are dense. Parameters are fp32; activations are bf16 or fp32 from the embedding's output on, as
+`model.bf16` says.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_sbn.config import Recipe
+from megatron_sbn.layers.activation import silu
+from megatron_sbn.layers.linear import HeadLinear, SparseBitLinear
+from megatron_sbn.layers.spec import block_spec
+from megatron_sbn.layers.ternary_state import TernaryState
+from megatron_sbn.parallel.shard import LogicalShard, initial_normal, row_shard, whole
+from megatron_sbn.parallel.state import ParallelState
+
+EMBEDDING = "embedding.word_embeddings.weight"
+HEAD = "output_layer.weight"
+
+
+@dataclass(frozen=True)
+class LogicalParameter:
+    """A parameter of this rank with its global name and its place in the logical tensor."""
+
+    name: str
+    parameter: nn.Parameter
+    shard: LogicalShard
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The model chunks of this pipeline rank (one, or several under interleaved scheduling)."""
+
+    chunks: nn.ModuleList
+    config: TransformerConfig
+    state: TernaryState
+    parameters: tuple[LogicalParameter, ...]
+
+
+def transformer_config(recipe: Recipe) -> TransformerConfig:
+    """Megatron-Core's configuration of the recipe's model and layout."""
+    model, parallel = recipe.model, recipe.parallel
+    recompute = model.recompute_granularity
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.head_dim,
+        layernorm_epsilon=model.layernorm_epsilon,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=silu,
+        add_bias_linear=model.add_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        rotary_interleaved=model.rotary_interleaved,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        sequence_parallel=parallel.sequence and parallel.tensor > 1,
+        params_dtype=torch.float32,
+        pipeline_dtype=activation_dtype(recipe),
+        bf16=model.bf16,
+        recompute_granularity=recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        deallocate_pipeline_outputs=True,
+        batch_p2p_comm=torch.cuda.is_available(),
+    )
+
+
+def activation_dtype(recipe: Recipe) -> torch.dtype:
+    """dtype of hidden states and floating GEMMs."""
+    return torch.bfloat16 if recipe.model.bf16 else torch.float32
+
+
+def build_stages(recipe: Recipe, parallel: ParallelState) -> Stages:
+    """This rank's chunks with their initial weights, and gamma, masks and codes prepared for step 0."""
+    config = transformer_config(recipe)
+    count = recipe.parallel.virtual_pipeline or 1
+    chunks = nn.ModuleList(_build_chunk(recipe, config, parallel, index, count) for index in range(count))
+    parameters = tuple(p for chunk in chunks for p in _logical_parameters(chunk, parallel))
+    for logical in parameters:
+        _initialize(logical, recipe)
+    layers = {name: layer for chunk in chunks for name, layer in _sparse_layers(chunk).items()}
+    state = TernaryState(layers, recipe.linear, parallel.tensor_group)
+    return Stages(chunks.to(parallel.device), config, state, parameters)
+
+
+def _build_chunk(
+    recipe: Recipe, config: TransformerConfig, parallel: ParallelState, index: int, count: int
+) -> GPTModel:
+    model = recipe.model
+    first = parallel.pipeline_rank == 0 and index == 0
+    last = parallel.is_last_stage and index == count - 1
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    chunk = GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(model.num_layers // (parallel.pipeline_size * count)),
+        vocab_size=model.padded_vocab_size,
+        max_sequence_length=model.seq_length,
+        pre_process=first,
+        post_process=last,
+        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        pg_collection=groups,
+        vp_stage=index if count > 1 else None,
+    )
+    if first:
+        dtype = activation_dtype(recipe)
+        chunk.embedding.register_forward_hook(lambda _module, _inputs, output: output.to(dtype))
+    if last:
+        chunk.output_layer = HeadLinear(
+            model.hidden_size,
+            model.padded_vocab_size,
+            config=config,
+            tp_group=parallel.tensor_group,
+            bias=False,
+            skip_bias_add=False,
+            skip_weight_param_allocation=first and model.share_embeddings_and_output_weights,
+        )
+    return chunk
+
+
+def _global_name(chunk: GPTModel, local: str) -> str:
+    """Layer numbers are stage-local in Megatron-Core's names; `layer_number` counts over the whole model from 1."""
+    prefix = "decoder.layers."
+    if not local.startswith(prefix):
+        return local
+    index, _, rest = local.removeprefix(prefix).partition(".")
+    return f"{prefix}{chunk.decoder.layers[int(index)].layer_number - 1}.{rest}"
+
+
+def _sparse_layers(chunk: GPTModel) -> dict[str, SparseBitLinear]:
+    """Attention and MLP projections by global name; the head is not one of them."""
+    return {
+        _global_name(chunk, name): module
+        for name, module in chunk.named_modules()
+        if isinstance(module, SparseBitLinear) and not isinstance(module, HeadLinear)
+    }
+
+
+def _logical_parameters(chunk: GPTModel, parallel: ParallelState) -> list[LogicalParameter]:
+    shards: dict[str, LogicalShard] = {}
+    for name, module in chunk.named_modules():
+        if isinstance(module, SparseBitLinear):
+            shards |= {f"{name}.{key}": shard for key, shard in module.shards().items()}
+    result = []
+    for name, parameter in chunk.named_parameters():
+        if name == EMBEDDING:
+            rows = parameter.shape[0] * parallel.tensor_size
+            shard = row_shard((rows, parameter.shape[1]), parallel.tensor_rank, parallel.tensor_size)
+            parameter.tensor_model_parallel = parallel.tensor_size > 1
+        else:
+            shard = shards.get(name) or whole(tuple(parameter.shape))
+        tied = name == HEAD and chunk.share_embeddings_and_output_weights
+        result.append(LogicalParameter(EMBEDDING if tied else _global_name(chunk, name), parameter, shard))
+        # The embedding's copy on the last stage is a replica: it counts once in the gradient norm.
+        if tied:
+            parameter.ds_pipe_replicated = True
+    return result
+
+
+def _initialize(logical: LogicalParameter, recipe: Recipe) -> None:
+    """Normal(0, std) matrices, those that write to the residual scaled by 1/sqrt(2 layers); norms 1, biases 0."""
+    if len(logical.shard.shape) == 1:
+        return
+    std = recipe.model.init_method_std
+    if logical.name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        std /= math.sqrt(2 * recipe.model.num_layers)
+    full = initial_normal(logical.name, logical.shard.shape, std, recipe.training.seed)
+    with torch.no_grad():
+        logical.parameter.copy_(logical.shard.take(full))
+
+
+def language_model_loss(chunk: GPTModel, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Loss of every token, fp32 [batch, tokens], on the last stage; hidden states on the others."""
+    return chunk(input_ids=tokens, position_ids=None, attention_mask=None, labels=labels)

@@ -1,0 +1,57 @@
+"""Gradient sums that neither the backward pass nor ZeRO makes, once per step, before ZeRO reduces over data parallel.
+
+Two kinds of replicas see only a part of the gradient each:
+
+* norm weights and row-parallel biases under sequence parallelism see this rank's tokens: SUM over the tensor group;
+* tied embeddings under pipeline parallelism: the first stage has the lookup's, the last the head's: SUM of the two.
+
+Megatron-Core's own finalisation does the same inside its DDP wrapper, which DeepSpeed replaces. It is called through
+`config.finalize_model_grads_func` at the end of Megatron-Core's schedules, while gradients are still whole.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as megatron_state
+from torch import Tensor, nn
+
+from megatron_sbn.model import EMBEDDING, LogicalParameter
+from megatron_sbn.parallel.state import ParallelState
+
+
+def make_finalizer(
+    parameters: Sequence[LogicalParameter], parallel: ParallelState, tied_embeddings: bool
+) -> Callable[..., None]:
+    """The function that Megatron-Core's schedules call after the last backward pass of a step."""
+    partial = [p.parameter for p in parameters if is_token_partial(p.parameter)]
+    tied = [p.parameter for p in parameters if p.name == EMBEDDING] if tied_embeddings else []
+
+    def finalize(_model: list[nn.Module], _num_tokens: Tensor | None = None, **_: object) -> None:
+        if partial and parallel.tensor_size > 1:
+            _sum_coalesced(partial, parallel.tensor_group)
+        if tied and parallel.pipeline_size > 1:
+            (embedding,) = tied
+            dist.all_reduce(_gradient(embedding), group=megatron_state.get_embedding_group())
+
+    return finalize
+
+
+def is_token_partial(parameter: nn.Parameter) -> bool:
+    """Whether this rank's gradient covers its own tokens only (set by layers under sequence parallelism)."""
+    return bool(vars(parameter).get("sequence_parallel", False))
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _sum_coalesced(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """One all-reduce for all of them."""
+    gradients = [_gradient(p) for p in parameters]
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    dist.all_reduce(flat, group=group)
+    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))

@@ -1,0 +1,70 @@
+"""Which part of a logical (global) tensor a rank holds, and the value that every tensor starts with.
+
+A layer's weight has one logical form whatever the layout: QKV rows interleaved per query group as Megatron-Core
+stores them, gated FC1 as [gate; up]. A rank holds some row ranges and one column range of it. Initial values are drawn
+for the logical tensor from the seed and its global name alone, so every layout starts from the same model.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LogicalShard:
+    """This rank's piece of a logical tensor of shape `shape`.
+
+    `rows` are (start, length) ranges of dim 0 in the order in which they are stored; `columns` is one range of dim 1
+    (None: all of it, and for one-dimensional tensors).
+    """
+
+    shape: tuple[int, ...]
+    rows: tuple[tuple[int, int], ...]
+    columns: tuple[int, int] | None = None
+
+    def take(self, full: Tensor) -> Tensor:
+        """The stored local tensor, cut from the logical one."""
+        local = torch.cat([full.narrow(0, start, length) for start, length in self.rows])
+        return local if self.columns is None else local.narrow(1, *self.columns)
+
+    def put(self, full: Tensor, local: Tensor) -> None:
+        """Writes the local tensor into its place in the logical one."""
+        offset = 0
+        for start, length in self.rows:
+            place = full.narrow(0, start, length)
+            place = place if self.columns is None else place.narrow(1, *self.columns)
+            place.copy_(local.narrow(0, offset, length))
+            offset += length
+
+
+def whole(shape: tuple[int, ...]) -> LogicalShard:
+    """A tensor that every rank holds in full."""
+    return LogicalShard(shape, ((0, shape[0]),))
+
+
+def row_shard(shape: tuple[int, ...], rank: int, size: int) -> LogicalShard:
+    """An equal share of the rows."""
+    rows = shape[0] // size
+    return LogicalShard(shape, ((rank * rows, rows),))
+
+
+def column_shard(shape: tuple[int, ...], rank: int, size: int) -> LogicalShard:
+    """An equal share of the columns."""
+    columns = shape[1] // size
+    return LogicalShard(shape, ((0, shape[0]),), (rank * columns, columns))
+
+
+def gated_shard(shape: tuple[int, ...], rank: int, size: int) -> LogicalShard:
+    """An equal share of the gate rows (the first half) followed by the same share of the up rows."""
+    half = shape[0] // 2
+    rows = half // size
+    return LogicalShard(shape, ((rank * rows, rows), (half + rank * rows, rows)))
+
+
+def initial_normal(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
+    """fp32 values of mean 0 and deviation `std` that depend on the seed and the global name alone."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)

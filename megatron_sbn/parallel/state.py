@@ -1,0 +1,133 @@
+"""Ranks and groups of one process: made once from the recipe's layout, then passed, never global.
+
+The grid, slowest axis first, is [pipeline, data, tensor]: neighbouring ranks share a tensor-parallel group, as in
+Megatron-Core, whose own `parallel_state` is initialised here with the same sizes.
+"""
+
+import datetime
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as megatron_state
+from megatron.core import tensor_parallel
+
+from megatron_sbn.config import Recipe
+from megatron_sbn.errors import RecipeError
+
+TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class ParallelState:
+    """Where this process stands. `model` is the group of all ranks that hold one replica (tensor x pipeline)."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+    model_group: dist.ProcessGroup
+    sequence_parallel: bool
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    def describe(self) -> str:
+        """The layout in one phrase."""
+        sequence = ", sequence-parallel" if self.sequence_parallel else ""
+        return (
+            f"tensor {self.tensor_size}{sequence} x pipeline {self.pipeline_size} x data {self.data_size} "
+            f"on {self.world_size} {self.device.type} rank{'s' if self.world_size > 1 else ''}"
+        )
+
+
+def world_size_from_environment() -> int:
+    """Ranks that the launcher started: torchrun's WORLD_SIZE, else srun's SLURM_NTASKS in a step, else 1."""
+    if "WORLD_SIZE" in os.environ:
+        return _environment_int("WORLD_SIZE")
+    return _environment_int("SLURM_NTASKS") if "SLURM_STEP_ID" in os.environ else 1
+
+
+def rank_from_environment() -> int:
+    """This process's global rank, from torchrun's RANK, else srun's SLURM_PROCID, else 0."""
+    if "RANK" in os.environ:
+        return _environment_int("RANK")
+    return _environment_int("SLURM_PROCID") if "SLURM_STEP_ID" in os.environ else 0
+
+
+def _environment_int(name: str) -> int:
+    try:
+        return int(os.environ.get(name, "0"))
+    except ValueError:
+        raise RecipeError(f"environment variable {name} = {os.environ[name]!r} is not a number; unset it") from None
+
+
+def initialize(recipe: Recipe) -> ParallelState:
+    """Joins the process group and cuts it as the recipe says. The world size must have been checked already."""
+    rank, world_size = rank_from_environment(), world_size_from_environment()
+    device = _local_device()
+    if not dist.is_initialized():
+        _join(rank, world_size, device)
+    parallel = recipe.parallel
+    megatron_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(recipe.training.seed)
+    return ParallelState(
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        tensor_rank=megatron_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel.tensor,
+        pipeline_rank=megatron_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel.pipeline,
+        data_rank=megatron_state.get_data_parallel_rank(),
+        data_size=megatron_state.get_data_parallel_world_size(),
+        tensor_group=megatron_state.get_tensor_model_parallel_group(),
+        pipeline_group=megatron_state.get_pipeline_model_parallel_group(),
+        data_group=megatron_state.get_data_parallel_group(),
+        model_group=megatron_state.get_model_parallel_group(),
+        sequence_parallel=parallel.sequence and parallel.tensor > 1,
+    )
+
+
+def finalize() -> None:
+    """Leaves the groups, so that another layout can be made in the same process."""
+    megatron_state.destroy_model_parallel()
+
+
+def _local_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _join(rank: int, world_size: int, device: torch.device) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=TIMEOUT)
+        return
+    if world_size > 1:
+        raise RecipeError("environment variable MASTER_ADDR is not set; start several ranks with torchrun")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    store = dist.TCPStore("127.0.0.1", port, 1, is_master=True)
+    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)

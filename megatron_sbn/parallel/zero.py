@@ -1,0 +1,174 @@
+"""DeepSpeed ZeRO around Megatron-Core's schedules: the only importer of deepspeed.
+
+Parameters are fp32 and so are their gradients, summed over micro-batches in place; ZeRO cuts the fp32 masters and Adam
+moments over the data-parallel group. DeepSpeed's own pipeline engine is not used: Megatron-Core's schedule runs on the
+engine's module inside `coalesce_grad_reduction()`, and one reduction follows it.
+"""
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
+
+from megatron_sbn.config import Recipe
+from megatron_sbn.parallel.state import ParallelState
+
+
+@dataclass(frozen=True)
+class _GroupsForDeepSpeed:
+    """ParallelState in the words that DeepSpeed asks for.
+
+    DeepSpeed counts a replicated parameter in the gradient norm on tensor rank 0 alone, and sums the norm over the
+    "model parallel" group: that must hold the pipeline stages too.
+    """
+
+    state: ParallelState
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """All ranks of one replica."""
+        return self.state.model_group
+
+    def get_model_parallel_world_size(self) -> int:
+        """Ranks of one replica."""
+        return self.state.model_group.size()
+
+    def get_model_parallel_rank(self) -> int:
+        """Rank in the replica."""
+        return self.state.model_group.rank()
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        """Rank in the tensor-parallel group."""
+        return self.state.tensor_rank
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        """Size of the tensor-parallel group."""
+        return self.state.tensor_size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """Ranks that hold the same shards."""
+        return self.state.data_group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Global ranks of the data-parallel group."""
+        return dist.get_process_group_ranks(self.state.data_group)
+
+    def get_data_parallel_rank(self) -> int:
+        """Rank in the data-parallel group."""
+        return self.state.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        """Size of the data-parallel group."""
+        return self.state.data_size
+
+
+class ZeroOptimizer:
+    """AdamW with fp32 masters and moments, cut over data parallelism by DeepSpeed ZeRO-1 or -2.
+
+    Attributes:
+        module: the model to run schedules on.
+    """
+
+    def __init__(self, chunks: nn.ModuleList, recipe: Recipe, parallel: ParallelState) -> None:
+        deepspeed_logger.setLevel(logging.ERROR)
+        # Otherwise DeepSpeed compiles an extension at start on CPU, and fails where there is no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(
+            dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False, dist_init_required=False
+        )
+        optimizer = recipe.optimizer
+        base = torch.optim.AdamW(
+            decay_groups(chunks, optimizer.weight_decay),
+            lr=optimizer.lr,
+            betas=(optimizer.adam_beta1, optimizer.adam_beta2),
+            eps=optimizer.adam_eps,
+        )
+        self.engine, *_ = deepspeed.initialize(
+            model=chunks,
+            optimizer=base,
+            config=_engine_config(recipe, parallel),
+            mpu=_GroupsForDeepSpeed(parallel),
+            dist_init_required=False,
+        )
+        self.module: nn.ModuleList = self.engine.module
+        self._zero = self.engine.optimizer
+
+    @contextlib.contextmanager
+    def accumulation(self) -> Iterator[None]:
+        """One optimizer step's forward and backward passes: gradients add up locally and are reduced at the end."""
+        with self.engine.coalesce_grad_reduction():
+            yield
+
+    def step(self, lr: float, weight_decay: float) -> float:
+        """Clips, updates, gathers the new weights; returns the gradient norm before clipping (inf: not finite).
+
+        With a norm that is not finite nothing is updated.
+        """
+        for group in self._zero.optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = weight_decay if group["decays"] else 0.0
+        self.engine.micro_steps += self.engine.gradient_accumulation_steps() - 1
+        self.engine.step()
+        self.engine.micro_steps += 1
+        norm = float(self.engine.get_global_grad_norm())
+        return norm if math.isfinite(norm) and norm >= 0 else math.inf
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """This rank's fp32 masters and Adam state, by stable names; the tensors themselves, not copies."""
+        tensors = {}
+        for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
+            tensors[f"group{index}.master"] = master.data
+            for key, value in self._zero.optimizer.state[master].items():
+                tensors[f"group{index}.{key}"] = value
+        return tensors
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Takes back what `state_tensors` gave on this rank at the same layout; weights are loaded separately."""
+        for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
+            prefix = f"group{index}."
+            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            with torch.no_grad():
+                master.data.copy_(own.pop("master"))
+            state = self._zero.optimizer.state[master]
+            for key, value in own.items():
+                # Adam's step count stays on the CPU, where torch keeps it.
+                state[key] = value.clone() if value.dim() == 0 else value.to(master.device, copy=True)
+
+
+def decay_groups(chunks: nn.ModuleList, weight_decay: float) -> list[dict[str, object]]:
+    """Matrices decay; norms and biases (one-dimensional) do not."""
+    parameters = [p for p in chunks.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.dim() > 1]
+    vectors = [p for p in parameters if p.dim() <= 1]
+    groups: Sequence[tuple[list[nn.Parameter], bool]] = ((matrices, True), (vectors, False))
+    return [
+        {"params": members, "weight_decay": weight_decay if decays else 0.0, "decays": decays}
+        for members, decays in groups
+        if members
+    ]
+
+
+def _engine_config(recipe: Recipe, parallel: ParallelState) -> dict[str, object]:
+    training = recipe.training
+    return {
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_accumulation_steps": training.global_batch_size // (training.micro_batch_size * parallel.data_size),
+        "gradient_clipping": recipe.optimizer.clip_grad,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        "zero_optimization": {
+            "stage": recipe.parallel.zero_stage,
+            "overlap_comm": False,
+            "contiguous_gradients": False,
+            "reduce_scatter": True,
+        },
+    }
