@@ -1,0 +1,354 @@
+"""One Sparse-BitNet linear layer with autograd: ternary weights, N:M sparsity, int8 activations.
+
+    forward    Y  = ((X_q @ C^T) * s_x[token]) * gamma[row] + bias      X_q int8, C in {-1, 0, 1}, exact product
+    backward   dX = dY @ (gamma * C)                                    identity through the activation quantiser
+               dW = dY^T @ (s_x * X_q)                                  dense: identity through quantiser and mask
+
+Pruned weights therefore keep learning and may return ("dual straight-through", arXiv 2603.05168). What is saved for
+backward is X_q (1 byte an element) and s_x, which is all that forward used of X.
+
+Layout: weights [out, in], activations [..., in] with dim 0 the one that sequence parallelism cuts; scales in fp32;
+fused weights (q, k, v; gate, up) have one gamma per part, given per row. One autograd.Function per arithmetic serves
+one device and every tensor-parallel layer: what differs is a `TokenLayout` that moves tokens and adds partial sums.
+
+Where backward rounds: scales are folded into dY, once, in fp32, and the result is rounded to X's dtype; C and X_q are
+exact in bf16; products accumulate in fp32. dX is then rounded to X's dtype, dW to the weight's. The int8 modes round
+the folded dY to int8 instead, and multiply exactly:
+
+    dgrad    G = dY * gamma[row],  G_q, s = int8 per token over the (local) out rows,   dX = (G_q @ C) * s[token]
+    wgrad    H = dY * s_x[token],  H_q, s = int8 per out row over the tokens,           dW = (H_q^T @ X_q) * s[row]
+
+so that |error of dX| <= sum over rows of |C| * max|G[token]| / 254, and |error of dW| <= sum over tokens of
+|X_q| * max|H[:, row]| / 254.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sbn_kernels as kernels
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_sbn.settings import (
+    ActivationBits,
+    Backward,
+    LinearSettings,
+    MaskedGradient,
+    MaskSource,
+    Order,
+    WeightFormat,
+)
+
+__all__ = ["LinearSettings", "PreparedWeight", "TokenLayout", "apply_linear", "prepare_weight", "sparse_bitlinear"]
+
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class PreparedWeight:
+    """What forward and backward need of W beside W: computed once per optimizer step, never saved in checkpoints.
+
+    Attributes:
+        codes: int8 [out, in], of ternary weights.
+        gamma_per_row: fp32 [out], of ternary weights.
+        mask: bool [out, in]; present where `LinearSettings.needs_mask`.
+    """
+
+    codes: Tensor | None = None
+    gamma_per_row: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class TokenLayout:
+    """How tokens and features of one layer lie over the tensor-parallel ranks. This one: all on a single device.
+
+    A subclass overrides what its layout needs; tensors cross ranks here and nowhere else.
+
+    Attributes:
+        splits_input: whether X holds a slice of `in` (row-parallel), so that products are partial sums.
+    """
+
+    splits_input: bool = False
+
+    def token_abs_max(self, a: Tensor) -> Tensor:
+        """Row-parallel: the maximum over ranks of a [tokens...], in forward."""
+        return a
+
+    def gather_input(self, t: Tensor) -> Tensor:
+        """Column-parallel under sequence parallelism: all-gather along dim 0 (X_q, s_x or X; again in backward)."""
+        return t
+
+    def reduce_accumulator(self, acc: Tensor) -> Tensor:
+        """Row-parallel: the sum over ranks of fp32 acc [..., out]; its own tokens under sequence parallelism."""
+        return acc
+
+    def local_tokens(self, s_x: Tensor) -> Tensor:
+        """Row-parallel under sequence parallelism: the slice along dim 0 that this rank keeps after reducing."""
+        return s_x
+
+    def gather_grad_output(self, dy: Tensor) -> Tensor:
+        """Row-parallel under sequence parallelism: all-gather along dim 0."""
+        return dy
+
+    def reduce_grad_input(self, dx: Tensor) -> Tensor:
+        """Column-parallel: the sum over ranks of dx [..., in]; its own tokens under sequence parallelism."""
+        return dx
+
+
+def _product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Return a @ b with fp32 accumulation, rounded once to `out_dtype`.
+
+    A CPU has no bf16 product with an fp32 result, and multiplies fp32 faster anyway: the same values, converted.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype == out_dtype and a.device.type != "cpu":
+            return a @ b
+        if a.dtype != torch.float32 and a.device.type == "cuda" and out_dtype == torch.float32:
+            return torch.mm(_tokens_by_features(a), b, out_dtype=out_dtype).reshape(*a.shape[:-1], b.shape[1])
+        return (a.float() @ b.float()).to(out_dtype)
+
+
+def _tokens_by_features(t: Tensor) -> Tensor:
+    """View [..., features] as [tokens, features]."""
+    return t.reshape(-1, t.shape[-1])
+
+
+def _weight_gradient(
+    dw: Tensor, weight: Tensor | None, mask: Tensor | None, settings: LinearSettings, dtype: torch.dtype
+) -> Tensor:
+    """Apply the mask to the dense fp32 gradient and add SR-STE's decay, where asked for."""
+    if mask is not None and settings.masked_gradient == "masked":
+        dw = dw * mask
+    if mask is not None and weight is not None and settings.sr_ste_decay > 0.0:
+        dw = dw + settings.sr_ste_decay * (~mask * weight.float())
+    return dw.to(dtype)
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    """Ternary weights and quantised activations; formulas in the module's docstring."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        prepared: PreparedWeight,
+        settings: LinearSettings,
+        layout: TokenLayout,
+    ) -> Tensor:
+        codes, gamma = prepared.codes, prepared.gamma_per_row
+        assert codes is not None
+        assert gamma is not None
+        bits, backend = settings.activation_bits or 8, settings.backend
+        abs_max = layout.token_abs_max(kernels.activation_abs_max(x)) if bits == 8 else None
+        x_q, s_x = kernels.quantize_activations(x, bits, abs_max=abs_max, backend=backend)
+        acc = kernels.int_matmul(layout.gather_input(x_q), codes, backend=backend)  # [..., out]
+        s_y = layout.local_tokens(layout.gather_input(s_x))
+        acc = layout.reduce_accumulator(acc)
+        mask = prepared.mask if settings.needs_mask else None
+        ctx.save_for_backward(x_q, s_x, codes, gamma, mask, weight if settings.sr_ste_decay > 0.0 else None)
+        ctx.settings, ctx.layout = settings, layout
+        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, bias.dtype if bias is not None else None
+        return kernels.scale_accumulator(acc, s_y, gamma, bias, x.dtype, backend=backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        x_q, s_x, codes, gamma, mask, weight = ctx.saved_tensors
+        settings, layout = ctx.settings, ctx.layout
+        dy = layout.gather_grad_output(grad_output)  # [..., out]
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = layout.reduce_grad_input(_input_gradient(dy, codes, gamma, settings))
+        if ctx.needs_input_grad[1]:
+            dw = _quantized_weight_gradient(dy, layout.gather_input(x_q), layout.gather_input(s_x), settings)
+            dw = _weight_gradient(dw, weight, mask, settings, ctx.weight_dtype)
+        if ctx.needs_input_grad[2]:
+            db = _tokens_by_features(dy).float().sum(dim=0).to(ctx.bias_dtype)
+        return dx, dw, db, None, None, None
+
+
+def _input_gradient(dy: Tensor, codes: Tensor, gamma: Tensor, settings: LinearSettings) -> Tensor:
+    """Return dX [..., in] = (dY * gamma) @ C in dY's dtype, exactly or from int8."""
+    g = dy.float() * gamma
+    if settings.backward == "exact":
+        return _product(g.to(dy.dtype), codes.to(dy.dtype), dy.dtype)
+    g_q, s = kernels.quantize_rows(g, backend=settings.backend)
+    acc = kernels.int_matmul(g_q, codes.t(), backend=settings.backend)
+    return acc.mul_(s.unsqueeze(-1)).to(dy.dtype)
+
+
+def _quantized_weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor, settings: LinearSettings) -> Tensor:
+    """Return dW [out, in] = (dY * s_x)^T @ X_q in fp32, exactly or from int8."""
+    h = _tokens_by_features(dy.float() * s_x.unsqueeze(-1)).t()  # [out, tokens]
+    columns = _tokens_by_features(x_q)  # [tokens, in]
+    if settings.backward != "int8":
+        return _product(h.to(dy.dtype), columns.to(dy.dtype), torch.float32)
+    if h.shape[1] == 0:
+        return h.new_zeros(h.shape[0], columns.shape[1])
+    h_q, s = kernels.quantize_rows(h, backend=settings.backend)
+    return kernels.int8_matmul(h_q, columns.t(), backend=settings.backend) * s.unsqueeze(-1)
+
+
+class _FloatLinear(torch.autograd.Function):
+    """Unquantised activations: Y = X @ Wf^T + bias, dX = dY @ Wf, dW = dY^T @ X.
+
+    Wf is W, mask * W or gamma * C, rounded to X's dtype, and made again in backward rather than kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        prepared: PreparedWeight,
+        settings: LinearSettings,
+        layout: TokenLayout,
+    ) -> Tensor:
+        # Partial sums and biases are added before the only rounding; otherwise the product may round by itself.
+        product_dtype = torch.float32 if layout.splits_input or bias is not None else x.dtype
+        wf = _float_weight(weight, prepared, x.dtype)
+        y = layout.reduce_accumulator(_product(layout.gather_input(x), wf.t(), product_dtype))
+        ctx.save_for_backward(x, weight, prepared.codes, prepared.gamma_per_row, prepared.mask)
+        ctx.settings, ctx.layout = settings, layout
+        ctx.bias_dtype = bias.dtype if bias is not None else None
+        return (y if bias is None else y + bias.float()).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        x, weight, codes, gamma, mask = ctx.saved_tensors
+        layout = ctx.layout
+        dy = layout.gather_grad_output(grad_output)  # [..., out]
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            wf = _float_weight(weight, PreparedWeight(codes, gamma, mask), dy.dtype)
+            dx = layout.reduce_grad_input(_product(dy, wf, dy.dtype))
+        if ctx.needs_input_grad[1]:
+            gathered = _tokens_by_features(layout.gather_input(x))
+            dw = _product(_tokens_by_features(dy).t(), gathered, torch.float32)
+            dw = _weight_gradient(dw, weight, mask, ctx.settings, weight.dtype)
+        if ctx.needs_input_grad[2]:
+            db = _tokens_by_features(dy).float().sum(dim=0).to(ctx.bias_dtype)
+        return dx, dw, db, None, None, None
+
+
+def _float_weight(weight: Tensor, prepared: PreparedWeight, dtype: torch.dtype) -> Tensor:
+    """Return Wf [out, in] in `dtype`: gamma * C, mask * W or W."""
+    if prepared.codes is not None and prepared.gamma_per_row is not None:
+        return (prepared.codes * prepared.gamma_per_row.unsqueeze(-1)).to(dtype)
+    return (weight if prepared.mask is None else weight * prepared.mask).to(dtype)
+
+
+def prepare_weight(weight: Tensor, splits: Sequence[int] | None, settings: LinearSettings) -> PreparedWeight:
+    """Return scales, codes and mask of a whole weight on one device.
+
+    Args:
+        weight: [out, in].
+        splits: row counts of consecutive parts with a scale each; None is one part.
+        settings: says what is needed.
+
+    Raises:
+        ValueError: `in` is no multiple of M, `splits` do not add up to out, NaN or Inf in `weight`.
+    """
+    n, m = settings.sparsity
+    w = weight.detach()
+    parts = kernels.check_splits(splits, w.shape[0])
+    if settings.weight_format == "dense":
+        return PreparedWeight(mask=kernels.nm_mask(w, n, m, backend=settings.backend) if n < m else None)
+    masked_first = settings.order == "mask_then_quant"
+    mask = kernels.nm_mask(w, n, m, backend=settings.backend) if masked_first else None
+    gamma = kernels.gamma_rows(kernels.weight_scales(w, parts, mask), parts)
+    codes, mask = kernels.codes_from_gamma(
+        w, gamma, n, m, mask_source=settings.mask_source, mask=mask, backend=settings.backend
+    )
+    return PreparedWeight(codes, gamma, mask if settings.needs_mask else None)
+
+
+def apply_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prepared: PreparedWeight,
+    settings: LinearSettings,
+    layout: TokenLayout,
+) -> Tensor:
+    """Return Y [..., out] in x's dtype, with the gradients of the module's docstring.
+
+    Args:
+        x: [..., in], fp32, bf16 or fp16; the dtype of the products, too.
+        weight: [out, in]; receives dW, in its dtype (fp32 as a rule).
+        bias: [out] or None; under tensor parallelism the rows that this rank returns.
+        prepared: of the present value of `weight`.
+        settings: the arithmetic.
+        layout: where the tokens lie.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or 4-bit activations of a split input.
+    """
+    if x.dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"x has dtype {x.dtype}: convert it to float32, bfloat16 or float16")
+    ternary = settings.weight_format == "ternary"
+    matrix = prepared.codes if ternary else weight
+    lacks_mask = settings.needs_mask and prepared.mask is None
+    if matrix is None or lacks_mask or (ternary and prepared.gamma_per_row is None):
+        raise ValueError("prepared lacks codes, gamma_per_row or mask: make it with the settings it is used with")
+    out_features, in_features = matrix.shape
+    if x.dim() < 1 or x.shape[-1] != in_features:
+        raise ValueError(f"x has shape {tuple(x.shape)}, the weight takes [..., {in_features}]")
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, the weight gives [..., {out_features}]")
+    if not settings.quantizes_activations:
+        y: Tensor = _FloatLinear.apply(x, weight, bias, prepared, settings, layout)
+        return y
+    if settings.activation_bits == 4 and layout.splits_input:
+        raise ValueError("linear.activation_bits: 4 scales by the mean over all of in, so a row-parallel layer takes 8")
+    y = _QuantizedLinear.apply(x, weight, bias, prepared, settings, layout)
+    return y
+
+
+def sparse_bitlinear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    sparsity: tuple[int, int] = (6, 8),
+    splits: Sequence[int] | None = None,
+    weight_format: WeightFormat = "ternary",
+    activation_bits: ActivationBits = 8,
+    order: Order = "quant_then_mask",
+    mask_source: MaskSource = "latent",
+    masked_gradient: MaskedGradient = "dense",
+    backward: Backward = "exact",
+    bias: Tensor | None = None,
+    sr_ste_decay: float = 0.0,
+) -> Tensor:
+    """Return Y [..., out] of one Sparse-BitNet linear layer on one device, weights prepared on the spot.
+
+    Args:
+        x: [..., in], fp32, bf16 or fp16.
+        weight: latent weights [out, in].
+        splits: row counts of the logical matrices fused in `weight`, one gamma each; None is one.
+        bias: [out] or None.
+        sparsity, weight_format, activation_bits, order, mask_source, masked_gradient, backward, sr_ste_decay:
+            see `LinearSettings`.
+
+    Raises:
+        ValueError: a bad setting, shapes that do not fit, NaN or Inf in `weight`.
+    """
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [out, in]")
+    settings = LinearSettings(
+        weight_format=weight_format,
+        sparsity=sparsity,
+        activation_bits=activation_bits,
+        order=order,
+        mask_source=mask_source,
+        masked_gradient=masked_gradient,
+        sr_ste_decay=sr_ste_decay,
+        backward=backward,
+    )
+    return apply_linear(x, weight, bias, prepare_weight(weight, splits, settings), settings, TokenLayout())
