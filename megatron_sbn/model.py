@@ -92,7 +92,7 @@ def activation_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def build_stages(recipe: Recipe, parallel: ParallelState) -> Stages:
-    """This rank's chunks with their initial weights, and gamma, masks and codes prepared for step 0."""
+    """This rank's chunks with their initial weights; `state.prepare(step)` comes before the first forward pass."""
     config = transformer_config(recipe)
     count = recipe.parallel.virtual_pipeline or 1
     chunks = nn.ModuleList(_build_chunk(recipe, config, parallel, index, count) for index in range(count))

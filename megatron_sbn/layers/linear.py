@@ -24,7 +24,7 @@ from megatron_sbn.functional import LinearSettings, PreparedWeight, TokenLayout,
 from megatron_sbn.parallel.shard import LogicalShard, column_shard, gated_shard, row_shard, whole
 
 DENSE = LinearSettings(weight_format="dense", sparsity=(8, 8))
-NOT_PREPARED = PreparedWeight(codes=None, gamma_per_row=None, mask=None)
+NOT_PREPARED = PreparedWeight()
 
 
 class ColumnLayout(TokenLayout):
@@ -47,6 +47,7 @@ class RowLayout(TokenLayout):
 
     def __init__(self, group: dist.ProcessGroup, sequence_parallel: bool) -> None:
         self.group, self.sequence_parallel = group, sequence_parallel
+        self.splits_input = group.size() > 1
 
     def token_abs_max(self, a: Tensor) -> Tensor:
         """The maximum over the full input dimension, fp32 per token."""

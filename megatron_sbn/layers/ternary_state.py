@@ -22,21 +22,16 @@ from megatron_sbn.layers.linear import NOT_PREPARED, SparseBitLinear
 
 def settings_at(linear: Linear, step: int) -> LinearSettings:
     """The arithmetic in force at an optimizer step: the recipe's, changed by every phase begun by then."""
-    values: dict[str, object] = {}
+    values = linear.model_dump(exclude={"mask_interval", "mask_freeze_step", "phases"})
     for phase in linear.phases:
         if phase.step <= step:
             values |= _changes(phase)
-    base = LinearSettings(
-        weight_format=linear.weight_format,
-        sparsity=linear.sparsity,
-        activation_bits=linear.activation_bits,
-        order=linear.order,
-        mask_source=linear.mask_source,
-        masked_gradient=linear.masked_gradient,
-        sr_ste_decay=linear.sr_ste_decay,
-        backward=linear.backward,
-    )
-    return replace(base, **values)  # type: ignore[arg-type]
+    # What only quantised arithmetic has a meaning for rests while a phase is without it.
+    if values["weight_format"] == "dense":
+        values |= {"order": "quant_then_mask", "mask_source": "latent", "backward": "exact"}
+    elif values["activation_bits"] is None:
+        values["backward"] = "exact"
+    return LinearSettings(**values)
 
 
 def _changes(phase: Phase) -> dict[str, object]:
@@ -134,12 +129,7 @@ class TernaryState:
     ) -> PreparedWeight:
         n, m = settings.sparsity
         weight = layer.weight.detach()
-        needs_mask = (
-            settings.weight_format == "dense"
-            or settings.masked_gradient == "masked"
-            or settings.sr_ste_decay > 0
-            or self._keeps_masks(settings)
-        )
+        needs_mask = settings.needs_mask or self._keeps_masks(settings)
         if gamma is None:
             kept = mask if mask is not None else sbn_kernels.nm_mask(weight, n, m)
             return PreparedWeight(codes=None, gamma_per_row=None, mask=kept)

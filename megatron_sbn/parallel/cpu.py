@@ -41,7 +41,15 @@ def _set_rng_state(new_state: torch.Tensor, *_args: object, **_kwargs: object) -
     torch.set_rng_state(new_state)
 
 
-def _nothing(*_args: object, **_kwargs: object) -> None:
+def _manual_seed(seed: int) -> None:
+    torch.manual_seed(seed)
+
+
+def _synchronize(*_args: object, **_kwargs: object) -> None:
+    return None
+
+
+def _set_device(*_args: object, **_kwargs: object) -> None:
     return None
 
 
@@ -55,13 +63,14 @@ def without_cuda() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
+    # One function for each: torch.compile keeps a table of torch's functions and refuses two names for one object.
     replacements: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
         (torch.cuda, "current_device", _current_device),
-        (torch.cuda, "synchronize", _nothing),
-        (torch.cuda, "set_device", _nothing),
+        (torch.cuda, "synchronize", _synchronize),
+        (torch.cuda, "set_device", _set_device),
         (torch.cuda, "get_rng_state", _get_rng_state),
         (torch.cuda, "set_rng_state", _set_rng_state),
-        (torch.cuda, "manual_seed", torch.manual_seed),
+        (torch.cuda, "manual_seed", _manual_seed),
         (megatron_random, "_get_cuda_rng_state", _get_rng_state),
         (megatron_random, "_set_cuda_rng_state", _set_rng_state),
     )

@@ -112,9 +112,11 @@ def finalize() -> None:
 
 
 def _local_device() -> torch.device:
+    # DeepSpeed reads LOCAL_RANK too, and refuses to start without it.
+    os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    local_rank = _environment_int("LOCAL_RANK")
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

@@ -1,0 +1,136 @@
+"""One optimizer step: the micro-batches of a global batch through Megatron-Core's schedule, then ZeRO's update.
+
+    loss = mean over the global batch's tokens of cross-entropy, in fp32
+
+The schedule divides by the number of micro-batches and ZeRO averages over data parallelism; micro-batches all have the
+same number of tokens, so the mean of means is the mean. After the update gamma, masks and codes are prepared anew.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from torch import Tensor
+
+from megatron_sbn.config import Recipe
+from megatron_sbn.errors import NumericalError
+from megatron_sbn.model import Stages, language_model_loss
+from megatron_sbn.parallel.gradients import make_finalizer
+from megatron_sbn.parallel.state import ParallelState
+from megatron_sbn.parallel.zero import ZeroOptimizer
+from megatron_sbn.training.schedule import learning_rate, weight_decay
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave, equal on every rank."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    weight_decay: float
+
+
+class Trainer:
+    """The model, its optimizer and its ternary state, on this rank."""
+
+    def __init__(self, recipe: Recipe, parallel: ParallelState, stages: Stages) -> None:
+        self.recipe = recipe
+        self.parallel = parallel
+        self.stages = stages
+        tied = recipe.model.share_embeddings_and_output_weights
+        stages.config.finalize_model_grads_func = make_finalizer(stages.parameters, parallel, tied)
+        self.zero = ZeroOptimizer(stages.chunks, recipe, parallel)
+        self._schedule = get_forward_backward_func()
+
+    def rows(self) -> list[int]:
+        """Samples of a global batch that this rank's data-parallel replica takes, in order."""
+        share = self.recipe.training.global_batch_size // self.parallel.data_size
+        return list(range(self.parallel.data_rank * share, (self.parallel.data_rank + 1) * share))
+
+    def step(self, step: int, samples: np.ndarray) -> StepResult:
+        """Forward, backward, update with this replica's samples, int64 [global_batch / data ranks, tokens + 1].
+
+        Raises NumericalError, naming step and rank, when the loss or the gradient is not finite; nothing is updated.
+        """
+        with self.zero.accumulation():
+            losses = self._run(samples, forward_only=False)
+        loss = self._mean_loss(losses)
+        if not np.isfinite(loss):
+            raise NumericalError(self._not_finite("loss", loss, step, losses))
+        lr, decay = learning_rate(self.recipe, step), weight_decay(self.recipe, step)
+        norm = self.zero.step(lr, decay)
+        if not np.isfinite(norm):
+            raise NumericalError(self._not_finite("gradient norm", norm, step, losses))
+        self.stages.state.prepare(step + 1)
+        return StepResult(loss, norm, lr, decay)
+
+    def evaluate(self, samples: np.ndarray) -> Tensor:
+        """Sum of this replica's token losses over samples [n, tokens + 1], fp64 scalar, equal within the replica."""
+        self.stages.chunks.eval()
+        with torch.no_grad():
+            losses = self._run(samples, forward_only=True)
+        self.stages.chunks.train()
+        total = self._on_device(sum(float(loss) for loss in losses) * samples[:, 1:].size / max(1, len(losses)))
+        dist.all_reduce(total, group=self.parallel.pipeline_group)
+        return total
+
+    def _run(self, samples: np.ndarray, forward_only: bool) -> list[Tensor]:
+        """Losses of the micro-batches, fp32 scalars, on the last stage; empty on the others."""
+        size = min(self.recipe.training.micro_batch_size, len(samples))
+        chunks = list(self.stages.chunks)
+        results: list[dict[str, Tensor]] = self._schedule(
+            forward_step_func=_forward_step,
+            data_iterator=[self._micro_batches(samples, size) for _ in chunks],
+            model=chunks,
+            num_microbatches=len(samples) // size,
+            seq_length=self.recipe.model.seq_length,
+            micro_batch_size=size,
+            forward_only=forward_only,
+        )
+        return [result["loss"] for result in results]
+
+    def _micro_batches(self, samples: np.ndarray, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(tokens, labels), int64 [size, tokens] each."""
+        for start in range(0, len(samples), size):
+            block = torch.from_numpy(samples[start : start + size]).to(self.parallel.device)
+            yield block[:, :-1].contiguous(), block[:, 1:].contiguous()
+
+    def _mean_loss(self, losses: list[Tensor]) -> float:
+        """Mean over micro-batches and data parallelism, on every rank: the sums travel in fp64."""
+        total = self._on_device(sum(float(loss) for loss in losses) / max(1, len(losses)))
+        dist.all_reduce(total, group=self.parallel.pipeline_group)
+        dist.all_reduce(total, group=self.parallel.data_group)
+        return float(total) / self.parallel.data_size
+
+    def _on_device(self, value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float64, device=self.parallel.device)
+
+    def _not_finite(self, what: str, value: float, step: int, losses: list[Tensor]) -> str:
+        """Names the ranks whose own losses are not finite, or says that none is."""
+        bad = torch.zeros(self.parallel.world_size, dtype=torch.int64, device=self.parallel.device)
+        bad[self.parallel.rank] = int(any(not torch.isfinite(loss) for loss in losses))
+        dist.all_reduce(bad)
+        ranks = [str(rank) for rank in bad.nonzero().flatten().tolist()]
+        where = f"rank {', '.join(ranks)}" if ranks else "no single rank: the sum over ranks"
+        return (
+            f"step {step + 1}: {what} is {value} on {where}; the checkpoints are as they were: "
+            "resume from the last one, with a lower optimizer.lr or other data"
+        )
+
+
+def _forward_step(
+    batches: Iterator[tuple[Tensor, Tensor]], chunk: GPTModel, *_: object
+) -> tuple[Tensor, "partial[tuple[Tensor, dict[str, Tensor]]]"]:
+    tokens, labels = next(batches)
+    return language_model_loss(chunk, tokens, labels), partial(_mean_over_tokens)
+
+
+def _mean_over_tokens(token_losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = token_losses.float().mean()
+    return loss, {"loss": loss.detach().clone()}  # the schedule divides `loss` in place
