@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def test_every_order_and_every_sharding_gives_the_same_bits(values: list[float],
     random.shuffle(shuffled)
     cuts = sorted(random.choices(range(len(values) + 1), k=3))
     bounds = [0, *cuts, len(values)]
-    shards = [torch.tensor(shuffled[a:b], dtype=torch.float32) for a, b in zip(bounds, bounds[1:], strict=False)]
+    shards = [torch.tensor(shuffled[a:b], dtype=torch.float32) for a, b in pairwise(bounds)]
     total, gamma = scale_of(shards)
     assert total == whole[0]
     assert gamma.view(torch.int32).item() == whole[1].view(torch.int32).item()
