@@ -25,7 +25,8 @@ class LinearSettings:
         order: "quant_then_mask", or "mask_then_quant": gamma is the mean over survivors; of ternary weights.
         mask_source: "latent" weights, or "quantized" codes (ties everywhere; known to collapse); of ternary weights.
         masked_gradient: "dense" lets pruned weights learn; "masked" is dW * mask.
-        sr_ste_decay: adds decay * (1 - mask) * W to dW (SR-STE, arXiv 2102.04010).
+        sr_ste_decay: adds decay * (1 - mask) * W to dW (SR-STE, arXiv 2102.04010), at every call of backward: who
+            accumulates K micro-batches divides it by K.
         backward: "exact", "int8_dgrad" (dX from int8) or "int8" (dW too); of quantised activations.
         backend: the `sbn_kernels` backend, by name.
     """
