@@ -1,0 +1,96 @@
+"""Files that appear under their final name whole or not at all.
+
+A file is written as `.NAME.partial` in the folder of its final name (so that the rename stays inside one file system),
+flushed to the disk, and renamed. A failure removes the partial files; a killed process leaves them, under names that
+nothing reads, and the next run overwrites them. A lock per output keeps two runs from writing the same partial files.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_sbn.errors import InputError
+
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+def partial_path(path: Path) -> Path:
+    """Where the file that will be called `path` is written: same folder, a hidden name."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file (or a folder: its list of names). Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def staged(paths: Sequence[Path], *, obsolete: Sequence[Path] = ()) -> Iterator[None]:
+    """Rename the partial files of `paths` to their final names, in that order, if the body succeeds; else remove them.
+
+    `obsolete` files are removed before the first rename: those that would be wrong beside a new file of another name
+    (the index of the previous run). Raises InputError where the folder cannot be written or the disk is full.
+    """
+    partials = [partial_path(path) for path in paths]
+    try:
+        yield
+        for partial in partials:
+            flush_to_disk(partial)
+        for path in obsolete:
+            path.unlink(missing_ok=True)
+        for partial, path in zip(partials, paths, strict=True):
+            partial.replace(path)
+        for folder in {path.parent for path in paths}:
+            flush_to_disk(folder)
+    except OSError as error:
+        raise InputError(f"{error.filename or paths[0]}: cannot be written: {error.strerror or error}") from error
+    finally:
+        for partial in partials:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file whole or not at all. Raises InputError where it cannot be written."""
+    with staged([path]):
+        partial_path(path).write_bytes(content)
+
+
+@contextlib.contextmanager
+def exclusive(prefix: Path) -> Iterator[None]:
+    """Hold the lock of the output `prefix`; InputError if another process writes there or the folder cannot be written.
+
+    The kernel drops the lock of a killed process. A file system without locks is told and gone on with.
+    """
+    lock = prefix.with_name(f".{prefix.name}.lock")
+    try:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(f"{prefix.parent}: cannot write the output there: {error.strerror or error}") from error
+    try:
+        _acquire(descriptor, lock, prefix)
+        yield
+        lock.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _acquire(descriptor: int, lock: Path, prefix: Path) -> None:
+    """Take the lock now, or say who keeps it from us."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise InputError(
+                f"{prefix}: another process is writing this output; wait for it or name another"
+            ) from error
+        print(f"{lock}: this file system has no locks; start only one writer of {prefix}", file=sys.stderr)

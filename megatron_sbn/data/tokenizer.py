@@ -1,0 +1,184 @@
+"""Text to token ids and back, exactly: sentencepiece BPE with byte fallback.
+
+Models trained here lose nothing: `decode(encode(text)) == text` for every string that UTF-8 can hold. No Unicode
+normalisation, no added or removed spaces, runs of spaces may become one piece (source code is full of them), every
+digit is its own piece, and a character outside the vocabulary becomes its UTF-8 bytes. Two things need care:
+
+- sentencepiece writes a space as U+2581 and so cannot tell it from a real U+2581; that one is given as its three bytes.
+- a text is encoded in segments of at most 1 Mi characters, cut behind a line end where there is one, which bounds the
+  memory that sentencepiece needs.
+
+A model from elsewhere that normalises, or puts a space in front of the text, is used as it is, on the whole text.
+"""
+
+import heapq
+import io
+import itertools
+import random
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from megatron_sbn.data.staging import write_whole
+from megatron_sbn.errors import InputError
+
+SAMPLE_CHARACTERS = 100_000_000  # what training a tokenizer looks at, at most: about 2 GB of memory
+_SEGMENT = 1 << 20
+_CHUNK = 8192  # characters given to the trainer at once; its word positions are 16 bits
+_SPACE = "\u2581"
+_LOG_FATAL = 3
+
+
+class Tokenizer:
+    """A sentencepiece model. `vocab_size` pieces, `eod` is the id that ends every document (the model's eos).
+
+    Raises InputError for a model file that is missing, is no sentencepiece model, or has no end-of-sentence piece.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        sentencepiece.set_min_log_level(_LOG_FATAL)
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{path}: cannot read the tokenizer model: {error.strerror}") from error
+        self._model = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(content)
+        except RuntimeError as error:
+            raise InputError(
+                f"{path}: not a sentencepiece model; give one made by `sbn prepare --vocab-size`"
+            ) from error
+        self.vocab_size: int = self._model.vocab_size()
+        self.eod: int = self._model.eos_id()
+        if self.eod < 0:
+            raise InputError(
+                f"{path}: the tokenizer has no end-of-sentence piece to end documents with; use one that has"
+            )
+        fallback = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+        in_bytes = all(self._model.is_byte(token) for token in fallback)
+        verbatim = in_bytes and _SPACE not in "".join(self._model.encode("a", out_type=str))
+        self._space_bytes: list[int] | None = fallback if verbatim else None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without an end-of-document token. Raises ValueError for a lone surrogate."""
+        return [token for part in self._encode_parts(text) for token in part]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Token ids of `text` as int32 [tokens]: the same ids in less memory."""
+        parts = [np.array(part, dtype=np.int32) for part in self._encode_parts(text)]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; bytes that are no UTF-8 (a cut character) become U+FFFD.
+
+        Raises ValueError for an id outside 0 <= id < vocab_size.
+        """
+        tokens = [int(token) for token in ids]
+        for token in tokens:
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size} ({self.path})")
+        return str(self._model.decode(tokens))
+
+    def _encode_parts(self, text: str) -> Iterator[list[int]]:
+        if self._space_bytes is None:
+            yield self._model.encode(text)
+            return
+        for segment in _segments(text):
+            pieces = segment.split(_SPACE)
+            yield self._model.encode(pieces[0])
+            for piece in pieces[1:]:
+                yield self._space_bytes
+                yield self._model.encode(piece)
+
+
+def _segments(text: str) -> Iterator[str]:
+    """`text` in order, in parts of at most _SEGMENT characters that end with a line where possible."""
+    start = 0
+    while start < len(text):
+        end = start + _SEGMENT
+        if end < len(text):
+            line_end = text.rfind("\n", start, end)
+            end = line_end + 1 if line_end >= 0 else end
+        yield text[start:end]
+        start = end
+
+
+def train_tokenizer(documents: Iterable[str], output: str | Path, vocab_size: int, *, seed: int = 0) -> Tokenizer:
+    """Train a tokenizer on `documents` and write its model to `output`, whole or not at all.
+
+    Raises what `train_model` does, and InputError where the file cannot be written.
+    """
+    write_whole(Path(output), train_model(documents, vocab_size, seed=seed))
+    return Tokenizer(output)
+
+
+def train_model(documents: Iterable[str], vocab_size: int, *, seed: int = 0) -> bytes:
+    """A serialized sentencepiece BPE model of exactly `vocab_size` pieces, a function of the input and seed.
+
+    Pieces 0 to 2 are unk, bos and eos, the next 256 are the bytes. At most SAMPLE_CHARACTERS characters are looked at:
+    a uniform sample of the documents, by `seed`, where there are more. Raises InputError when there is no text, or when
+    `vocab_size` does not fit it, with the limit that does.
+    """
+    model = io.BytesIO()
+    chunks = _chunks(_sample(documents, SAMPLE_CHARACTERS, seed))
+    first = next(chunks, None)
+    if first is None:
+        raise InputError("empty corpus: there is no text to train a tokenizer on")
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=itertools.chain([first], chunks),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=8 * _CHUNK,
+            num_threads=1,  # the model file records it
+            minloglevel=_LOG_FATAL,
+        )
+    except RuntimeError as error:
+        raise InputError(_size_advice(vocab_size, str(error))) from error
+    return model.getvalue()
+
+
+def _size_advice(vocab_size: int, message: str) -> str:
+    """One line out of sentencepiece's message, with the limit that it names."""
+    most = re.search(r"set it to a value <= (\d+)", message)
+    if most:
+        return f"vocab_size {vocab_size} is too large for this corpus: at most {most[1]}, or give more text"
+    least = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
+    if least:
+        return f"vocab_size {vocab_size} is too small for the characters of this corpus: at least {least[1]}"
+    return f"sentencepiece cannot train vocab_size {vocab_size} on this corpus: {' '.join(message.split())}"
+
+
+def _sample(documents: Iterable[str], limit: int, seed: int) -> list[str]:
+    """All documents, or those with the smallest random keys that fit into `limit` characters, in their order.
+
+    Memory is bounded by `limit` and one document; a longer document counts with its first `limit` characters.
+    """
+    keys = random.Random(seed)
+    heap: list[tuple[float, int, str]] = []
+    characters = 0
+    for number, document in enumerate(documents):
+        heapq.heappush(heap, (-keys.random(), number, document[:limit]))
+        characters += min(len(document), limit)
+        while characters > limit and len(heap) > 1:
+            characters -= len(heapq.heappop(heap)[2])
+    return [document for _, _, document in sorted(heap, key=lambda entry: entry[1])]
+
+
+def _chunks(documents: Iterable[str]) -> Iterator[str]:
+    """What the trainer is given: no NUL (it refuses them), no U+2581 (it would read a space), bounded length."""
+    for document in documents:
+        text = document.replace("\0", "").replace(_SPACE, "")
+        for start in range(0, len(text), _CHUNK):
+            yield text[start : start + _CHUNK]
