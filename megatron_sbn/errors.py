@@ -17,12 +17,14 @@ class SbnError(Exception):
     """A failure that the user can act on; `cli.main` prints its message and exits with `status`."""
 
     status: int = 1
+    on_every_rank: bool = False  # whether all ranks see it, so that one may speak for all
 
 
 class RecipeError(SbnError):
     """A recipe that cannot be trained: unknown key, wrong type, impossible combination."""
 
     status = 2
+    on_every_rank = True
 
 
 class InputError(SbnError):
@@ -35,6 +37,7 @@ class NumericalError(SbnError):
     """NaN or Inf in the loss, the gradients or the weights."""
 
     status = 3
+    on_every_rank = True
 
 
 class CheckpointError(SbnError):

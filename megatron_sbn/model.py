@@ -100,7 +100,8 @@ def build_stages(recipe: Recipe, parallel: ParallelState) -> Stages:
     for logical in parameters:
         _initialize(logical, recipe)
     layers = {name: layer for chunk in chunks for name, layer in _sparse_layers(chunk).items()}
-    state = TernaryState(layers, recipe.linear, parallel.tensor_group)
+    micro_batches = recipe.training.global_batch_size // (recipe.training.micro_batch_size * parallel.data_size)
+    state = TernaryState(layers, recipe.linear, parallel.tensor_group, micro_batches)
     return Stages(chunks.to(parallel.device), config, state, parameters)
 
 

@@ -19,7 +19,7 @@ class _Silu(torch.autograd.Function):
         return torch.div(x32, torch.exp(-x32).add_(1)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> torch.Tensor:
         (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
         x32 = x.float()
         s = torch.exp(-x32).add_(1).reciprocal_()
@@ -28,4 +28,4 @@ class _Silu(torch.autograd.Function):
 
 def silu(x: torch.Tensor) -> torch.Tensor:
     """SiLU of every element, in fp32, returned in x's dtype."""
-    return _Silu.apply(x)  # type: ignore[no-any-return,no-untyped-call]
+    return _Silu.apply(x)

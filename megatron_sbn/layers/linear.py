@@ -3,10 +3,10 @@
 The arithmetic is functional.py's; what differs between one device and a shard is who talks to whom, and that is a
 `TokenLayout`:
 
-| | forward | backward |
-|---|---|---|
-| column-parallel (rows of W cut) | with sequence parallelism, X_q and s_x are all-gathered as int8 and fp32 | dX is summed (reduce-scattered) |
-| row-parallel (columns of W cut) | MAX of the tokens' magnitudes, exact SUM of the accumulators | dY is gathered |
+    column-parallel (rows of W cut)      forward: X_q and s_x all-gathered as int8 and fp32 (sequence parallelism)
+                                         backward: dX summed, or reduce-scattered over the tokens
+    row-parallel (columns of W cut)      forward: MAX of the tokens' magnitudes, exact SUM of the accumulators
+                                         backward: dY all-gathered (sequence parallelism)
 
 gamma, masks and codes are not made here: `TernaryState` makes those of all layers once per optimizer step and leaves
 them in `prepared`.
@@ -115,9 +115,9 @@ class SparseBitLinear(nn.Module):
     def _allocate(self, weight_shape: tuple[int, int], bias_size: int | None) -> None:
         device = torch.get_default_device() if not torch.cuda.is_available() else torch.cuda.current_device()
         make = {"dtype": self.config.params_dtype, "device": device}
-        self.weight = nn.Parameter(torch.zeros(weight_shape, **make))  # type: ignore[arg-type]
+        self.weight = nn.Parameter(torch.zeros(weight_shape, **make))
         if bias_size is not None:
-            self.bias = nn.Parameter(torch.zeros(bias_size, **make))  # type: ignore[arg-type]
+            self.bias = nn.Parameter(torch.zeros(bias_size, **make))
 
     @property
     def part_rows(self) -> tuple[tuple[tuple[int, int], ...], ...]:
@@ -129,9 +129,9 @@ class SparseBitLinear(nn.Module):
         shards = {"weight": self.weight_shard}
         return shards | {"bias": self.bias_shard} if self.bias_shard is not None else shards
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "SparseBitLinear":  # type: ignore[override]
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "SparseBitLinear":
         self.prepared = NOT_PREPARED  # moved or converted weights need new codes
-        return super()._apply(fn, recurse)  # type: ignore[return-value]
+        return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor, weight: Tensor | None = None, **_: object) -> tuple[Tensor, Tensor | None]:
         """[tokens, batch, in] -> ([tokens, batch, out], bias where the caller adds it, else None)."""
@@ -201,7 +201,7 @@ class QkvLinear(ColumnParallelLinear):
 
 
 class GatedLinear(ColumnParallelLinear):
-    """Fused gate and up projection of a gated MLP; a rank holds [gate rows; up rows]. Two parts, each with its gamma."""
+    """Fused gate and up projection of a gated MLP; a rank holds [gate rows; up rows]. Two parts, two gammas."""
 
     def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(input_size, output_size, **kwargs)

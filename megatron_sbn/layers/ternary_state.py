@@ -20,8 +20,11 @@ from megatron_sbn.functional import LinearSettings, PreparedWeight
 from megatron_sbn.layers.linear import NOT_PREPARED, SparseBitLinear
 
 
-def settings_at(linear: Linear, step: int) -> LinearSettings:
-    """The arithmetic in force at an optimizer step: the recipe's, changed by every phase begun by then."""
+def settings_at(linear: Linear, step: int, micro_batches: int = 1) -> LinearSettings:
+    """The arithmetic in force at an optimizer step: the recipe's, changed by every phase begun by then.
+
+    SR-STE's decay is added in every backward pass, so each of a step's `micro_batches` gets its share.
+    """
     values = linear.model_dump(exclude={"mask_interval", "mask_freeze_step", "phases"})
     for phase in linear.phases:
         if phase.step <= step:
@@ -31,6 +34,7 @@ def settings_at(linear: Linear, step: int) -> LinearSettings:
         values |= {"order": "quant_then_mask", "mask_source": "latent", "backward": "exact"}
     elif values["activation_bits"] is None:
         values["backward"] = "exact"
+    values["sr_ste_decay"] = linear.sr_ste_decay / micro_batches
     return LinearSettings(**values)
 
 
@@ -61,19 +65,23 @@ class TernaryState:
         layers: Sparse-BitNet linears by global name, in an order that all ranks of `group` share.
         linear: the recipe's section.
         group: the tensor-parallel group.
+        micro_batches: backward passes of this rank in one optimizer step.
     """
 
-    def __init__(self, layers: Mapping[str, SparseBitLinear], linear: Linear, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, layers: Mapping[str, SparseBitLinear], linear: Linear, group: dist.ProcessGroup, micro_batches: int = 1
+    ) -> None:
         self.layers = dict(layers)
         self.linear = linear
         self.group = group
+        self.micro_batches = micro_batches
         self.preparations = 0
         self._masks: dict[str, Tensor] = {}
         self._mask_sparsity: tuple[int, int] | None = None
 
     def prepare(self, step: int) -> None:
         """Makes gamma, mask and codes of every layer for optimizer step `step`. Raises NumericalError on NaN or Inf."""
-        settings = settings_at(self.linear, step)
+        settings = settings_at(self.linear, step, self.micro_batches)
         for layer in self.layers.values():
             # 4 bits are for the inputs of QKV and FC1 only.
             wide = settings.activation_bits == 4 and not layer.narrow_input
@@ -133,9 +141,7 @@ class TernaryState:
         if gamma is None:
             kept = mask if mask is not None else sbn_kernels.nm_mask(weight, n, m)
             return PreparedWeight(codes=None, gamma_per_row=None, mask=kept)
-        codes, kept = sbn_kernels.codes_from_gamma(
-            weight, gamma, n, m, mask_source=settings.mask_source, mask=mask
-        )
+        codes, kept = sbn_kernels.codes_from_gamma(weight, gamma, n, m, mask_source=settings.mask_source, mask=mask)
         return PreparedWeight(codes=codes, gamma_per_row=gamma, mask=kept if needs_mask else None)
 
     def _gammas(self, settings: LinearSettings, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -154,7 +160,9 @@ class TernaryState:
         units = sbn_kernels.unit_exponent(maxima, count)
         totals = torch.stack(
             [
-                sbn_kernels.fixed_point_sum(piece, unit, self._survivors(part, piece, masks, n, m) if survivors else None)
+                sbn_kernels.fixed_point_sum(
+                    piece, unit, self._survivors(part, piece, masks, n, m) if survivors else None
+                )
                 for part, piece, unit in zip(parts, pieces, units, strict=True)
             ]
         )

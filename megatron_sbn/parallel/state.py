@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as megatron_state
 from megatron.core import tensor_parallel
 
+from megatron_sbn import environment
 from megatron_sbn.config import Recipe
 from megatron_sbn.errors import RecipeError
 
@@ -53,30 +54,9 @@ class ParallelState:
         )
 
 
-def world_size_from_environment() -> int:
-    """Ranks that the launcher started: torchrun's WORLD_SIZE, else srun's SLURM_NTASKS in a step, else 1."""
-    if "WORLD_SIZE" in os.environ:
-        return _environment_int("WORLD_SIZE")
-    return _environment_int("SLURM_NTASKS") if "SLURM_STEP_ID" in os.environ else 1
-
-
-def rank_from_environment() -> int:
-    """This process's global rank, from torchrun's RANK, else srun's SLURM_PROCID, else 0."""
-    if "RANK" in os.environ:
-        return _environment_int("RANK")
-    return _environment_int("SLURM_PROCID") if "SLURM_STEP_ID" in os.environ else 0
-
-
-def _environment_int(name: str) -> int:
-    try:
-        return int(os.environ.get(name, "0"))
-    except ValueError:
-        raise RecipeError(f"environment variable {name} = {os.environ[name]!r} is not a number; unset it") from None
-
-
 def initialize(recipe: Recipe) -> ParallelState:
     """Joins the process group and cuts it as the recipe says. The world size must have been checked already."""
-    rank, world_size = rank_from_environment(), world_size_from_environment()
+    rank, world_size = environment.rank(), environment.world_size()
     device = _local_device()
     if not dist.is_initialized():
         _join(rank, world_size, device)
@@ -113,8 +93,8 @@ def finalize() -> None:
 
 def _local_device() -> torch.device:
     # DeepSpeed reads LOCAL_RANK too, and refuses to start without it.
-    os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-    local_rank = _environment_int("LOCAL_RANK")
+    local_rank = environment.local_rank()
+    os.environ["LOCAL_RANK"] = str(local_rank)
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)

@@ -114,9 +114,7 @@ class ZeroOptimizer:
         for group in self._zero.optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
-        self.engine.micro_steps += self.engine.gradient_accumulation_steps() - 1
         self.engine.step()
-        self.engine.micro_steps += 1
         norm = float(self.engine.get_global_grad_norm())
         return norm if math.isfinite(norm) and norm >= 0 else math.inf
 
@@ -156,10 +154,10 @@ def decay_groups(chunks: nn.ModuleList, weight_decay: float) -> list[dict[str, o
 
 
 def _engine_config(recipe: Recipe, parallel: ParallelState) -> dict[str, object]:
-    training = recipe.training
     return {
-        "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "gradient_accumulation_steps": training.global_batch_size // (training.micro_batch_size * parallel.data_size),
+        # DeepSpeed sees one accumulated batch a step: Megatron-Core's schedule owns the micro-batches.
+        "train_micro_batch_size_per_gpu": recipe.training.global_batch_size // parallel.data_size,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": recipe.optimizer.clip_grad,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -70,15 +70,13 @@ class Trainer:
         self.stages.state.prepare(step + 1)
         return StepResult(loss, norm, lr, decay)
 
-    def evaluate(self, samples: np.ndarray) -> Tensor:
-        """Sum of this replica's token losses over samples [n, tokens + 1], fp64 scalar, equal within the replica."""
+    def evaluate(self, samples: np.ndarray) -> float:
+        """Mean token loss over all replicas' samples; this one's are int64 [n, tokens + 1], n equal on every rank."""
         self.stages.chunks.eval()
         with torch.no_grad():
             losses = self._run(samples, forward_only=True)
         self.stages.chunks.train()
-        total = self._on_device(sum(float(loss) for loss in losses) * samples[:, 1:].size / max(1, len(losses)))
-        dist.all_reduce(total, group=self.parallel.pipeline_group)
-        return total
+        return self._mean_loss(losses)
 
     def _run(self, samples: np.ndarray, forward_only: bool) -> list[Tensor]:
         """Losses of the micro-batches, fp32 scalars, on the last stage; empty on the others."""

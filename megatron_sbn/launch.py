@@ -1,0 +1,92 @@
+"""Starts the ranks of a single-node run: what `torchrun --nproc-per-node N` does, with exit statuses kept.
+
+torchrun answers 1 whatever a rank's status was; `sbn train` passes on the first failing rank's own (errors.py), so that
+a script can tell a bad recipe from a numerical failure. Imports no torch, so the ranks start at once.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+GRACE_SECONDS = 15.0
+_POLL_SECONDS = 0.1
+
+
+def launch(arguments: list[str], ranks: int) -> int:
+    """Runs `python -m megatron_sbn.train ARGUMENTS` on `ranks` local ranks; returns the first failing rank's status.
+
+    When one rank fails the others are asked to end (SIGTERM), then killed. SIGINT and SIGTERM are passed on.
+    """
+    processes = [_start(arguments, rank, ranks, port) for port in [_free_port()] for rank in range(ranks)]
+    with _forward_signals(processes):
+        try:
+            return _wait(processes)
+        finally:
+            _end(processes)
+
+
+def _start(arguments: list[str], rank: int, ranks: int, port: int) -> "subprocess.Popen[bytes]":
+    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    environment = {"OMP_NUM_THREADS": threads} | os.environ
+    environment |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    return subprocess.Popen([sys.executable, "-m", "megatron_sbn.train", *arguments], env=environment)
+
+
+def _wait(processes: "list[subprocess.Popen[bytes]]") -> int:
+    while True:
+        statuses = [process.poll() for process in processes]
+        failed = [status for status in statuses if status]
+        if failed:
+            # A status above 0 is a rank's own; below 0 it was killed by that signal.
+            return next((status for status in failed if status > 0), 128 - failed[0])
+        if all(status == 0 for status in statuses):
+            return 0
+        time.sleep(_POLL_SECONDS)
+
+
+def _end(processes: "list[subprocess.Popen[bytes]]") -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
+def _forward_signals(processes: "list[subprocess.Popen[bytes]]") -> Iterator[None]:
+    def forward(number: int, _frame: FrameType | None) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port

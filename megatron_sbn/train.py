@@ -1,0 +1,53 @@
+"""Entry of every rank: `torchrun --nproc-per-node N -m megatron_sbn.train RECIPE [section.key=value ...]`.
+
+The recipe is checked, against the number of ranks too, before torch is imported: a bad one costs nothing and is
+told in one line. The loop itself is training/loop.py.
+"""
+
+import os
+import sys
+
+from megatron_sbn import environment
+from megatron_sbn.config import Recipe, load_recipe
+from megatron_sbn.errors import RecipeError, SbnError
+from megatron_sbn.feasibility import check_world
+
+USAGE = "usage: torchrun --nproc-per-node N -m megatron_sbn.train RECIPE [section.key=value ...]"
+
+
+def main(arguments: list[str]) -> int:
+    """Trains on this rank; returns the exit status of errors.py."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else RecipeError.status
+    try:
+        recipe = load_recipe(arguments[0], arguments[1:])
+        check_world(recipe, environment.world_size())
+        return _train(recipe)
+    except SbnError as error:
+        _report(error)
+        return error.status
+
+
+def _train(recipe: Recipe) -> int:
+    # Importing the engines takes seconds: after the checks.
+    from megatron_sbn.training.loop import run
+
+    run(recipe)
+    return 0
+
+
+def _report(error: SbnError) -> None:
+    """One line; what is the same on every rank is said by rank 0 alone."""
+    if error.on_every_rank and environment.rank() != 0:
+        return
+    where = "" if error.on_every_rank or environment.world_size() == 1 else f"rank {environment.rank()}: "
+    print(f"sbn: {where}{error}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of the communication backends may outlive a failed collective: leave without waiting for them.
+    os._exit(status)

@@ -1,0 +1,176 @@
+"""Checkpoints that resume a run bit for bit at the layout that they were saved at.
+
+    checkpoints/step-00000100/   state.json              step, layout, what the files are
+                                 weights-t0-p0.safetensors    parameters and masks of one tensor and pipeline rank
+                                 optimizer-00000.safetensors  fp32 masters and Adam moments of one rank
+    checkpoints/latest           text: the name of the newest whole one
+
+A checkpoint is written under a temporary name and renamed when every rank has finished, then `latest` is replaced: a
+killed run leaves the one before it in force. Tensors are safetensors, the rest is JSON: opening one executes nothing.
+gamma and codes are derived from the weights and never saved.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_sbn.errors import CheckpointError
+from megatron_sbn.parallel.state import ParallelState
+
+LATEST = "latest"
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What must be equal between saving and resuming."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    virtual_pipeline: int
+    zero_stage: int
+
+    def describe(self) -> str:
+        """As recipe keys."""
+        return (
+            f"parallel.tensor={self.tensor} parallel.pipeline={self.pipeline} "
+            f"parallel.virtual_pipeline={self.virtual_pipeline} parallel.zero_stage={self.zero_stage} "
+            f"on {self.tensor * self.pipeline * self.data} ranks"
+        )
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """This rank's tensors: `weights` are equal on all data-parallel replicas, `optimizer` is this rank's own."""
+
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint that `latest` names; None where there is none. Raises CheckpointError if it is not there."""
+    pointer = folder / LATEST
+    try:
+        name = pointer.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{pointer}: cannot be read: {error}") from None
+    path = folder / name
+    if Path(name).name != name or not (path / "state.json").is_file():
+        raise CheckpointError(f"{pointer}: names {name!r}, which is no whole checkpoint; name another one in it")
+    return path
+
+
+def save(folder: Path, step: int, layout: Layout, snapshot: Snapshot, parallel: ParallelState, keep: int) -> Path:
+    """Writes checkpoints/step-N and makes it the latest, on all ranks together; keeps the newest `keep`.
+
+    Raises CheckpointError on every rank when one of them cannot write; the older checkpoints stay as they were.
+    """
+    final = folder / f"step-{step:08d}"
+    partial = folder / f".{final.name}{_PARTIAL}"
+    _together(parallel, final, lambda: _make_empty(partial) if parallel.rank == 0 else None)
+    _together(parallel, final, lambda: _write_tensors(partial, snapshot, parallel))
+    _together(parallel, final, lambda: _finish(partial, final, step, layout, keep) if parallel.rank == 0 else None)
+    return final
+
+
+def load(path: Path, layout: Layout, parallel: ParallelState) -> tuple[int, Snapshot]:
+    """(step, this rank's tensors) of a checkpoint. Raises CheckpointError for another layout or a damaged file."""
+    state_file = path / "state.json"
+    try:
+        state = json.loads(state_file.read_text(encoding="utf-8"))
+        step, saved = int(state["step"]), Layout(**state["layout"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{state_file}: cannot be read: {error}; resume from an older checkpoint") from None
+    if saved != layout:
+        raise CheckpointError(
+            f"{path}: was saved at {saved.describe()} and this run has {layout.describe()}; resume at the saved layout"
+        )
+    weights = _read_tensors(path / _weights_name(parallel))
+    return step, Snapshot(weights, _read_tensors(path / _optimizer_name(parallel)))
+
+
+def _weights_name(parallel: ParallelState) -> str:
+    return f"weights-t{parallel.tensor_rank}-p{parallel.pipeline_rank}.safetensors"
+
+
+def _optimizer_name(parallel: ParallelState) -> str:
+    return f"optimizer-{parallel.rank:05d}.safetensors"
+
+
+def _together(parallel: ParallelState, path: Path, action: Callable[[], None]) -> None:
+    """Runs a step of saving on every rank; if it fails on one, all of them raise."""
+    problem = ""
+    try:
+        action()
+    except (OSError, SafetensorError) as error:
+        problem = str(error)
+    failed = torch.tensor(int(bool(problem)), device=parallel.device)
+    dist.all_reduce(failed)
+    if failed:
+        shutil.rmtree(path.with_name(f".{path.name}{_PARTIAL}"), ignore_errors=True)
+        reason = problem or "another rank failed, see its message"
+        raise CheckpointError(f"{path}: cannot be saved on rank {parallel.rank}: {reason}; older checkpoints are whole")
+
+
+def _make_empty(partial: Path) -> None:
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    for stale in partial.parent.glob(f".step-*{_PARTIAL}"):
+        shutil.rmtree(stale)
+    partial.mkdir()
+
+
+def _write_tensors(partial: Path, snapshot: Snapshot, parallel: ParallelState) -> None:
+    if parallel.data_rank == 0:
+        _write_file(partial / _weights_name(parallel), snapshot.weights)
+    _write_file(partial / _optimizer_name(parallel), snapshot.optimizer)
+
+
+def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    _fsync(path)
+
+
+def _finish(partial: Path, final: Path, step: int, layout: Layout, keep: int) -> None:
+    state = {"step": step, "layout": asdict(layout)}
+    (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    _fsync(partial / "state.json")
+    _fsync(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    pointer = final.parent / LATEST
+    fresh = pointer.with_name(f".{LATEST}{_PARTIAL}")
+    fresh.write_text(final.name + "\n", encoding="utf-8")
+    _fsync(fresh)
+    fresh.replace(pointer)
+    _fsync(final.parent)
+    for old in sorted(final.parent.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}; resume from an older checkpoint") from None
+    return tensors
