@@ -82,15 +82,6 @@ def test_split_is_by_document_and_content(inputs, tmp_path, documents, tokenizer
     assert sorted(_tokens(tmp_path / "back-validation")) == sorted(held_out)
 
 
-def test_split_converges_and_depends_on_seed():
-    texts = [f"document {number}" for number in range(20_000)]
-    sides = {seed: [is_held_out(text, 0.05, seed) for text in texts] for seed in (0, 1)}
-    for chosen in sides.values():
-        assert abs(sum(chosen) - 1000) < 4 * np.sqrt(20_000 * 0.05 * 0.95)
-    assert abs(sum(a and b for a, b in zip(sides[0], sides[1], strict=True)) - 50) < 30
-    assert not any(is_held_out(text, 0.0, 0) for text in texts)
-
-
 def test_workers_do_not_show(inputs, tmp_path):
     options = PrepareOptions(inputs, tmp_path / "one" / "c", vocab_size=330, validation_fraction=0.2)
     reports = [
