@@ -77,20 +77,24 @@ def exclusive(prefix: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{prefix.parent}: cannot write the output there: {error.strerror or error}") from error
     try:
-        _acquire(descriptor, lock, prefix)
-        yield
-        lock.unlink(missing_ok=True)
+        if not _acquired(descriptor, lock):
+            raise InputError(f"{prefix}: another process is writing this output; wait for it or name another")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 
 
-def _acquire(descriptor: int, lock: Path, prefix: Path) -> None:
-    """Take the lock now, or say who keeps it from us."""
+def _acquired(descriptor: int, lock: Path) -> bool:
+    """Take the lock now, if it is free; one whose file is gone was another's until a moment ago."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     except OSError as error:
         if error.errno not in _NO_LOCKS:
-            raise InputError(
-                f"{prefix}: another process is writing this output; wait for it or name another"
-            ) from error
-        print(f"{lock}: this file system has no locks; start only one writer of {prefix}", file=sys.stderr)
+            raise InputError(f"{lock}: cannot be locked: {error.strerror}") from error
+        print(f"{lock}: this file system has no locks; start one writer of this output only", file=sys.stderr)
+    return os.fstat(descriptor).st_nlink > 0

@@ -129,17 +129,17 @@ def test_nothing_to_train_on(documents):
 
 
 def test_bad_model_files(tmp_path):
-    with pytest.raises(InputError, match="none.model: cannot read the tokenizer model: No such file"):
+    with pytest.raises(InputError, match=r"none.model: cannot read the tokenizer model: No such file"):
         Tokenizer(tmp_path / "none.model")
     for content in (b"", b"no model at all"):
         (tmp_path / "bad.model").write_bytes(content)
-        with pytest.raises(InputError, match="bad.model: not a sentencepiece model"):
+        with pytest.raises(InputError, match=r"bad.model: not a sentencepiece model"):
             Tokenizer(tmp_path / "bad.model")
 
 
 def test_cut_model_file(tokenizer, tmp_path):
     (tmp_path / "cut.model").write_bytes(tokenizer.path.read_bytes()[:-500])
-    with pytest.raises(InputError, match="cut.model: not a sentencepiece model"):
+    with pytest.raises(InputError, match=r"cut.model: not a sentencepiece model"):
         Tokenizer(tmp_path / "cut.model")
 
 

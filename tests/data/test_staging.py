@@ -1,0 +1,91 @@
+"""Files appear whole and in order, or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sbn.data.staging import exclusive, partial_path, staged, write_whole
+from megatron_sbn.errors import InputError
+
+
+def _names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_names_come_at_the_end(tmp_path):
+    paths = [tmp_path / "b", tmp_path / "a"]
+    with staged(paths):
+        for path in paths:
+            partial_path(path).write_text(path.name)
+        assert _names(tmp_path) == [".a.partial", ".b.partial"]
+    assert _names(tmp_path) == ["a", "b"]
+    assert [path.read_text() for path in paths] == ["b", "a"]
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, ValueError, InputError])
+def test_failure_leaves_what_was_there(tmp_path, failure):
+    paths = [tmp_path / "a", tmp_path / "b", tmp_path / "never"]
+    paths[0].write_text("old")
+    (tmp_path / "manifest").write_text("old")
+
+    def fail():
+        with staged(paths, obsolete=[tmp_path / "manifest"]):
+            partial_path(paths[0]).write_text("new")
+            partial_path(paths[1]).write_text("new")
+            raise failure
+
+    with pytest.raises(failure):
+        fail()
+    assert _names(tmp_path) == ["a", "manifest"]
+    assert paths[0].read_text() == "old"
+
+
+def test_cut_between_two_names_takes_the_obsolete_away(tmp_path, monkeypatch):
+    """What could vouch for a mixture of two runs is gone before the first file changes its name."""
+    paths = [tmp_path / "a.bin", tmp_path / "a.idx"]
+    for path in (*paths, tmp_path / "a.json"):
+        path.write_text("old")
+    rename = Path.replace
+
+    def once(self, target):
+        if target == paths[1]:
+            raise OSError(5, "Input/output error", str(target))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", once)
+
+    def fail():
+        with staged(paths, obsolete=[paths[1], tmp_path / "a.json"]):
+            for path in paths:
+                partial_path(path).write_text("new")
+
+    with pytest.raises(InputError, match=r"a.idx: cannot be written: Input/output error"):
+        fail()
+    assert _names(tmp_path) == ["a.bin"]
+
+
+def test_a_partial_file_that_was_not_written(tmp_path):
+    with pytest.raises(InputError, match=r"\.a\.partial: cannot be written: No such file"), staged([tmp_path / "a"]):
+        pass
+    assert _names(tmp_path) == []
+
+
+def test_write_whole(tmp_path):
+    write_whole(tmp_path / "a", b"one")
+    write_whole(tmp_path / "a", b"two")
+    assert (tmp_path / "a").read_bytes() == b"two"
+    assert _names(tmp_path) == ["a"]
+    with pytest.raises(InputError, match=r"none.*cannot be written: No such file"):
+        write_whole(tmp_path / "none" / "a", b"one")
+
+
+def test_one_writer_at_a_time(tmp_path):
+    prefix = tmp_path / "new" / "folder" / "c"
+    with exclusive(prefix):
+        with pytest.raises(InputError, match=r"folder/c: another process is writing this output"), exclusive(prefix):
+            pass
+        with exclusive(prefix.with_name("other")):
+            pass
+    assert _names(prefix.parent) == []
+    with exclusive(prefix):
+        pass
