@@ -223,11 +223,23 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     tracking: Tracking = Tracking()
 
-    def to_yaml(self) -> str:
-        """The resolved recipe, readable by `load_recipe` again."""
+    def plain(self) -> dict[str, Any]:
+        """Sections as dictionaries, in the words that people write."""
         resolved = self.model_dump(mode="json")
         resolved["linear"] = _plain_linear(resolved["linear"])
-        return yaml.safe_dump(resolved, sort_keys=False)
+        return resolved
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, readable by `load_recipe` again."""
+        return yaml.safe_dump(self.plain(), sort_keys=False)
+
+    def flat(self) -> dict[str, str]:
+        """Every dotted key and its value as text."""
+        flat = {}
+        for section, value in self.plain().items():
+            items = value.items() if isinstance(value, dict) else [("", value)]
+            flat |= {f"{section}.{key}".rstrip("."): str(item) for key, item in items}
+        return flat
 
 
 def _plain_linear(linear: dict[str, Any]) -> dict[str, Any]:

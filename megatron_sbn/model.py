@@ -33,6 +33,11 @@ class LogicalParameter:
     parameter: nn.Parameter
     shard: LogicalShard
 
+    @property
+    def counts(self) -> bool:
+        """False for the last stage's replica of a tied embedding."""
+        return not vars(self.parameter).get("ds_pipe_replicated", False)
+
 
 @dataclass(frozen=True)
 class Stages:

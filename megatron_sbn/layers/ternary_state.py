@@ -105,15 +105,12 @@ class TernaryState:
         """Packed masks by layer name, when they are not a function of the current weights; else empty."""
         return {name: sbn_kernels.pack_mask(mask) for name, mask in self._masks.items()}
 
-    def load_mask_state(self, state: Mapping[str, Tensor], sparsity: tuple[int, int]) -> None:
-        """Takes back what `mask_state` gave under N:M = `sparsity`."""
-        self._masks = {
-            name: sbn_kernels.unpack_mask(state[name], self.layers[name].weight.shape[1]).to(
-                self.layers[name].weight.device
-            )
-            for name in state
-        }
-        self._mask_sparsity = sparsity if state else None
+    def load_mask_state(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Takes back what `mask_state` gave after `step` steps."""
+        for name, packed in state.items():
+            weight = self.layers[name].weight
+            self._masks[name] = sbn_kernels.unpack_mask(packed, weight.shape[1]).to(weight.device)
+        self._mask_sparsity = settings_at(self.linear, step).sparsity if state else None
 
     @property
     def _outlives_step(self) -> bool:

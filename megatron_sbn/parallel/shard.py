@@ -6,6 +6,7 @@ for the logical tensor from the seed and its global name alone, so every layout 
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,11 @@ class LogicalShard:
     shape: tuple[int, ...]
     rows: tuple[tuple[int, int], ...]
     columns: tuple[int, int] | None = None
+
+    @property
+    def numel(self) -> int:
+        """Elements of the logical tensor."""
+        return math.prod(self.shape)
 
     def take(self, full: Tensor) -> Tensor:
         """The stored local tensor, cut from the logical one."""

@@ -101,6 +101,21 @@ def load(path: Path, layout: Layout, parallel: ParallelState) -> tuple[int, Snap
     return step, Snapshot(weights, _read_tensors(path / _optimizer_name(parallel)))
 
 
+def restore(target: Tensor, tensors: Mapping[str, Tensor], name: str, path: Path) -> None:
+    """Copies the saved tensor `name` into `target`. Raises CheckpointError if it is missing or of another shape."""
+    saved = tensors.get(name)
+    if saved is None or saved.shape != target.shape:
+        found = "no tensor" if saved is None else f"shape {list(saved.shape)}"
+        raise CheckpointError(f"{path}: {name} has {found}, this recipe needs {list(target.shape)}; use its own recipe")
+    with torch.no_grad():
+        target.copy_(saved)
+
+
+def section(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def _weights_name(parallel: ParallelState) -> str:
     return f"weights-t{parallel.tensor_rank}-p{parallel.pipeline_rank}.safetensors"
 

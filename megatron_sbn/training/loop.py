@@ -1,0 +1,210 @@
+"""The training loop: step, validation, telemetry, checkpoint, in this order, until `training.steps`.
+
+Steps are counted by what is done: step 1 is the first update, and checkpoint step-00000100 holds the state after the
+100th. The batch of a step depends on the seed and the step alone, so a resumed run sees what it would have seen.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_sbn.config import Recipe
+from megatron_sbn.data.dataset import batch, build_dataset
+from megatron_sbn.experiments.flops import model_flops_per_token
+from megatron_sbn.experiments.metrics import MetricsFile
+from megatron_sbn.experiments.telemetry import Telemetry
+from megatron_sbn.experiments.tracking import Tracker, default_uri, describe_environment
+from megatron_sbn.model import build_stages
+from megatron_sbn.parallel import state as parallel_state
+from megatron_sbn.parallel.cpu import without_cuda
+from megatron_sbn.parallel.state import ParallelState
+from megatron_sbn.training import checkpoint
+from megatron_sbn.training.console import Console
+from megatron_sbn.training.evaluate import Evaluator
+from megatron_sbn.training.run_folder import RunFolder, open_run_folder
+from megatron_sbn.training.step import StepResult, Trainer
+
+
+def run(recipe: Recipe) -> Path:
+    """Trains a recipe on this rank, from its start or its last checkpoint; returns the run folder."""
+    with without_cuda():
+        parallel = parallel_state.initialize(recipe)
+        loop = Loop(recipe, parallel)
+        loop.run()
+        parallel_state.finalize()
+    return loop.folder.path
+
+
+class Loop:
+    """One run on one rank."""
+
+    def __init__(self, recipe: Recipe, parallel: ParallelState) -> None:
+        self.recipe = recipe
+        self.parallel = parallel
+        shards = [(shard.path, shard.weight) for shard in recipe.data.train]
+        self.dataset = build_dataset(shards, recipe.model.seq_length, recipe.training.seed)
+        self.evaluator = Evaluator(recipe, parallel) if recipe.data.validation is not None else None
+        self.folder = open_run_folder(recipe, parallel)
+        stages = build_stages(recipe, parallel)
+        self.trainer = Trainer(recipe, parallel, stages)
+        self.telemetry = Telemetry(stages.state, parallel)
+        self.first = self._resume() if self.folder.resume_from else 0
+        stages.state.prepare(self.first)
+        self.metrics = MetricsFile(self.folder.metrics) if parallel.rank == 0 else None
+        if self.metrics is not None:
+            self.metrics.truncate_after(self.first)
+
+    @property
+    def layout(self) -> checkpoint.Layout:
+        """What a checkpoint can be resumed at."""
+        parallel = self.recipe.parallel
+        return checkpoint.Layout(
+            tensor=parallel.tensor,
+            pipeline=parallel.pipeline,
+            data=self.parallel.data_size,
+            virtual_pipeline=parallel.virtual_pipeline or 1,
+            zero_stage=parallel.zero_stage,
+        )
+
+    def run(self) -> None:
+        """All steps that are left."""
+        training = self.recipe.training
+        console = Console(self.folder.log, self.first, training.steps, self.parallel.rank == 0)
+        console.say(self._introduction())
+        with self._tracked():
+            if self.first == 0:
+                self._measure(console, 0)
+            for step in range(self.first, training.steps):
+                result, seconds = self._step(step)
+                self._after_step(console, step + 1, result, seconds)
+        console.say(f"done: {training.steps} steps; run folder {self.folder.path}")
+        console.close()
+
+    def _step(self, step: int) -> tuple[StepResult, float]:
+        began = time.perf_counter()
+        recipe = self.recipe
+        samples = batch(
+            self.dataset,
+            step,
+            recipe.training.global_batch_size,
+            self.trainer.rows(),
+            vocab_size=recipe.model.vocab_size,
+        )
+        result = self.trainer.step(step, samples)
+        if self.parallel.device.type == "cuda":
+            torch.cuda.synchronize()
+        return result, time.perf_counter() - began
+
+    def _after_step(self, console: Console, done: int, result: StepResult, seconds: float) -> None:
+        training, last = self.recipe.training, done == self.recipe.training.steps
+        tokens_per_second = training.global_batch_size * self.recipe.model.seq_length / seconds
+        told = done % training.log_interval == 0 or last
+        console.step(done, result, tokens_per_second, told)
+        if told:
+            dense, sparse = model_flops_per_token(self.recipe)
+            values = {
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "lr": result.lr,
+                "weight_decay": result.weight_decay,
+                "tokens_per_second": tokens_per_second,
+                "model_flops_per_second_dense": dense * tokens_per_second,
+                "model_flops_per_second_sparse": sparse * tokens_per_second,
+            }
+            self._record(done, values)
+        if self.evaluator and training.validation_interval and (done % training.validation_interval == 0 or last):
+            values = self.evaluator.run(self.trainer)
+            self._record(done, values)
+            console.say(f"step {done}: validation perplexity {values['validation_perplexity']:.3f}")
+        if training.telemetry_interval and (done % training.telemetry_interval == 0 or last):
+            self._measure(console, done)
+        if self.recipe.checkpoint.interval and (done % self.recipe.checkpoint.interval == 0 or last):
+            path = self._save(done)
+            console.say(f"step {done}: saved {path}")
+
+    def _measure(self, console: Console, done: int) -> None:
+        if not self.recipe.training.telemetry_interval:
+            return
+        values = self.telemetry.measure(done)
+        self._record(done, values)
+        console.say(f"step {done}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+
+    def _record(self, done: int, values: dict[str, float]) -> None:
+        if self.metrics is not None:
+            self.metrics.append(done, values)
+
+    def _save(self, done: int) -> Path:
+        stages = self.trainer.stages
+        weights = {logical.name: logical.parameter.data for logical in stages.parameters}
+        weights |= {f"masks.{name}": mask for name, mask in stages.state.mask_state().items()}
+        weights |= {f"telemetry.{name}": tensor for name, tensor in self.telemetry.state_tensors().items()}
+        snapshot = checkpoint.Snapshot(weights, self.trainer.zero.state_tensors())
+        return checkpoint.save(
+            self.folder.checkpoints, done, self.layout, snapshot, self.parallel, self.recipe.checkpoint.keep
+        )
+
+    def _resume(self) -> int:
+        """Takes weights, optimizer, masks and telemetry from the checkpoint; returns the steps that were done."""
+        assert self.folder.resume_from is not None
+        step, snapshot = checkpoint.load(self.folder.resume_from, self.layout, self.parallel)
+        stages = self.trainer.stages
+        for logical in stages.parameters:
+            checkpoint.restore(logical.parameter.data, snapshot.weights, logical.name, self.folder.resume_from)
+        self.trainer.zero.load_state_tensors(snapshot.optimizer)
+        stages.state.load_mask_state(checkpoint.section(snapshot.weights, "masks."), step)
+        self.telemetry.load_state_tensors(checkpoint.section(snapshot.weights, "telemetry."))
+        return step
+
+    def _introduction(self) -> str:
+        recipe, linear = self.recipe, self.recipe.linear
+        count = sum(p.shard.numel for p in self.trainer.stages.parameters if p.counts)
+        total = torch.tensor(count, dtype=torch.int64, device=self.parallel.device)
+        dist.all_reduce(total, group=self.parallel.pipeline_group)
+        start = f"continues after step {self.first}" if self.first else "starts"
+        tokens = recipe.training.steps * recipe.training.global_batch_size * recipe.model.seq_length
+        return (
+            f"{recipe.name} {start}: {int(total) / 1e6:.1f}M parameters, {linear.weight_format} "
+            f"{linear.sparsity[0]}:{linear.sparsity[1]}, {'bf16' if recipe.model.bf16 else 'fp32'} activations, "
+            f"{self.parallel.describe()}, ZeRO-{recipe.parallel.zero_stage}, {tokens / 1e6:.2f}M tokens in "
+            f"{recipe.training.steps} steps; run folder {self.folder.path}"
+        )
+
+    @contextmanager
+    def _tracked(self) -> Iterator[None]:
+        """MLflow on rank 0, told truthfully how the run ended."""
+        tracker = self._tracker()
+        status = "FAILED"
+        try:
+            yield
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            if tracker is not None:
+                tracker.close(status)
+
+    def _tracker(self) -> Tracker | None:
+        recipe = self.recipe
+        if self.parallel.rank != 0 or not recipe.tracking.enabled:
+            return None
+        tags = describe_environment() | {
+            "layout": self.parallel.describe(),
+            "weight_format": recipe.linear.weight_format,
+            "sparsity": "{}:{}".format(*recipe.linear.sparsity),
+            "parameter_dtype": recipe.optimizer.parameter_dtype,
+            "run_folder": str(self.folder.path.resolve()),
+        }
+        return Tracker(
+            run_dir=self.folder.path,
+            name=self.folder.path.name,
+            experiment=recipe.tracking.experiment,
+            uri=recipe.tracking.uri or default_uri(self.folder.path.parent),
+            params=recipe.flat(),
+            tags=tags,
+            artifacts=[self.folder.recipe],
+        )

@@ -1,0 +1,94 @@
+"""The run folder: everything that one run leaves behind, in one place.
+
+    recipe.yaml        the resolved recipe
+    metrics.jsonl      one object a line (docs/metrics.md)
+    checkpoints/       step-N folders and `latest`
+    logs/rank-0.log    what was printed
+
+`run_dir` names it, and then a second start continues what is there (`checkpoint.resume: auto`); without it every start
+is a new run in runs/NAME-TIME.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_sbn.config import Recipe
+from megatron_sbn.data.staging import write_whole
+from megatron_sbn.errors import CheckpointError, InputError
+from megatron_sbn.parallel.state import ParallelState
+from megatron_sbn.training import checkpoint
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run, and the checkpoint to continue from (None: start anew)."""
+
+    path: Path
+    resume_from: Path | None
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def log(self) -> Path:
+        """What rank 0 printed."""
+        return self.path / "logs" / "rank-0.log"
+
+
+def open_run_folder(recipe: Recipe, parallel: ParallelState) -> RunFolder:
+    """The run's folder, the same on every rank; rank 0 makes it and writes the resolved recipe into it.
+
+    Raises CheckpointError (resume: required without a checkpoint; a folder that `resume: never` would overwrite) and
+    InputError where it cannot be written, on every rank.
+    """
+    decision: list[object] = [_decide(recipe) if parallel.rank == 0 else None]
+    dist.broadcast_object_list(decision, src=0)
+    (decided,) = decision
+    if isinstance(decided, (CheckpointError, InputError)):
+        decided.on_every_rank = True
+        raise decided
+    assert isinstance(decided, RunFolder)
+    return decided
+
+
+def _decide(recipe: Recipe) -> RunFolder | CheckpointError | InputError:
+    path = Path(recipe.run_dir) if recipe.run_dir else RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        resume_from = _resume_point(recipe, path)
+        for folder in (path / "checkpoints", path / "logs"):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path / "recipe.yaml", recipe.to_yaml().encode())
+    except (CheckpointError, InputError) as error:
+        return error
+    except OSError as error:
+        return InputError(f"run_dir = {path}: cannot be written: {error.strerror}; name another folder")
+    return RunFolder(path, resume_from)
+
+
+def _resume_point(recipe: Recipe, path: Path) -> Path | None:
+    found = checkpoint.newest(path / "checkpoints")
+    mode = recipe.checkpoint.resume
+    if mode == "required" and found is None:
+        raise CheckpointError(
+            f"{path}: checkpoint.resume = required, and there is no checkpoint; use auto to start anew"
+        )
+    if mode == "never" and found is not None:
+        raise CheckpointError(f"{path}: holds a run already and checkpoint.resume = never; name another run_dir")
+    return found
