@@ -11,7 +11,6 @@ gamma and codes are derived from the weights and never saved.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -23,8 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_sbn.errors import CheckpointError
+from megatron_sbn.errors import CheckpointError, InputError
 from megatron_sbn.parallel.state import ParallelState
+from megatron_sbn.staging import flush_to_disk, write_whole
 
 LATEST = "latest"
 _PARTIAL = ".partial"
@@ -129,7 +129,7 @@ def _together(parallel: ParallelState, path: Path, action: Callable[[], None]) -
     problem = ""
     try:
         action()
-    except (OSError, SafetensorError) as error:
+    except (OSError, InputError, SafetensorError) as error:
         problem = str(error)
     failed = torch.tensor(int(bool(problem)), device=parallel.device)
     dist.all_reduce(failed)
@@ -154,33 +154,20 @@ def _write_tensors(partial: Path, snapshot: Snapshot, parallel: ParallelState) -
 
 def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    _fsync(path)
+    flush_to_disk(path)
 
 
 def _finish(partial: Path, final: Path, step: int, layout: Layout, keep: int) -> None:
     state = {"step": step, "layout": asdict(layout)}
     (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    _fsync(partial / "state.json")
-    _fsync(partial)
+    flush_to_disk(partial / "state.json")
+    flush_to_disk(partial)
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
-    pointer = final.parent / LATEST
-    fresh = pointer.with_name(f".{LATEST}{_PARTIAL}")
-    fresh.write_text(final.name + "\n", encoding="utf-8")
-    _fsync(fresh)
-    fresh.replace(pointer)
-    _fsync(final.parent)
+    write_whole(final.parent / LATEST, f"{final.name}\n".encode())
     for old in sorted(final.parent.glob("step-*"))[:-keep]:
         shutil.rmtree(old)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.training import checkpoint
 from megatron_sbn.training.console import Console
 from megatron_sbn.training.evaluate import Evaluator
-from megatron_sbn.training.run_folder import RunFolder, open_run_folder
+from megatron_sbn.training.run_folder import open_run_folder
 from megatron_sbn.training.step import StepResult, Trainer
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_sbn.config import Recipe
-from megatron_sbn.data.staging import write_whole
 from megatron_sbn.errors import CheckpointError, InputError
 from megatron_sbn.parallel.state import ParallelState
+from megatron_sbn.staging import write_whole
 from megatron_sbn.training import checkpoint
 
 RUNS = Path("runs")

@@ -9,7 +9,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_sbn.data.tokenizer import Tokenizer, train_tokenizer
 
-WORDS = "the cat sat on a mat\n\tdef area(width, height):\n    return width * height  # 42\n".split(" ")  # noqa: SIM905 - spaces
+WORDS = "the cat sat on a mat\n\tdef area(width, height):\n    return width * height  # 42\n".split(" ")
 
 
 def corpus_text(number: int) -> str:

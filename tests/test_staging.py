@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sbn.data.staging import exclusive, partial_path, staged, write_whole
 from megatron_sbn.errors import InputError
+from megatron_sbn.staging import exclusive, partial_path, staged, write_whole
 
 
 def _names(folder):

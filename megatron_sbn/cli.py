@@ -1,0 +1,147 @@
+"""The `sbn` command: one short function per subcommand. Each has --help with an example.
+
+Imports neither torch nor the engines here: a bad recipe or a wrong option is told at once, and the worker processes of
+`sbn prepare`, which import this module again, start quickly.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from megatron_sbn import __version__
+from megatron_sbn.errors import SbnError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a subcommand; returns its exit status (errors.py)."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no positional arguments after an option: `train R --nproc-per-node 2 training.steps=20`.
+    if rest and "overrides" in options and all("=" in word and not word.startswith("-") for word in rest):
+        options.overrides += rest
+    elif rest:
+        parser.error(f"unknown: {' '.join(rest)}")
+    try:
+        status: int = options.run(options)
+    except SbnError as error:
+        print(f"sbn: {error}", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        print("sbn: interrupted", file=sys.stderr)
+        return 130
+    return status
+
+
+def train(options: argparse.Namespace) -> int:
+    """Checks the recipe, then starts its ranks on this machine."""
+    from megatron_sbn.config import load_recipe
+    from megatron_sbn.feasibility import check_world
+    from megatron_sbn.launch import launch
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    ranks = options.nproc_per_node or recipe.parallel.tensor * recipe.parallel.pipeline
+    check_world(recipe, ranks)
+    return launch([options.recipe, *options.overrides], ranks)
+
+
+def prepare(options: argparse.Namespace) -> int:
+    """Text to token shards."""
+    from megatron_sbn.data import corpus
+
+    plan = corpus.PrepareOptions(
+        inputs=tuple(options.input),
+        output=Path(options.output),
+        tokenizer=Path(options.tokenizer) if options.tokenizer else None,
+        vocab_size=options.vocab_size,
+        text_field=options.text_field,
+        validation_fraction=options.validation_fraction,
+        skip_bad=options.skip_bad,
+        seed=options.seed,
+    )
+    if corpus.is_prepared(plan):
+        print(f"{options.output}: prepared already from the same text with the same settings")
+        return 0
+    report = corpus.prepare(plan, workers=options.workers)
+    for split, (documents, tokens) in report.splits.items():
+        print(f"{split}: {documents:,} documents, {tokens:,} tokens")
+    for kind, count in sorted(report.skipped.items()):
+        print(f"skipped: {count} x {kind}")
+    for example in report.examples:
+        print(f"  such as {example}")
+    print("wrote " + " ".join(str(path) for path in report.paths))
+    return 0
+
+
+def quickstart(options: argparse.Namespace) -> int:
+    """The main job of the README."""
+    from megatron_sbn import quickstart as job
+
+    return job.run(options.overrides)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sbn", description="Pretraining of Sparse-BitNet language models.")
+    parser.add_argument("--version", action="version", version=f"megatron_sbn {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_prepare(commands)
+    command = _add(commands, "quickstart", quickstart, "ternary against dense on this machine's own Python library")
+    command.epilog = "example: sbn quickstart training.steps=300"
+    _add_overrides(command)
+    return parser
+
+
+def _add(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, run: object, text: str
+) -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    command = commands.add_parser(name, help=text, description=text, formatter_class=formatter)
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+
+
+def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = _add(commands, "train", train, "train a recipe on this machine (several nodes: torchrun or Slurm)")
+    command.add_argument("recipe", metavar="RECIPE", help="path of a recipe, such as recipes/quickstart.yaml")
+    _add_overrides(command)
+    command.add_argument(
+        "--nproc-per-node",
+        type=_positive,
+        metavar="N",
+        help="ranks to start (default: parallel.tensor x parallel.pipeline)",
+    )
+    command.epilog = "example: sbn train recipes/quickstart.yaml training.steps=20 run_dir=runs/first"
+
+
+def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = _add(commands, "prepare", prepare, "tokenise text into Megatron .bin/.idx shards")
+    command.add_argument("--input", nargs="+", required=True, metavar="FILE|GLOB", help="txt, jsonl or parquet")
+    command.add_argument("--output", required=True, metavar="PREFIX", help="where the shards go")
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--tokenizer", metavar="MODEL", help="a sentencepiece model")
+    source.add_argument("--vocab-size", type=_positive, metavar="N", help="train a tokenizer of N pieces first")
+    command.add_argument("--text-field", default="text", help="field or column that holds the text (default: text)")
+    command.add_argument("--validation-fraction", type=float, default=0.0, metavar="F", help="documents held out")
+    command.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, help="processes (default: cores)")
+    command.add_argument("--skip-bad", action="store_true", help="skip and count bad documents instead of stopping")
+    command.add_argument("--seed", type=int, default=0, help="of the split and the tokenizer's sample")
+    command.epilog = (
+        "example: sbn prepare --input 'corpus/**/*.jsonl' --output data/corpus --vocab-size 32000 "
+        "--validation-fraction 0.01"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""The main job: a ternary 6:8 model and its dense BF16 twin on the text of the Python standard library.
+
+Takes the library's sources that are on every machine with Python, trains a tokenizer, writes shards with a held-out
+split, trains both models on the same tokens, and ends with a table. Both must beat the unigram perplexity of the
+held-out text by `REQUIRED_GAIN`, or the command fails.
+"""
+
+import json
+import math
+import statistics
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_sbn.config import Recipe, load_recipe
+from megatron_sbn.data import corpus
+from megatron_sbn.errors import InputError, NumericalError
+from megatron_sbn.feasibility import check_world
+from megatron_sbn.launch import launch
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+MODELS = ("quickstart", "quickstart-dense")
+REQUIRED_GAIN = 3.0
+CORPUS = Path("runs/quickstart-data/stdlib")
+# The library's own tests are a third of its text and hold files that are not UTF-8 on purpose.
+NOT_CORPUS = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the table shows of one run."""
+
+    name: str
+    folder: Path
+    perplexity: float
+    zero_fraction: float
+    flip_rate: float | None
+    tokens_per_second: float
+
+
+def run(overrides: list[str]) -> int:
+    """Prepares, trains both, prints the table; status 0 when both are good enough."""
+    recipes = [load_recipe(RECIPES / f"{name}.yaml", overrides) for name in MODELS]
+    for recipe in recipes:
+        check_world(recipe, recipe.parallel.tensor * recipe.parallel.pipeline)
+    unigram = _prepare(recipes[0])
+    outcomes = []
+    for name, recipe in zip(MODELS, recipes, strict=True):
+        folder = Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        arguments = [str(RECIPES / f"{name}.yaml"), *overrides, f"run_dir={folder}"]
+        status = launch(arguments, recipe.parallel.tensor * recipe.parallel.pipeline)
+        if status:
+            return status
+        outcomes.append(_outcome(recipe, folder))
+    print(_table(recipes, outcomes, unigram))
+    return _verdict(outcomes, unigram)
+
+
+def _prepare(recipe: Recipe) -> float:
+    """Writes the shards unless they are there; returns the unigram perplexity of the held-out text."""
+    options = corpus.PrepareOptions(
+        inputs=tuple(str(path) for path in _library_sources()),
+        output=CORPUS,
+        vocab_size=recipe.model.vocab_size,
+        validation_fraction=0.05,
+        skip_bad=True,
+    )
+    cache = CORPUS.with_name("unigram.json")
+    if corpus.is_prepared(options) and cache.is_file():
+        return float(json.loads(cache.read_text())["perplexity"])
+    print(f"preparing {len(options.inputs)} files of the Python standard library (once)", flush=True)
+    report = corpus.prepare(options, workers=2)
+    # Reading shards imports Megatron-Core: only when they are new.
+    from megatron_sbn.data.unigram import unigram_perplexity
+
+    train, validation = f"{CORPUS}-train", f"{CORPUS}-validation"
+    perplexity = unigram_perplexity([train], [validation], recipe.model.vocab_size)
+    cache.write_text(json.dumps({"perplexity": perplexity}) + "\n")
+    print(f"{report.documents:,} documents, {report.tokens:,} tokens, unigram perplexity {perplexity:.1f}", flush=True)
+    return perplexity
+
+
+def _library_sources() -> list[Path]:
+    """The standard library's .py files, without its tests and without what was installed into it."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(path for path in library.rglob("*.py") if not set(path.relative_to(library).parts) & set(NOT_CORPUS))
+    if not files:
+        raise InputError(f"{library}: holds no .py files; use a Python with its standard library in source form")
+    return files
+
+
+def _outcome(recipe: Recipe, folder: Path) -> Outcome:
+    from megatron_sbn.experiments.metrics import read_metrics
+
+    rows = read_metrics(folder / "metrics.jsonl")
+
+    def last(name: str) -> float | None:
+        values = [row[name] for row in rows if name in row]
+        return values[-1] if values else None
+
+    perplexity, zeros = last("validation_perplexity"), last("zero_fraction")
+    if perplexity is None or zeros is None or not math.isfinite(perplexity):
+        raise NumericalError(f"{folder}/metrics.jsonl: holds no finite validation_perplexity and zero_fraction")
+    rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+    return Outcome(recipe.name, folder, perplexity, zeros, last("flip_rate"), statistics.median(rates))
+
+
+def _table(recipes: list[Recipe], outcomes: list[Outcome], unigram: float) -> str:
+    header = ("model", "validation perplexity", "vs unigram", "zeros", "flip rate", "tokens/s")
+    rows = [header]
+    for outcome in outcomes:
+        flips = "-" if outcome.flip_rate is None else f"{outcome.flip_rate:.2%}"
+        gain = f"{unigram / outcome.perplexity:.1f}x better"
+        rate = f"{outcome.tokens_per_second:,.0f}"
+        rows.append((outcome.name, f"{outcome.perplexity:.2f}", gain, f"{outcome.zero_fraction:.1%}", flips, rate))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["", *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)]
+    lines.insert(2, "  ".join("-" * width for width in widths))
+    lines += ["", f"unigram perplexity of the held-out text: {unigram:.1f}"]
+    lines += [f"run folder: {outcome.folder}" for outcome in outcomes]
+    uri = recipes[0].tracking.uri or f"sqlite:///{(Path('runs') / 'mlflow.db').resolve()}"
+    mlflow = Path(sys.executable).with_name("mlflow")
+    return "\n".join([*lines, f"MLflow page: {mlflow} server --backend-store-uri {uri} --port 5000"])
+
+
+def _verdict(outcomes: list[Outcome], unigram: float) -> int:
+    for outcome in outcomes:
+        if outcome.perplexity * REQUIRED_GAIN > unigram:
+            print(
+                f"sbn: {outcome.name}: validation perplexity {outcome.perplexity:.1f} is not {REQUIRED_GAIN:g}x better "
+                f"than the unigram perplexity {unigram:.1f}; train longer with training.steps",
+                file=sys.stderr,
+            )
+            return 1
+    return 0
