@@ -1,0 +1,63 @@
+"""Where a run comes from: commit, versions, machine, job, command; and how secrets are kept out of all of it.
+
+Every value is text, made to be an MLflow tag. Versions are read from package metadata, so nothing is imported for
+them. Whatever leaves the process passes `mask_secrets`, because tracking URIs may hold a password and turn up in
+recipes, command lines and error messages.
+"""
+
+import os
+import platform
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("megatron_sbn", "torch", "megatron-core", "deepspeed", "triton", "mlflow")
+SLURM = {"SLURM_JOB_ID": "slurm_job_id", "SLURM_ARRAY_TASK_ID": "slurm_array_task_id"}
+_USER_INFO = re.compile(r"(?<=://)[^/\s'\"]*@")
+_SECRET_SETTING = re.compile(r"(?i)((?:^|[?&;\s'\"])[\w.-]*(?:password|passwd|pwd|token|secret|api_?key)=)[^&;\s'\"]+")
+
+
+def mask_secrets(text: str) -> str:
+    """Replaces `user:password@` in URLs, and values named like passwords or tokens, by `***`."""
+    return _SECRET_SETTING.sub(r"\1***", _USER_INFO.sub("***@", text))
+
+
+def describe_environment() -> dict[str, str]:
+    """Tags: git_commit ("-dirty" with uncommitted changes), versions, host, Slurm job, command line.
+
+    What does not apply (no git checkout, no Slurm, a package that is not installed) is left out.
+    """
+    tags = {"host": socket.gethostname(), "version_python": platform.python_version()}
+    tags["command"] = mask_secrets(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    commit = _git_commit(Path(__file__).parent)
+    if commit is not None:
+        tags["git_commit"] = commit
+    for package in PACKAGES:
+        try:
+            tags[f"version_{package.replace('-', '_')}"] = version(package)
+        except PackageNotFoundError:
+            continue
+    tags |= {tag: os.environ[name] for name, tag in SLURM.items() if name in os.environ}
+    if "SLURM_JOB_ID" in os.environ:
+        tags["slurm_restart_count"] = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return tags
+
+
+def _git_commit(folder: Path) -> str | None:
+    """The commit that the code was checked out from; None outside a checkout or without git."""
+    try:
+        _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)  # not the repository around a site-packages
+        commit = _git(folder, "rev-parse", "HEAD").strip()
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no").strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout

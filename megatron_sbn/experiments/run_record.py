@@ -1,0 +1,100 @@
+"""tracking.json: what a run tells MLflow besides metrics, and which MLflow run it is.
+
+It holds all that is needed to deliver the run later and from elsewhere: name, experiment, parameters, tags, artifacts
+and status. What MLflow already has is not remembered here but asked of MLflow, so the two cannot disagree;
+`delivered_step` is for people. `key` is written before the MLflow run is made and is a tag of it: a run whose id never
+came back (a lost answer, a kill) is found by its key instead of made twice. No secrets: URIs are masked.
+"""
+
+import json
+import threading
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_sbn.errors import InputError
+from megatron_sbn.experiments.metrics import replace_file
+
+FILE_NAME = "tracking.json"
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "key": (str,),
+    "name": (str,),
+    "experiment": (str,),
+    "uri": (str,),
+    "started": (int, float),
+    "params": (dict,),
+    "tags": (dict,),
+    "artifacts": (list,),
+    "status": (str,),
+    "ended": (int, float, type(None)),
+    "run_id": (str, type(None)),
+    "delivered_step": (int, type(None)),
+}
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The content of tracking.json.
+
+    Attributes:
+        key: unique name of this run folder's run.
+        name, experiment, uri: as MLflow shows them; `uri` masked.
+        started, ended: seconds since 1970; `ended` is None while the job runs.
+        params, tags: masked values.
+        artifacts: text files, by path.
+        status: RUNNING, FINISHED, FAILED or KILLED.
+        run_id: MLflow's, of the run at `uri`; None until it is known.
+        delivered_step: last step that MLflow confirmed.
+    """
+
+    key: str
+    name: str
+    experiment: str
+    uri: str
+    started: float
+    params: dict[str, str]
+    tags: dict[str, str]
+    artifacts: list[str]
+    status: str = "RUNNING"
+    ended: float | None = None
+    run_id: str | None = None
+    delivered_step: int | None = None
+
+
+class RunRecordFile:
+    """A RunRecord on disk; updates are atomic, and safe from several threads."""
+
+    def __init__(self, path: Path, record: RunRecord) -> None:
+        self.path = path
+        self.record = record
+        self._lock = threading.Lock()
+
+    def update(self, **changes: Any) -> None:  # noqa: ANN401 - the fields' own types
+        """Changes fields and puts the file in the place of the old one."""
+        with self._lock:
+            self.record = replace(self.record, **changes)
+            replace_file(self.path, json.dumps(asdict(self.record), indent=1).encode("ascii") + b"\n")
+
+
+def new_key() -> str:
+    """A key that no other run has."""
+    return uuid.uuid4().hex
+
+
+def read_record(path: Path) -> RunRecord:
+    """Reads tracking.json. Raises InputError for anything else, naming the field."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give the folder of a tracked run, such as runs/NAME-TIME") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot read this run's tracking record: {error}") from None
+    names = {field.name for field in fields(RunRecord)}
+    if not isinstance(values, dict) or set(values) != names:
+        raise InputError(f"{path}: not a tracking record: its fields are {', '.join(sorted(names))}")
+    for name, types in _TYPES.items():
+        if not isinstance(values[name], types):
+            raise InputError(f"{path}: {name} = {values[name]!r} is not of type {types[0].__name__}")
+    return RunRecord(**values)

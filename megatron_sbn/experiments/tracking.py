@@ -1,0 +1,367 @@
+"""MLflow: runs to compare in its UI, delivered beside training and never in its way. The only importer of mlflow.
+
+    metrics.jsonl, tracking.json  ->  one daemon thread  ->  MLflow
+
+The training loop writes the run folder's files; a thread of rank 0 follows them. A metric line is sent when its step
+is above the last step that MLflow itself reports for that metric. So a repeated batch, a resumed job that writes steps
+anew, or a run folder that is delivered a second time adds nothing: each (metric, step) is there once, as it was first
+delivered. Only MLflow is asked what it has, when a connection is made and after every failure. Timestamps are the
+line's own, so even a batch whose answer was lost is the same rows again.
+
+While MLflow cannot be reached one warning is logged, attempts grow rarer, and nothing is lost: the files are complete
+and `sync` delivers them later. mlflow takes seconds to import, so that happens in the thread.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from megatron_sbn.errors import InputError, SbnError
+from megatron_sbn.experiments.metrics import Line, read_new
+from megatron_sbn.experiments.provenance import describe_environment, mask_secrets
+from megatron_sbn.experiments.run_record import FILE_NAME, RunRecord, RunRecordFile, new_key, read_record
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric, Run
+
+__all__ = ["DeliveryError", "Tracker", "default_uri", "describe_environment", "sync"]
+
+METRICS_NAME = "metrics.jsonl"
+KEY_TAG = "run_key"
+FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 2.0, 300.0
+CLOSING_ATTEMPTS = 3
+# MLflow's limits on one request and on one value.
+METRICS_PER_BATCH, ENTRIES_PER_BATCH, PARAM_LENGTH, TAG_LENGTH = 1000, 100, 6000, 8000
+# What mlflow reads when it is imported or called; whoever sets these outside keeps his values. Retries are this
+# module's work, so that mlflow's own do not hold the thread for minutes.
+_MLFLOW_SETTINGS = (
+    ("MLFLOW_DISABLE_TELEMETRY", "true"),
+    ("MLFLOW_LOGGING_LEVEL", "ERROR"),
+    ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
+    ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
+    ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10"),
+    ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),
+    ("GIT_PYTHON_REFRESH", "quiet"),
+)
+_log = logging.getLogger("megatron_sbn")
+
+
+class DeliveryError(SbnError):
+    """MLflow cannot be reached, or refuses; the run folder has everything and can be delivered later."""
+
+
+def default_uri(runs_dir: Path) -> str:
+    """A database beside the run folders: sqlite:///<absolute runs_dir>/mlflow.db."""
+    return f"sqlite:///{runs_dir.absolute()}/mlflow.db"
+
+
+def sync(run_dir: Path, uri: str | None = None) -> str:
+    """Delivers what MLflow lacks of a run folder, and the status of a run that ended; returns MLflow's run id.
+
+    Args:
+        run_dir: has tracking.json and metrics.jsonl.
+        uri: where to; None means where the run was to be tracked.
+
+    Raises:
+        InputError: no such files, or not as they should be; or `uri` is needed because it holds a password.
+        DeliveryError: MLflow cannot be reached.
+    """
+    record = read_record(run_dir / FILE_NAME)
+    if not (run_dir / METRICS_NAME).is_file():
+        raise InputError(f"{run_dir / METRICS_NAME}: no such file; there is nothing to deliver")
+    if uri is None and "***" in record.uri:
+        raise InputError(f"{run_dir / FILE_NAME}: uri = {record.uri} lacks its password; give the tracking URI")
+    uri = uri or record.uri
+    file = RunRecordFile(run_dir / FILE_NAME, _at_destination(record, record.experiment, mask_secrets(uri)))
+    delivery = _Delivery(run_dir, file, uri)
+    delivery.push()
+    if file.record.status != "RUNNING":
+        delivery.finish()
+    assert file.record.run_id is not None
+    return file.record.run_id
+
+
+class Tracker:
+    """Follows a run folder's metrics.jsonl and keeps MLflow up to date with it. Made on rank 0 only.
+
+    Args:
+        run_dir: the run folder. If it has a tracking.json, that MLflow run is continued.
+        name, experiment: as they are to appear in MLflow.
+        uri: MLflow tracking URI (sqlite:///..., http://...). Credentials in it stay in memory.
+        params: logged once; MLflow keeps the first value, a later one becomes the tag `changed.NAME`.
+        tags: set at every start.
+        artifacts: text files, such as the resolved recipe.
+        poll_seconds: how often new lines are looked for.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        name: str,
+        experiment: str,
+        uri: str,
+        params: Mapping[str, str],
+        tags: Mapping[str, str],
+        artifacts: Sequence[Path],
+        *,
+        poll_seconds: float = 2.0,
+    ) -> None:
+        self._poll_seconds = poll_seconds
+        self._closing = threading.Event()
+        self._delivered = False
+        self._warned = False
+        masked = mask_secrets(uri)
+        self._file = RunRecordFile(run_dir / FILE_NAME, _record(run_dir, name, experiment, masked))
+        self._file.update(
+            name=name,
+            params={key: mask_secrets(value) for key, value in params.items()},
+            tags={key: mask_secrets(value) for key, value in tags.items()},
+            artifacts=[str(path.absolute()) for path in artifacts],
+            status="RUNNING",
+            ended=None,
+        )
+        self._delivery = _Delivery(run_dir, self._file, uri)
+        self._thread = threading.Thread(target=self._follow, name="mlflow", daemon=True)
+        self._thread.start()
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of this run; None until MLflow has been reached."""
+        return self._file.record.run_id
+
+    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"], timeout: float = 30.0) -> bool:
+        """Delivers the rest with the run's status, for at most `timeout` seconds. Returns whether MLflow has it all.
+
+        If not, a warning says how to deliver it later.
+        """
+        self._file.update(status=status, ended=time.time())
+        self._closing.set()
+        self._thread.join(timeout)
+        if not self._delivered:
+            folder = self._file.path.parent
+            _log.warning("MLflow lacks some of this run; %s has all of it: run `sbn sync %s` later", folder, folder)
+        return self._delivered
+
+    def _follow(self) -> None:
+        """The thread: delivers until closed, then a last time."""
+        delay = FIRST_RETRY_SECONDS
+        while not self._closing.is_set():
+            if self._attempt():
+                delay = FIRST_RETRY_SECONDS
+                self._closing.wait(self._poll_seconds)
+            else:
+                self._closing.wait(delay)
+                delay = min(2 * delay, LAST_RETRY_SECONDS)
+        for attempt in range(CLOSING_ATTEMPTS):
+            time.sleep(min(attempt, 1))
+            if self._attempt(last=True):
+                self._delivered = True
+                return
+
+    def _attempt(self, last: bool = False) -> bool:
+        try:
+            self._delivery.push()
+            if last:
+                self._delivery.finish()
+        except SbnError as error:
+            if not self._warned:
+                self._warned = True
+                _log.warning("%s; training goes on, and metrics.jsonl is complete", error)
+            return False
+        return True
+
+
+def _record(run_dir: Path, name: str, experiment: str, uri: str) -> RunRecord:
+    """The run folder's record, if it has one, for this destination; else a new one."""
+    path = run_dir / FILE_NAME
+    try:
+        return _at_destination(read_record(path), experiment, uri)
+    except InputError as error:
+        if path.exists():
+            _log.warning("%s; this run starts anew in MLflow", error)
+        return RunRecord(new_key(), name, experiment, uri, time.time(), {}, {}, [])
+
+
+def _at_destination(record: RunRecord, experiment: str, uri: str) -> RunRecord:
+    """The record, without the run id if that is of another place."""
+    if (record.experiment, record.uri) == (experiment, uri):
+        return record
+    return replace(record, experiment=experiment, uri=uri, run_id=None, delivered_step=None)
+
+
+class _Delivery:
+    """All that is said to MLflow about one run. Every method may be repeated after any failure."""
+
+    def __init__(self, run_dir: Path, file: RunRecordFile, uri: str) -> None:
+        self._metrics_path = run_dir / METRICS_NAME
+        self._file = file
+        self._uri = uri
+        self._connected = False
+        self._artifacts_done = False
+        self._offset = 0
+        self._last_steps: dict[str, int] = {}
+
+    def push(self) -> None:
+        """Delivers what is new. Raises DeliveryError, or InputError for a broken metrics.jsonl."""
+        with self._conversation():
+            if not self._connected:
+                self._connect()
+            self._send_metrics()
+            if not self._artifacts_done:
+                self._send_artifacts()
+
+    def finish(self) -> None:
+        """Gives the MLflow run the record's status and end. Raises DeliveryError."""
+        record = self._file.record
+        with self._conversation():
+            ended = _milliseconds(record.ended or time.time())
+            self._client.set_terminated(self._run_id, record.status, ended)
+
+    @contextmanager
+    def _conversation(self) -> Iterator[None]:
+        """mlflow's failures as one line without secrets; after any, the next attempt connects anew."""
+        for name, value in _MLFLOW_SETTINGS:
+            os.environ.setdefault(name, value)
+        try:
+            from alembic.util import CommandError
+            from mlflow.exceptions import MlflowException
+            from requests import RequestException
+            from sqlalchemy.exc import SQLAlchemyError
+        except ImportError as error:
+            raise DeliveryError(
+                f"mlflow cannot be imported ({error}); install it, or set tracking.enabled=false"
+            ) from None
+        try:
+            yield
+        except (MlflowException, RequestException, SQLAlchemyError, CommandError, OSError, ImportError) as error:
+            self._connected = False
+            reason = " ".join(mask_secrets(str(error)).split())[:300]
+            raise DeliveryError(f"MLflow at {mask_secrets(self._uri)} cannot be reached: {reason}") from None
+
+    @property
+    def _run_id(self) -> str:
+        run_id = self._file.record.run_id
+        assert run_id is not None
+        return run_id
+
+    def _connect(self) -> None:
+        """Finds or makes the run, describes it, and asks which steps it has."""
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient(self._uri)
+        run = self._known_run() or self._run_by_key(self._experiment_id())
+        self._file.update(run_id=run.info.run_id)
+        self._describe(run)
+        self._offset = 0
+        self._last_steps = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+        self._connected = True
+
+    def _known_run(self) -> "Run | None":
+        from mlflow.exceptions import RESOURCE_DOES_NOT_EXIST, ErrorCode, MlflowException
+
+        if self._file.record.run_id is None:
+            return None
+        try:
+            run = self._client.get_run(self._run_id)
+        except MlflowException as error:
+            if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                return None
+            raise
+        if run.info.lifecycle_stage == "deleted":
+            raise DeliveryError(f"MLflow run {self._run_id} is deleted; `mlflow runs restore --run-id` brings it back")
+        return run
+
+    def _experiment_id(self) -> str:
+        from mlflow.exceptions import MlflowException
+
+        name = self._file.record.experiment
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                created: str = self._client.create_experiment(name, _artifact_location(self._uri))
+                return created
+            except MlflowException:
+                experiment = self._client.get_experiment_by_name(name)  # another job was faster
+                if experiment is None:
+                    raise
+        if experiment.lifecycle_stage == "deleted":
+            raise DeliveryError(f"MLflow experiment {name!r} is deleted; restore it or set tracking.experiment")
+        experiment_id: str = experiment.experiment_id
+        return experiment_id
+
+    def _run_by_key(self, experiment_id: str) -> "Run":
+        record = self._file.record
+        found = self._client.search_runs([experiment_id], f"tags.{KEY_TAG} = '{record.key}'", max_results=1)
+        if found:
+            return found[0]
+        started = _milliseconds(record.started)
+        return self._client.create_run(experiment_id, started, {KEY_TAG: record.key}, record.name)
+
+    def _describe(self, run: "Run") -> None:
+        """Parameters that MLflow lacks, all tags, and RUNNING for a run that is continued."""
+        from mlflow.entities import Param, RunTag
+
+        record = self._file.record
+        wanted = {key: _cut(value, PARAM_LENGTH) for key, value in record.params.items()}
+        logged = run.data.params
+        params = [Param(key, value) for key, value in wanted.items() if key not in logged]
+        changed = {f"changed.{key}": value for key, value in wanted.items() if logged.get(key, value) != value}
+        tags = [RunTag(key, _cut(value, TAG_LENGTH)) for key, value in (record.tags | changed).items()]
+        for start in range(0, len(params), ENTRIES_PER_BATCH):
+            self._client.log_batch(run.info.run_id, params=params[start : start + ENTRIES_PER_BATCH])
+        for start in range(0, len(tags), ENTRIES_PER_BATCH):
+            self._client.log_batch(run.info.run_id, tags=tags[start : start + ENTRIES_PER_BATCH])
+        if record.status == "RUNNING" != run.info.status:
+            self._client.update_run(run.info.run_id, status="RUNNING")
+
+    def _send_metrics(self) -> None:
+        if not self._metrics_path.exists():
+            return
+        lines, offset = read_new(self._metrics_path, self._offset)
+        metrics = self._missing(lines)
+        for start in range(0, len(metrics), METRICS_PER_BATCH):
+            self._client.log_batch(self._run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
+        self._offset = offset
+        if metrics:
+            self._file.update(delivered_step=max(self._last_steps.values()))
+
+    def _missing(self, lines: Sequence[Line]) -> "list[Metric]":
+        """What the lines hold above each metric's last step. Steps of one metric grow from line to line."""
+        from mlflow.entities import Metric
+
+        metrics = []
+        for line in lines:
+            step, timestamp = int(line["step"]), _milliseconds(line["time"])
+            for name, value in line.items():
+                if name not in ("step", "time") and step > self._last_steps.get(name, -1):
+                    self._last_steps[name] = step
+                    metrics.append(Metric(name, value, timestamp, step))
+        return metrics
+
+    def _send_artifacts(self) -> None:
+        for artifact in map(Path, self._file.record.artifacts):
+            text = artifact.read_text(encoding="utf-8", errors="replace")
+            self._client.log_text(self._run_id, mask_secrets(text), artifact.name)
+        self._artifacts_done = True
+
+
+def _artifact_location(uri: str) -> str | None:
+    """For SQLite a folder beside the database; a server knows its own."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    database = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    return (database.absolute().parent / "mlartifacts").as_uri()
+
+
+def _milliseconds(seconds: float) -> int:
+    return int(seconds * 1000)
+
+
+def _cut(value: str, length: int) -> str:
+    return value if len(value) <= length else value[: length - 3] + "..."
