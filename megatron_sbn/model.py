@@ -18,25 +18,11 @@ from megatron_sbn.layers.activation import silu
 from megatron_sbn.layers.linear import HeadLinear, SparseBitLinear
 from megatron_sbn.layers.spec import block_spec
 from megatron_sbn.layers.ternary_state import TernaryState
-from megatron_sbn.parallel.shard import LogicalShard, initial_normal, row_shard, whole
+from megatron_sbn.parallel.shard import LogicalParameter, LogicalShard, initial_normal, row_shard, whole
 from megatron_sbn.parallel.state import ParallelState
 
 EMBEDDING = "embedding.word_embeddings.weight"
 HEAD = "output_layer.weight"
-
-
-@dataclass(frozen=True)
-class LogicalParameter:
-    """A parameter of this rank with its global name and its place in the logical tensor."""
-
-    name: str
-    parameter: nn.Parameter
-    shard: LogicalShard
-
-    @property
-    def counts(self) -> bool:
-        """False for the last stage's replica of a tied embedding."""
-        return not vars(self.parameter).get("ds_pipe_replicated", False)
 
 
 @dataclass(frozen=True)
@@ -47,6 +33,13 @@ class Stages:
     config: TransformerConfig
     state: TernaryState
     parameters: tuple[LogicalParameter, ...]
+
+    @property
+    def tied_embedding(self) -> nn.Parameter | None:
+        """This rank's copy of an embedding that is the head too; None where there is none."""
+        if not any(chunk.share_embeddings_and_output_weights for chunk in self.chunks):
+            return None
+        return next((p.parameter for p in self.parameters if p.name == EMBEDDING), None)
 
 
 def transformer_config(recipe: Recipe) -> TransformerConfig:

@@ -9,30 +9,30 @@ Megatron-Core's own finalisation does the same inside its DDP wrapper, which Dee
 `config.finalize_model_grads_func` at the end of Megatron-Core's schedules, while gradients are still whole.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as megatron_state
 from torch import Tensor, nn
 
-from megatron_sbn.model import EMBEDDING, LogicalParameter
 from megatron_sbn.parallel.state import ParallelState
 
 
 def make_finalizer(
-    parameters: Sequence[LogicalParameter], parallel: ParallelState, tied_embeddings: bool
+    parameters: Iterable[nn.Parameter], parallel: ParallelState, tied_embedding: nn.Parameter | None
 ) -> Callable[..., None]:
-    """The function that Megatron-Core's schedules call after the last backward pass of a step."""
-    partial = [p.parameter for p in parameters if is_token_partial(p.parameter)]
-    tied = [p.parameter for p in parameters if p.name == EMBEDDING] if tied_embeddings else []
+    """The function that Megatron-Core's schedules call after the last backward pass of a step.
+
+    `tied_embedding` is this rank's copy of an embedding that is the head too (first and last stage), else None.
+    """
+    partial = [parameter for parameter in parameters if is_token_partial(parameter)]
 
     def finalize(_model: list[nn.Module], _num_tokens: Tensor | None = None, **_: object) -> None:
         if partial and parallel.tensor_size > 1:
             _sum_coalesced(partial, parallel.tensor_group)
-        if tied and parallel.pipeline_size > 1:
-            (embedding,) = tied
-            dist.all_reduce(_gradient(embedding), group=megatron_state.get_embedding_group())
+        if tied_embedding is not None and parallel.pipeline_size > 1:
+            dist.all_reduce(_gradient(tied_embedding), group=megatron_state.get_embedding_group())
 
     return finalize
 

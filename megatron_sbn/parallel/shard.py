@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,20 @@ class LogicalShard:
             place = place if self.columns is None else place.narrow(1, *self.columns)
             place.copy_(local.narrow(0, offset, length))
             offset += length
+
+
+@dataclass(frozen=True)
+class LogicalParameter:
+    """A parameter of this rank with its global name and its place in the logical tensor."""
+
+    name: str
+    parameter: nn.Parameter
+    shard: LogicalShard
+
+    @property
+    def counts(self) -> bool:
+        """False for the last stage's replica of a tied embedding."""
+        return not vars(self.parameter).get("ds_pipe_replicated", False)
 
 
 def whole(shape: tuple[int, ...]) -> LogicalShard:

@@ -8,7 +8,7 @@ engine's module inside `coalesce_grad_reduction()`, and one reduction follows it
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import deepspeed
@@ -127,7 +127,7 @@ class ZeroOptimizer:
                 tensors[f"group{index}.{key}"] = value
         return tensors
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes back what `state_tensors` gave on this rank at the same layout; weights are loaded separately."""
         for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
             prefix = f"group{index}."

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -177,7 +178,7 @@ class Loop:
     def _tracked(self) -> Iterator[None]:
         """MLflow on rank 0, told truthfully how the run ended."""
         tracker = self._tracker()
-        status = "FAILED"
+        status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
             yield
             status = "FINISHED"

@@ -43,8 +43,8 @@ class Trainer:
         self.recipe = recipe
         self.parallel = parallel
         self.stages = stages
-        tied = recipe.model.share_embeddings_and_output_weights
-        stages.config.finalize_model_grads_func = make_finalizer(stages.parameters, parallel, tied)
+        parameters = [logical.parameter for logical in stages.parameters]
+        stages.config.finalize_model_grads_func = make_finalizer(parameters, parallel, stages.tied_embedding)
         self.zero = ZeroOptimizer(stages.chunks, recipe, parallel)
         self._schedule = get_forward_backward_func()
 
