@@ -3,9 +3,15 @@
 Imports no torch.
 """
 
+import ctypes
 import os
+import signal
+import sys
 
 from megatron_sbn.errors import RecipeError
+
+LAUNCHED = "SBN_LAUNCHED"
+_PR_SET_PDEATHSIG = 1
 
 
 def rank() -> int:
@@ -27,6 +33,16 @@ def local_rank() -> int:
     if "LOCAL_RANK" in os.environ:
         return _number("LOCAL_RANK")
     return _number("SLURM_LOCALID") if "SLURM_STEP_ID" in os.environ else 0
+
+
+def end_with_launcher() -> None:
+    """Asks the kernel to kill this rank when the launcher that started it is killed.
+
+    Otherwise the ranks of a killed launcher train on unseen, in the folder that the next start continues. Only under
+    `sbn train` and torchrun: a process started by hand may outlive its shell. Linux only; elsewhere it does nothing.
+    """
+    if sys.platform == "linux" and (LAUNCHED in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _number(name: str) -> int:

@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+from megatron_sbn.environment import LAUNCHED
+
 GRACE_SECONDS = 15.0
 _POLL_SECONDS = 0.1
 
@@ -41,6 +43,7 @@ def _start(arguments: list[str], rank: int, ranks: int, port: int) -> "subproces
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        LAUNCHED: "1",
     }
     return subprocess.Popen([sys.executable, "-m", "megatron_sbn.train", *arguments], env=environment)
 

@@ -6,6 +6,7 @@ told in one line. The loop itself is training/loop.py.
 
 import os
 import sys
+import warnings
 
 from megatron_sbn import environment
 from megatron_sbn.config import Recipe, load_recipe
@@ -20,6 +21,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else RecipeError.status
+    environment.end_with_launcher()
     try:
         recipe = load_recipe(arguments[0], arguments[1:])
         check_world(recipe, environment.world_size())
@@ -30,11 +32,18 @@ def main(arguments: list[str]) -> int:
 
 
 def _train(recipe: Recipe) -> int:
+    _silence_engines()
     # Importing the engines takes seconds: after the checks.
     from megatron_sbn.training.loop import run
 
     run(recipe)
     return 0
+
+
+def _silence_engines() -> None:
+    """Drops warnings that no user of a recipe can act on: optional packages that this project does without."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
 
 
 def _report(error: SbnError) -> None:

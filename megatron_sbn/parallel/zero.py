@@ -8,18 +8,23 @@ engine's module inside `coalesce_grad_reduction()`, and one reduction follows it
 import contextlib
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import deepspeed
-import deepspeed.ops
 import torch
 import torch.distributed as dist
-from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from megatron_sbn.config import Recipe
 from megatron_sbn.parallel.state import ParallelState
+
+# Said before its import, or DeepSpeed warns that it found no GPU.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+import deepspeed.ops
+from deepspeed.utils import logger as deepspeed_logger
 
 
 @dataclass(frozen=True)

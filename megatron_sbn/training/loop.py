@@ -26,7 +26,7 @@ from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.training import checkpoint
 from megatron_sbn.training.console import Console
 from megatron_sbn.training.evaluate import Evaluator
-from megatron_sbn.training.run_folder import open_run_folder
+from megatron_sbn.training.run_folder import RunFolder, open_run_folder
 from megatron_sbn.training.step import StepResult, Trainer
 
 
@@ -34,22 +34,22 @@ def run(recipe: Recipe) -> Path:
     """Trains a recipe on this rank, from its start or its last checkpoint; returns the run folder."""
     with without_cuda():
         parallel = parallel_state.initialize(recipe)
-        loop = Loop(recipe, parallel)
-        loop.run()
+        with open_run_folder(recipe, parallel) as folder:
+            Loop(recipe, parallel, folder).run()
         parallel_state.finalize()
-    return loop.folder.path
+    return folder.path
 
 
 class Loop:
     """One run on one rank."""
 
-    def __init__(self, recipe: Recipe, parallel: ParallelState) -> None:
+    def __init__(self, recipe: Recipe, parallel: ParallelState, folder: RunFolder) -> None:
         self.recipe = recipe
         self.parallel = parallel
         shards = [(shard.path, shard.weight) for shard in recipe.data.train]
         self.dataset = build_dataset(shards, recipe.model.seq_length, recipe.training.seed)
         self.evaluator = Evaluator(recipe, parallel) if recipe.data.validation is not None else None
-        self.folder = open_run_folder(recipe, parallel)
+        self.folder = folder
         stages = build_stages(recipe, parallel)
         self.trainer = Trainer(recipe, parallel, stages)
         self.telemetry = Telemetry(stages.state, parallel)

@@ -10,6 +10,8 @@ is a new run in runs/NAME-TIME.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import torch.distributed as dist
 from megatron_sbn.config import Recipe
 from megatron_sbn.errors import CheckpointError, InputError
 from megatron_sbn.parallel.state import ParallelState
-from megatron_sbn.staging import write_whole
+from megatron_sbn.staging import exclusive, write_whole
 from megatron_sbn.training import checkpoint
 
 RUNS = Path("runs")
@@ -52,13 +54,20 @@ class RunFolder:
         return self.path / "logs" / "rank-0.log"
 
 
-def open_run_folder(recipe: Recipe, parallel: ParallelState) -> RunFolder:
-    """The run's folder, the same on every rank; rank 0 makes it and writes the resolved recipe into it.
+@contextmanager
+def open_run_folder(recipe: Recipe, parallel: ParallelState) -> Iterator[RunFolder]:
+    """The run's folder, the same on every rank; rank 0 makes it, locks it and writes the resolved recipe into it.
 
     Raises CheckpointError (resume: required without a checkpoint; a folder that `resume: never` would overwrite) and
-    InputError where it cannot be written, on every rank.
+    InputError where it cannot be written or another run is in it, on every rank.
     """
-    decision: list[object] = [_decide(recipe) if parallel.rank == 0 else None]
+    with ExitStack() as stack:
+        yield _agree(_decide(recipe, stack) if parallel.rank == 0 else None)
+
+
+def _agree(own: RunFolder | CheckpointError | InputError | None) -> RunFolder:
+    """Rank 0's decision on every rank."""
+    decision: list[object] = [own]
     dist.broadcast_object_list(decision, src=0)
     (decided,) = decision
     if isinstance(decided, (CheckpointError, InputError)):
@@ -68,9 +77,10 @@ def open_run_folder(recipe: Recipe, parallel: ParallelState) -> RunFolder:
     return decided
 
 
-def _decide(recipe: Recipe) -> RunFolder | CheckpointError | InputError:
+def _decide(recipe: Recipe, stack: ExitStack) -> RunFolder | CheckpointError | InputError:
     path = Path(recipe.run_dir) if recipe.run_dir else RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
+        stack.enter_context(exclusive(path / "run"))
         resume_from = _resume_point(recipe, path)
         for folder in (path / "checkpoints", path / "logs"):
             folder.mkdir(parents=True, exist_ok=True)
