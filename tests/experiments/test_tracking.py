@@ -224,6 +224,37 @@ def test_a_failed_batch_is_sent_again_once(run_dir, uri, monkeypatch, caplog):
     assert len([record for record in caplog.records if record.name == "megatron_sbn"]) == 1
 
 
+def test_a_server_that_lost_the_run_gets_all_of_it_again(run_dir, uri, monkeypatch):
+    from mlflow import MlflowClient
+    from mlflow.exceptions import RESOURCE_DOES_NOT_EXIST, MlflowException
+
+    monkeypatch.setattr(tracking, "FIRST_RETRY_SECONDS", 0.01)
+    file = MetricsFile(run_dir / "metrics.jsonl")
+    for step in (1, 2, 3):
+        file.append(step, {"loss": float(step)})
+    tracker = start(run_dir, uri)
+    wait_for(lambda: read_record(run_dir / "tracking.json").delivered_step == 3)
+    old, real = tracker.run_id, MlflowClient.get_run
+
+    def forgotten(self, run_id):
+        if run_id == old:
+            raise MlflowException("no such run", error_code=RESOURCE_DOES_NOT_EXIST)
+        return real(self, run_id)
+
+    def broken(self, *args, **kwargs):
+        monkeypatch.undo()
+        monkeypatch.setattr(MlflowClient, "get_run", forgotten)
+        client(uri).delete_run(old)
+        raise ConnectionResetError("the server is replaced")
+
+    monkeypatch.setattr(MlflowClient, "log_batch", broken)
+    file.append(4, {"loss": 4.0})
+    wait_for(lambda: read_record(run_dir / "tracking.json").delivered_step == 4)
+    assert tracker.close("FINISHED")
+    assert tracker.run_id != old
+    assert history(uri, "loss") == expected(run_dir, "loss")
+
+
 def test_sync_adds_nothing_to_a_delivered_run(run_dir, uri):
     file = MetricsFile(run_dir / "metrics.jsonl")
     file.append(1, {"loss": 1.0})
