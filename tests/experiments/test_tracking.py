@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import shutil
 import socket
 import subprocess
@@ -80,8 +81,8 @@ def expected(run_dir, name):
     return [(line["step"], int(line["time"] * 1000), line[name]) for line in lines]
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 30
+def wait_for(condition, seconds=30):
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -223,6 +224,37 @@ def test_a_failed_batch_is_sent_again_once(run_dir, uri, monkeypatch, caplog):
     assert len([record for record in caplog.records if record.name == "megatron_sbn"]) == 1
 
 
+def test_a_server_that_lost_the_run_gets_all_of_it_again(run_dir, uri, monkeypatch):
+    from mlflow import MlflowClient
+    from mlflow.exceptions import RESOURCE_DOES_NOT_EXIST, MlflowException
+
+    monkeypatch.setattr(tracking, "FIRST_RETRY_SECONDS", 0.01)
+    file = MetricsFile(run_dir / "metrics.jsonl")
+    for step in (1, 2, 3):
+        file.append(step, {"loss": float(step)})
+    tracker = start(run_dir, uri)
+    wait_for(lambda: read_record(run_dir / "tracking.json").delivered_step == 3)
+    old, real = tracker.run_id, MlflowClient.get_run
+
+    def forgotten(self, run_id):
+        if run_id == old:
+            raise MlflowException("no such run", error_code=RESOURCE_DOES_NOT_EXIST)
+        return real(self, run_id)
+
+    def broken(self, *args, **kwargs):
+        monkeypatch.undo()
+        monkeypatch.setattr(MlflowClient, "get_run", forgotten)
+        client(uri).delete_run(old)
+        raise ConnectionResetError("the server is replaced")
+
+    monkeypatch.setattr(MlflowClient, "log_batch", broken)
+    file.append(4, {"loss": 4.0})
+    wait_for(lambda: read_record(run_dir / "tracking.json").delivered_step == 4)
+    assert tracker.close("FINISHED")
+    assert tracker.run_id != old
+    assert history(uri, "loss") == expected(run_dir, "loss")
+
+
 def test_sync_adds_nothing_to_a_delivered_run(run_dir, uri):
     file = MetricsFile(run_dir / "metrics.jsonl")
     file.append(1, {"loss": 1.0})
@@ -309,9 +341,10 @@ def test_an_outage_warns_once_and_is_made_up_for(run_dir, uri, tmp_path, caplog,
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--port", str(port)]
     command += ["--artifacts-destination", str(tmp_path / "artifacts"), "--workers", "1"]
     with (tmp_path / "server.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     try:
-        wait_for(lambda: answers(f"http://127.0.0.1:{port}"))
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}"), seconds=90)
         run_id = sync(run_dir, server_uri)
         assert sync(run_dir, server_uri) == run_id
         assert [value for _, _, value in history(uri, "loss")][:4] == [1.0, 2.0, 3.0, 4.0]
@@ -319,7 +352,8 @@ def test_an_outage_warns_once_and_is_made_up_for(run_dir, uri, tmp_path, caplog,
         run = only_run(uri)
         assert (run.info.run_id, run.info.status) == (run_id, "FAILED")
         assert run.data.tags["command"] == f"train tracking.uri=http://***@127.0.0.1:{port}"
-        assert (tmp_path / "artifacts").rglob("recipe.yaml")
+        (recipe,) = (tmp_path / "artifacts").rglob("recipe.yaml")
+        assert "hush" not in recipe.read_text()
 
         file.truncate_after(4)
         resumed = start(run_dir, server_uri)

@@ -1,0 +1,168 @@
+"""What ternary weights and N:M masks do during training: flips, zeros, dead groups (docs/metrics.md defines each).
+
+    flip_rate = popcount(mask xor reference) / mask bits        reference: the masks at the previous measurement
+
+Counts are integers, summed over the shards of one replica by a single int64 all-reduce, then divided once: a value is
+the same to the last bit in every layout. Data-parallel replicas hold equal weights and are not summed. Masks are made
+from the weights where forward did not keep them, and remembered at 1 bit a weight.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sbn_kernels
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_sbn.errors import CheckpointError
+from megatron_sbn.layers.linear import SparseBitLinear
+from megatron_sbn.layers.ternary_state import TernaryState
+from megatron_sbn.parallel.state import ParallelState
+
+_COUNTERS, _MASKS = "counters", "masks."
+
+
+@dataclass(frozen=True)
+class _LayerCounts:
+    """Int64 scalars of one layer's shard; what does not apply is zero."""
+
+    weights: Tensor
+    zeros: Tensor  # of the weight that forward multiplies by
+    natural_zeros: Tensor  # codes that are zero before masking
+    groups: Tensor
+    dead_groups: Tensor
+    mask_bits: Tensor
+    flips: Tensor
+
+    def stack(self) -> Tensor:
+        """[7] int64, in the order of the fields."""
+        counts = (self.weights, self.zeros, self.natural_zeros, self.groups, self.dead_groups)
+        return torch.stack([*counts, self.mask_bits, self.flips])
+
+
+class Telemetry:
+    """Measures the prepared layers of this rank's pipeline stages, together with the replica's other ranks.
+
+    Every rank calls `measure` at the same steps, after `TernaryState.prepare`.
+    """
+
+    def __init__(self, state: TernaryState, parallel: ParallelState) -> None:
+        self.state = state
+        self.parallel = parallel
+        self._step = -1
+        self._flips = 0  # of the whole replica, since the first measurement
+        self._sparsity = (0, 0)  # that of the reference masks
+        self._references: dict[str, Tensor] = {}  # uint8 [out, ceil(in/8)] by layer
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Metric values after `step` optimizer steps, equal on every rank; the masks become the new reference.
+
+        A metric without a meaning under the settings in force, or at the first measurement, is absent. Raises
+        ValueError for a step before the previous measurement's.
+        """
+        if step < self._step:
+            raise ValueError(f"step {step} comes before step {self._step}, which was measured already")
+        layers = self.state.layers
+        sparsity = next((layer.settings.sparsity for layer in layers.values()), (1, 1))
+        if sparsity != self._sparsity:
+            self._references = {}
+        compared = bool(self._references)
+        counts = torch.zeros(7, dtype=torch.int64, device=self.parallel.device)
+        for name, layer in layers.items():
+            counts += self._measure_layer(name, layer).stack()
+        dist.all_reduce(counts, group=self.parallel.model_group)
+        weights, zeros, natural, groups, dead, bits, flips = counts.tolist()
+        self._step, self._sparsity = step, sparsity
+        self._flips += flips
+        values = {"zero_fraction": zeros / weights}
+        if any(layer.prepared.codes is not None for layer in layers.values()):
+            values |= {
+                "natural_zero_fraction": natural / weights,
+                "pruned_nonzero_fraction": (zeros - natural) / weights,
+            }
+        if groups:
+            values["dead_group_fraction"] = dead / groups
+        if compared:
+            values["flip_rate"] = flips / bits
+        if bits:
+            values["flip_rate_cumulative"] = self._flips / bits
+        return values
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What a resumed run needs to go on with identical values; empty before the first measurement.
+
+        `counters` is int64 [4] (step, flips, N, M), equal on every rank; `masks.LAYER` are this rank's packed masks.
+        """
+        if self._step < 0:
+            return {}
+        counters = torch.tensor([self._step, self._flips, *self._sparsity], dtype=torch.int64)
+        return {_COUNTERS: counters} | {_MASKS + name: mask for name, mask in self._references.items()}
+
+    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        """Takes back what `state_tensors` gave in the same layout. Raises CheckpointError if it does not fit."""
+        if not state:
+            return
+        masks = {name.removeprefix(_MASKS): mask for name, mask in state.items() if name.startswith(_MASKS)}
+        if _COUNTERS not in state or (masks and masks.keys() != self.state.layers.keys()):
+            raise CheckpointError("telemetry: counters or masks of some layers are missing; use another checkpoint")
+        for name, mask in masks.items():
+            rows, columns = self.state.layers[name].weight.shape
+            if mask.dtype != torch.uint8 or mask.shape != (rows, -(-columns // 8)):
+                raise CheckpointError(f"telemetry: mask of {name} is {tuple(mask.shape)}; use another checkpoint")
+        self._step, self._flips, n, m = (int(value) for value in state[_COUNTERS].tolist())
+        self._sparsity = (n, m)
+        self._references = {name: mask.to(self.parallel.device).clone() for name, mask in masks.items()}
+
+    def _measure_layer(self, name: str, layer: SparseBitLinear) -> _LayerCounts:
+        mask = _mask(layer)
+        used = _used(layer, mask)  # bool [out, in]: not zero in forward
+        none = torch.zeros((), dtype=torch.int64, device=used.device)
+        natural = _natural_zeros(layer) if layer.prepared.codes is not None else none
+        if mask is None:
+            return _LayerCounts(none + used.numel(), (~used).sum(), natural, none, none, none, none)
+        groups = used.unflatten(-1, (-1, layer.settings.sparsity[1])).any(-1)  # [out, in/M]
+        packed = sbn_kernels.pack_mask(mask)
+        reference = self._references.get(name)
+        self._references[name] = packed
+        return _LayerCounts(
+            weights=none + used.numel(),
+            zeros=(~used).sum(),
+            natural_zeros=natural,
+            groups=none + groups.numel(),
+            dead_groups=(~groups).sum(),
+            mask_bits=none + mask.numel(),
+            flips=none if reference is None else sbn_kernels.flip_count(packed, reference),
+        )
+
+
+def _mask(layer: SparseBitLinear) -> Tensor | None:
+    """The N:M mask in force, bool [out, in]; None at N = M."""
+    settings, prepared = layer.settings, layer.prepared
+    n, m = settings.sparsity
+    if n == m:
+        return None
+    if prepared.mask is not None:
+        return prepared.mask
+    weight = layer.weight.detach()
+    if settings.mask_source == "latent":
+        return sbn_kernels.nm_mask(weight, n, m, backend=settings.backend)
+    gamma = prepared.gamma_per_row
+    assert gamma is not None
+    return sbn_kernels.codes_from_gamma(weight, gamma, n, m, mask_source="quantized", backend=settings.backend)[1]
+
+
+def _used(layer: SparseBitLinear, mask: Tensor | None) -> Tensor:
+    """Where the weight that forward multiplies by is not zero: C of ternary weights, mask * W of dense ones."""
+    if layer.prepared.codes is not None:
+        return layer.prepared.codes != 0
+    nonzero = layer.weight.detach() != 0
+    return nonzero if mask is None else nonzero & mask
+
+
+def _natural_zeros(layer: SparseBitLinear) -> Tensor:
+    """How many weights round to zero, masked or not."""
+    gamma, (_, m) = layer.prepared.gamma_per_row, layer.settings.sparsity
+    assert gamma is not None
+    codes, _ = sbn_kernels.codes_from_gamma(layer.weight.detach(), gamma, m, m, backend=layer.settings.backend)
+    return (codes == 0).sum()

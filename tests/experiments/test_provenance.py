@@ -1,0 +1,68 @@
+"""Tags of a run, and secrets that must not be among them."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+from megatron_sbn.experiments import provenance
+from megatron_sbn.experiments.provenance import describe_environment, mask_secrets
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("http://user:pass@host:5000/x", "http://***@host:5000/x"),
+        ("postgresql+psycopg2://u:p%40ss@db/mlflow", "postgresql+psycopg2://***@db/mlflow"),
+        ("https://u:p@ss@host", "https://***@host"),
+        ("failed: http://a:b@h/api and http://c:d@h/", "failed: http://***@h/api and http://***@h/"),
+        ("http://host/?token=abc&x=1", "http://host/?token=***&x=1"),
+        ("train --api-token=abc optimizer.lr=3", "train --api-token=*** optimizer.lr=3"),
+        ("MLFLOW_TRACKING_PASSWORD=abc train", "MLFLOW_TRACKING_PASSWORD=*** train"),
+        ("sqlite:////tmp/a@b/mlflow.db", "sqlite:////tmp/a@b/mlflow.db"),
+        ("http://host:5000 mail me@host", "http://host:5000 mail me@host"),
+        ("data.tokenizer=runs/t.model max_tokens=5", "data.tokenizer=runs/t.model max_tokens=5"),
+    ],
+)
+def test_mask_secrets(text, masked):
+    assert mask_secrets(text) == masked
+    assert mask_secrets(masked) == masked
+
+
+def test_environment(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/long/path/train.py", "r.yaml", "tracking.uri=http://me:hush@host", "a b"])
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    tags = describe_environment()
+    assert tags["command"] == "train.py r.yaml tracking.uri=http://***@host 'a b'"
+    assert tags["version_torch"] == version("torch")
+    assert tags["version_megatron_core"] == version("megatron-core")
+    assert tags["version_python"] == ".".join(map(str, sys.version_info[:3]))
+    assert (tags["slurm_job_id"], tags["slurm_restart_count"]) == ("77", "2")
+    assert all(isinstance(value, str) and value for value in tags.values())
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert not [name for name in describe_environment() if name.startswith("slurm")]
+
+
+def test_commit_of_the_checkout_that_holds_the_code(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    code = tmp_path / "package" / "provenance.py"
+    code.parent.mkdir()
+    code.write_text("x = 1\n")
+    monkeypatch.setattr(provenance, "__file__", str(code))
+    assert "git_commit" not in describe_environment()
+    git("init", "-q")
+    (tmp_path / "other").write_text("1")
+    git("add", "other")
+    git("commit", "-qm", "other")
+    assert "git_commit" not in describe_environment()  # a repository around installed code is not its origin
+    git("add", ".")
+    git("commit", "-qm", "code")
+    assert describe_environment()["git_commit"] == git("rev-parse", "HEAD")
+    (tmp_path / "other").write_text("2")
+    assert describe_environment()["git_commit"] == git("rev-parse", "HEAD") + "-dirty"
