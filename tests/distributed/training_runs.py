@@ -226,6 +226,7 @@ def join(ranks: Sequence[Pieces]) -> dict[str, Tensor]:
 
 def relative(a: Tensor, b: Tensor) -> float:
     """Largest difference over the largest magnitude of b."""
+    a, b = a.detach(), b.detach()
     return float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30))
 
 
