@@ -87,12 +87,12 @@ class TernaryState:
             wide = settings.activation_bits == 4 and not layer.narrow_input
             layer.settings = replace(settings, activation_bits=8) if wide else settings
         n, m = settings.sparsity
+        masks = self._masks_for(step, settings)
         if settings.weight_format == "dense" and n == m:
             for layer in self.layers.values():
                 layer.prepared = NOT_PREPARED
             return
         self.preparations += 1
-        masks = self._masks_for(step, settings)
         gammas = self._gammas(settings, masks) if settings.weight_format == "ternary" else {}
         for name, layer in self.layers.items():
             layer.prepared = self._prepare_layer(layer, settings, gammas.get(name), masks.get(name))

@@ -1,8 +1,8 @@
 """Everything that Megatron-Core and DeepSpeed need to run without CUDA, and nothing else. Unused where there is a GPU.
 
-Megatron-Core asks for `torch.cuda.current_device()`, keeps CUDA random-number states and makes a few tensors with
-`device="cuda"`. `without_cuda()` answers those calls with the CPU's device, generator and tensors for as long as the
-context lasts, and puts everything back afterwards.
+Megatron-Core asks for `torch.cuda.current_device()`, keeps CUDA random-number states, makes a few tensors with
+`device="cuda"` and moves a tied embedding with `.cuda()`. `without_cuda()` answers those calls with the CPU's device,
+generator and tensors for as long as the context lasts, and puts everything back afterwards.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 CPU = torch.device("cpu")
 
 
-class _FactoriesOnCpu(TorchFunctionMode):
-    """Factory calls with device="cuda" give a CPU tensor."""
+class _TensorsOnCpu(TorchFunctionMode):
+    """Factory calls with device="cuda" give a CPU tensor, and `t.cuda()` gives t."""
 
     def __torch_function__(
         self,
@@ -28,6 +28,8 @@ class _FactoriesOnCpu(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - torch's own protocol
         kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
         if "device" in kwargs and kwargs["device"] is not None and torch.device(kwargs["device"]).type == "cuda":
             kwargs = kwargs | {"device": CPU}
         return func(*args, **kwargs)
@@ -77,5 +79,5 @@ def without_cuda() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, name, stand_in in replacements:
             stack.enter_context(mock.patch.object(owner, name, stand_in))
-        stack.enter_context(_FactoriesOnCpu())
+        stack.enter_context(_TensorsOnCpu())
         yield

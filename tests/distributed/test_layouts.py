@@ -1,0 +1,156 @@
+"""One recipe under every way of cutting it over four ranks: the same model, the same steps (docs/method.md, section 2).
+
+Integers, scales and hidden states are compared bit by bit, floating sums to the rounding that their order allows.
+"""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from training_runs import Run, relative, run_of, small_recipe
+
+NO_SEQUENCE = "parallel.sequence=false"
+TENSOR2, TENSOR4, PIPELINE2 = "parallel.tensor=2", "parallel.tensor=4", "parallel.pipeline=2"
+INTERLEAVED = "parallel.virtual_pipeline=2"
+LAYOUTS = {
+    "tensor2": (2, (TENSOR2,)),
+    "tensor2-whole-sequence": (2, (TENSOR2, NO_SEQUENCE)),
+    "tensor4": (4, (TENSOR4,)),
+    "tensor4-whole-sequence": (4, (TENSOR4, NO_SEQUENCE)),
+    "pipeline2": (2, (PIPELINE2,)),
+    "pipeline2-interleaved": (2, (PIPELINE2, INTERLEAVED)),
+    "data2": (2, ()),
+    "data2-zero2": (2, ("parallel.zero_stage=2",)),
+    "tensor2-pipeline2": (4, (TENSOR2, PIPELINE2)),
+    "tensor2-pipeline2-whole-sequence": (4, (TENSOR2, PIPELINE2, NO_SEQUENCE)),
+    "tensor2-pipeline2-interleaved": (4, (TENSOR2, PIPELINE2, INTERLEAVED)),
+    "tensor2-data2": (4, (TENSOR2,)),
+    "pipeline2-data2": (4, (PIPELINE2, "training.micro_batch_size=1")),
+    "micro-batches": (1, ("training.micro_batch_size=1",)),
+}
+LONG = ("tensor2", "data2", "tensor2-pipeline2")  # also run for 20 steps
+DENSE = ("linear.weight_format=dense", "linear.sparsity=8:8")
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def steps_of(layout: str) -> int:
+    return 20 if layout in LONG else 2
+
+
+def ternary(layout: str) -> Run:
+    world_size, overrides = LAYOUTS[layout]
+    return run_of(world_size, overrides, steps_of(layout), 1)
+
+
+def single(overrides: tuple[str, ...] = ()) -> Run:
+    return run_of(1, overrides, 20, 1)
+
+
+@each_layout
+def test_initial_weights_are_equal_to_the_bit(layout: str) -> None:
+    ours, theirs = ternary(layout).weights(0), single().weights(0)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert torch.equal(weight, theirs[name]), name
+
+
+def test_initial_weights_differ_between_tensors_and_seeds() -> None:
+    weights = single().weights(0)
+    matrices = [w for w in weights.values() if w.dim() == 2]
+    assert len({float(w.double().abs().sum()) for w in matrices}) == len(matrices) == 4 * 4 + 2
+    other = run_of(1, ("training.seed=7",), 1, 1).weights(0)
+    assert all(not torch.equal(w, other[name]) for name, w in weights.items() if w.dim() == 2)
+
+
+@each_layout
+def test_gamma_and_codes_are_equal_to_the_bit(layout: str) -> None:
+    ours, theirs = ternary(layout).prepared(), single().prepared()
+    assert ours.keys() == theirs.keys()
+    assert len(ours) == 4 * 4 * 2
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@each_layout
+def test_hidden_states_are_equal_to_the_bit(layout: str) -> None:
+    assert torch.equal(ternary(layout).hidden(), single().hidden())
+
+
+@pytest.mark.parametrize("layout", ["tensor2", "tensor4-whole-sequence", "tensor2-pipeline2", "micro-batches"])
+def test_hidden_states_in_bf16_are_equal_to_the_bit(layout: str) -> None:
+    world_size, overrides = LAYOUTS[layout]
+    bf16 = ("model.bf16=true",)
+    ours, theirs = run_of(world_size, overrides + bf16, 1, 1), run_of(1, bf16, 1, 1)
+    assert ours.hidden().dtype == torch.bfloat16
+    assert torch.equal(ours.hidden(), theirs.hidden())
+    # The head is a bf16 product over the whole hidden dimension; vocabulary shards only split the sum of exponentials.
+    assert ours.losses[0] == pytest.approx(theirs.losses[0], rel=1e-6)
+    assert ours.grad_norms[0] == pytest.approx(theirs.grad_norms[0], rel=5e-3)
+
+
+@each_layout
+def test_first_step_agrees(layout: str) -> None:
+    ours, theirs = ternary(layout), single()
+    assert ours.losses[0] == pytest.approx(theirs.losses[0], rel=1e-6)
+    assert ours.grad_norms[0] == pytest.approx(theirs.grad_norms[0], rel=1e-5)
+    assert ours.evaluation == pytest.approx(theirs.evaluation, rel=1e-6)
+
+
+@each_layout
+def test_gradients_of_the_first_step_agree(layout: str) -> None:
+    ours, theirs = ternary(layout).gradients(0), single().gradients(0)
+    for name, gradient in ours.items():
+        assert theirs[name].abs().max() > 0
+        assert relative(gradient, theirs[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("layout", LONG)
+def test_twenty_steps_stay_together(layout: str) -> None:
+    world_size, overrides = LAYOUTS[layout]
+    dense, dense_single = run_of(world_size, overrides + DENSE, 20, 1), single(DENSE)
+    assert dense.losses[0] == pytest.approx(dense_single.losses[0], rel=1e-6)
+    assert dense.losses == pytest.approx(dense_single.losses, abs=1e-4)
+    assert dense.grad_norms == pytest.approx(dense_single.grad_norms, rel=1e-3)
+    assert ternary(layout).losses == pytest.approx(single().losses, abs=1e-2)
+    assert single().losses[-1] < single().losses[0] - 0.1
+
+
+def test_codes_follow_the_method_for_every_logical_matrix() -> None:
+    """gamma = mean|W_part| of q, k, v, gate, up, ...; codes from the method's formulas, in numpy and fp64."""
+    run = ternary("tensor2-pipeline2")
+    weights, prepared = run.weights(0), run.prepared()
+    checked = 0
+    for name, weight in weights.items():
+        if f"{name.removesuffix('.weight')}.codes" not in prepared:
+            continue
+        layer = name.removesuffix(".weight")
+        gamma = expected_gamma(layer, weight)  # fp64 [out]
+        np.testing.assert_allclose(prepared[f"{layer}.gamma"].double().numpy(), gamma, rtol=1e-7)
+        stored = prepared[f"{layer}.gamma"].numpy()  # fp32: what codes are made from
+        assert np.array_equal(prepared[f"{layer}.codes"].numpy(), expected_codes(weight.numpy(), stored, 6, 8)), layer
+        checked += len(np.unique(stored))
+    assert checked == 4 * (3 + 1 + 2 + 1)  # q, k, v; attention output; gate, up; down
+
+
+def expected_gamma(layer: str, weight: Tensor) -> np.ndarray:
+    """fp64 mean magnitudes of the parts, spread over their rows."""
+    model = small_recipe().model
+    magnitudes = weight.double().abs().numpy()
+    part = np.zeros(len(magnitudes), dtype=int)
+    if layer.endswith("linear_qkv"):
+        per_group = model.num_attention_heads // model.query_groups
+        group = [0] * (per_group * model.head_dim) + [1] * model.head_dim + [2] * model.head_dim
+        part = np.array(group * model.query_groups)
+    elif layer.endswith("linear_fc1"):
+        part[len(part) // 2 :] = 1
+    return np.array([magnitudes[part == p].mean() for p in range(3) if (part == p).any()])[part]
+
+
+def expected_codes(weight: np.ndarray, gamma: np.ndarray, n: int, m: int) -> np.ndarray:
+    """Quantise, then mask: int8 [out, in]; on a tie the lower index is kept."""
+    groups = np.abs(weight).reshape(len(weight), -1, m)  # [out, groups, m]
+    larger = groups[..., None, :] > groups[..., :, None]
+    earlier_tie = (groups[..., None, :] == groups[..., :, None]) & np.tri(m, k=-1, dtype=bool)
+    keep = ((larger | earlier_tie).sum(-1) < n).reshape(weight.shape)
+    quantised = np.clip(np.rint(weight * (np.float32(1) / gamma)[:, None]), -1, 1)
+    return (quantised * keep).astype(np.int8)

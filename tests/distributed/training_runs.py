@@ -1,0 +1,235 @@
+"""Training runs of a small model under any layout, and what they leave put together again in its logical form.
+
+`train` is the job of a rank: it trains and returns pieces. `Run` joins the pieces of all ranks, and checks on the way
+that ranks which hold the same piece hold the same bits, and that the pieces cover each logical tensor exactly.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ranks import run_ranks
+from torch import Tensor
+
+from megatron_sbn.config import Recipe, load_recipe
+from megatron_sbn.feasibility import check_world
+from megatron_sbn.model import Stages, build_stages
+from megatron_sbn.parallel import state as parallel_state
+from megatron_sbn.parallel.cpu import without_cuda
+from megatron_sbn.parallel.shard import LogicalShard
+from megatron_sbn.training.step import StepResult, Trainer
+
+SMALL = Path(__file__).with_name("small.yaml")
+
+
+def small_recipe(overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of small.yaml with overrides."""
+    return load_recipe(SMALL, list(overrides))
+
+
+def samples_of(recipe: Recipe, step: int) -> np.ndarray:
+    """The global batch of a step, int64 [global_batch, tokens + 1]: a fixed random walk that can be learnt."""
+    rng = np.random.default_rng(1000 + step)
+    shape = (recipe.training.global_batch_size, recipe.model.seq_length + 1)
+    return (rng.integers(0, 7, shape).cumsum(axis=1) % recipe.model.vocab_size).astype(np.int64)
+
+
+@contextmanager
+def trainer_of(recipe: Recipe) -> Iterator[Trainer]:
+    """A trainer of the recipe on this rank, prepared for step 0; its groups are left afterwards."""
+    with without_cuda():
+        parallel = parallel_state.initialize(recipe)
+        check_world(recipe, parallel.world_size)
+        stages = build_stages(recipe, parallel)
+        trainer = Trainer(recipe, parallel, stages)
+        stages.state.prepare(0)
+        yield trainer
+        parallel_state.finalize()
+
+
+def train_step(trainer: Trainer, step: int) -> StepResult:
+    """One step on this rank's share of the step's samples."""
+    return trainer.step(step, samples_of(trainer.recipe, step)[trainer.rows()])
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rank's part of a logical tensor; `counts` is False for the replica of a tied embedding."""
+
+    shard: LogicalShard
+    value: Tensor
+    counts: bool = True
+
+
+Pieces = dict[str, Piece]
+
+
+def weight_pieces(stages: Stages) -> Pieces:
+    """Copies of this rank's parameters."""
+    return {p.name: Piece(p.shard, p.parameter.detach().clone(), p.counts) for p in stages.parameters}
+
+
+def gradient_pieces(stages: Stages) -> Pieces:
+    """Copies of this rank's gradients (0 where there is none)."""
+    return {
+        p.name: Piece(
+            p.shard, torch.zeros_like(p.parameter) if p.parameter.grad is None else p.parameter.grad.clone(), p.counts
+        )
+        for p in stages.parameters
+    }
+
+
+def prepared_pieces(stages: Stages) -> Pieces:
+    """gamma per row and codes of this rank's layers."""
+    pieces = {}
+    for name, layer in stages.state.layers.items():
+        prepared, shard = layer.prepared, layer.weight_shard
+        if prepared.codes is not None and prepared.gamma_per_row is not None:
+            pieces[f"{name}.codes"] = Piece(shard, prepared.codes.clone())
+            pieces[f"{name}.gamma"] = Piece(LogicalShard(shard.shape[:1], shard.rows), prepared.gamma_per_row.clone())
+        if prepared.mask is not None:
+            pieces[f"{name}.mask"] = Piece(shard, prepared.mask.clone())
+    return pieces
+
+
+@contextmanager
+def recorded_hidden_states(trainer: Trainer) -> Iterator[Pieces]:
+    """Fills what it yields with this rank's part of the last norm's input, [global batch, tokens, hidden]."""
+    pieces: Pieces = {}
+    seen: list[Tensor] = []  # [tokens (/tp), micro-batch, hidden]
+    last = list(trainer.stages.chunks)[-1]
+    if not trainer.parallel.is_last_stage:
+        yield pieces
+        return
+    hook = last.decoder.final_layernorm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    yield pieces
+    hook.remove()
+    parallel, model = trainer.parallel, trainer.recipe.model
+    local = torch.cat([t.transpose(0, 1) for t in seen])
+    rows = ((parallel.data_rank * len(local), len(local)),)
+    share = local.shape[1]
+    columns = (parallel.tensor_rank * share, share) if parallel.sequence_parallel else (0, share)
+    shape = (trainer.recipe.training.global_batch_size, model.seq_length, model.hidden_size)
+    pieces["hidden"] = Piece(LogicalShard(shape, rows, columns), local)
+
+
+@dataclass
+class RankRun:
+    """What one rank saw."""
+
+    data_rank: int
+    steps: list[StepResult] = field(default_factory=list)
+    weights: list[Pieces] = field(default_factory=list)  # before every step, and after the last
+    gradients: list[Pieces] = field(default_factory=list)  # of every step, before ZeRO averages over data parallelism
+    prepared: Pieces = field(default_factory=dict)
+    evaluation: float = 0.0
+    hidden: Pieces = field(default_factory=dict)  # into the last norm, at evaluation; on the last stage
+    preparations: int = 0
+
+
+def train(overrides: Sequence[str], steps: int, recorded: int) -> RankRun:
+    """Trains on this rank; weights and gradients are kept for the first `recorded` steps."""
+    recipe = small_recipe(overrides)
+    with trainer_of(recipe) as trainer:
+        stages = trainer.stages
+        run = RankRun(trainer.parallel.data_rank, prepared=prepared_pieces(stages))
+        with recorded_hidden_states(trainer) as run.hidden:
+            run.evaluation = trainer.evaluate(samples_of(recipe, 99)[trainer.rows()])
+        finalize = stages.config.finalize_model_grads_func
+
+        def finalize_and_record(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - Megatron-Core's own
+            finalize(*args, **kwargs)
+            if len(run.gradients) < recorded:
+                run.gradients.append(gradient_pieces(stages))
+
+        stages.config.finalize_model_grads_func = finalize_and_record
+        run.weights.append(weight_pieces(stages))
+        for step in range(steps):
+            run.steps.append(train_step(trainer, step))
+            if step < recorded:
+                run.weights.append(weight_pieces(stages))
+        run.preparations = stages.state.preparations
+    return run
+
+
+@dataclass(frozen=True)
+class Run:
+    """All ranks' runs, joined."""
+
+    ranks: list[RankRun]
+
+    @property
+    def losses(self) -> list[float]:
+        """Loss of every step; equal on all ranks."""
+        return [_same([r.steps[i].loss for r in self.ranks]) for i in range(len(self.ranks[0].steps))]
+
+    @property
+    def grad_norms(self) -> list[float]:
+        """Gradient norm before clipping of every step; equal on all ranks."""
+        return [_same([r.steps[i].grad_norm for r in self.ranks]) for i in range(len(self.ranks[0].steps))]
+
+    @property
+    def evaluation(self) -> float:
+        """Evaluation loss; equal on all ranks."""
+        return _same([r.evaluation for r in self.ranks])
+
+    def weights(self, step: int) -> dict[str, Tensor]:
+        """Logical weights after `step` steps."""
+        return join([rank.weights[step] for rank in self.ranks])
+
+    def hidden(self) -> Tensor:
+        """Hidden states before the last norm at step 0, [global batch, tokens, hidden]."""
+        return join([rank.hidden for rank in self.ranks])["hidden"]
+
+    def prepared(self) -> dict[str, Tensor]:
+        """Logical codes, gamma per row and masks at step 0."""
+        return join([rank.prepared for rank in self.ranks])
+
+    def gradients(self, step: int) -> dict[str, Tensor]:
+        """Logical gradients of a step, averaged over data parallelism."""
+        replicas = sorted({rank.data_rank for rank in self.ranks})
+        joined = [join([r.gradients[step] for r in self.ranks if r.data_rank == d]) for d in replicas]
+        return {name: torch.stack([j[name] for j in joined]).mean(0) for name in joined[0]}
+
+
+@functools.cache
+def run_of(world_size: int, overrides: tuple[str, ...] = (), steps: int = 1, recorded: int = 1) -> Run:
+    """Trains once a session for every set of arguments."""
+    return Run(run_ranks(train, world_size, overrides, steps, recorded))
+
+
+def join(ranks: Sequence[Pieces]) -> dict[str, Tensor]:
+    """Logical tensors from all ranks' pieces. AssertionError where replicas differ in a bit or a part is missing."""
+    joined: dict[str, Tensor] = {}
+    for name in sorted({name for pieces in ranks for name in pieces}):
+        distinct: dict[LogicalShard, Tensor] = {}
+        for piece in (pieces[name] for pieces in ranks if name in pieces):
+            known = distinct.setdefault(piece.shard, piece.value)
+            assert torch.equal(known, piece.value), f"replicas of {name} differ by {(known - piece.value).abs().max()}"
+        shape = next(iter(distinct)).shape
+        logical = torch.zeros(shape, dtype=next(iter(distinct.values())).dtype)
+        covered = torch.zeros(shape, dtype=torch.int32)
+        for shard, value in distinct.items():
+            shard.put(logical, value)
+            once = torch.zeros(shape, dtype=torch.int32)
+            shard.put(once, torch.ones(value.shape, dtype=torch.int32))
+            covered += once
+        assert (covered == 1).all(), f"{name}: pieces do not cover the logical tensor exactly once"
+        joined[name] = logical
+    return joined
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Largest difference over the largest magnitude of b."""
+    a, b = a.detach(), b.detach()
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30))
+
+
+def _same(values: list[float]) -> float:
+    assert len(set(values)) == 1, f"ranks do not agree: {values}"
+    return values[0]
