@@ -73,6 +73,15 @@ def prepare(options: argparse.Namespace) -> int:
     return 0
 
 
+def sync(options: argparse.Namespace) -> int:
+    """Delivers what a run folder holds and MLflow does not."""
+    from megatron_sbn.experiments.tracking import sync as deliver
+
+    for folder in options.run:
+        print(f"{folder}: delivered to MLflow run {deliver(Path(folder), options.uri)}")
+    return 0
+
+
 def quickstart(options: argparse.Namespace) -> int:
     """The main job of the README."""
     from megatron_sbn import quickstart as job
@@ -86,6 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_prepare(commands)
+    command = _add(commands, "sync", sync, "deliver a run folder's metrics to MLflow, each once")
+    command.add_argument("run", nargs="+", metavar="RUN", help="run folder")
+    command.add_argument("--uri", help="MLflow server (default: the one of the run's recipe)")
+    command.epilog = "example: sbn sync runs/quickstart-* --uri http://mlflow.example:5000"
     command = _add(commands, "quickstart", quickstart, "ternary against dense on this machine's own Python library")
     command.epilog = "example: sbn quickstart training.steps=300"
     _add_overrides(command)

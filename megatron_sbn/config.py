@@ -235,7 +235,7 @@ class Recipe(Section):
 
     def flat(self) -> dict[str, str]:
         """Every dotted key and its value as text."""
-        flat = {}
+        flat: dict[str, str] = {}
         for section, value in self.plain().items():
             items = value.items() if isinstance(value, dict) else [("", value)]
             flat |= {f"{section}.{key}".rstrip("."): str(item) for key, item in items}

@@ -44,3 +44,7 @@ class CheckpointError(SbnError):
     """No whole checkpoint where one is needed."""
 
     status = 4
+
+
+class DeliveryError(SbnError):
+    """MLflow cannot be reached, or refuses; the run folder has everything and can be delivered later."""

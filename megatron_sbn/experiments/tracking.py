@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from megatron_sbn.errors import InputError, SbnError
+from megatron_sbn.errors import DeliveryError, InputError, SbnError
 from megatron_sbn.experiments.metrics import Line, read_new
 from megatron_sbn.experiments.provenance import describe_environment, mask_secrets
 from megatron_sbn.experiments.run_record import FILE_NAME, RunRecord, RunRecordFile, new_key, read_record
@@ -30,7 +30,7 @@ from megatron_sbn.experiments.run_record import FILE_NAME, RunRecord, RunRecordF
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
-__all__ = ["DeliveryError", "Tracker", "default_uri", "describe_environment", "sync"]
+__all__ = ["Tracker", "default_uri", "describe_environment", "sync"]
 
 METRICS_NAME = "metrics.jsonl"
 KEY_TAG = "run_key"
@@ -50,10 +50,6 @@ _MLFLOW_SETTINGS = (
     ("GIT_PYTHON_REFRESH", "quiet"),
 )
 _log = logging.getLogger("megatron_sbn")
-
-
-class DeliveryError(SbnError):
-    """MLflow cannot be reached, or refuses; the run folder has everything and can be delivered later."""
 
 
 def default_uri(runs_dir: Path) -> str:

@@ -82,6 +82,8 @@ class Loop:
             for step in range(self.first, training.steps):
                 result, seconds = self._step(step)
                 self._after_step(console, step + 1, result, seconds)
+        if self.metrics is not None:
+            self.metrics.close()
         console.say(f"done: {training.steps} steps; run folder {self.folder.path}")
         console.close()
 
@@ -106,7 +108,7 @@ class Loop:
         told = done % training.log_interval == 0 or last
         console.step(done, result, tokens_per_second, told)
         if told:
-            dense, sparse = model_flops_per_token(self.recipe)
+            dense, sparse = model_flops_per_token(self.recipe, done - 1)
             values = {
                 "loss": result.loss,
                 "grad_norm": result.grad_norm,

@@ -1,6 +1,6 @@
 """The run folder: everything that one run leaves behind, in one place.
 
-    recipe.yaml        the resolved recipe
+    recipe.yaml        the resolved recipe, passwords masked
     metrics.jsonl      one object a line (docs/metrics.md)
     checkpoints/       step-N folders and `latest`
     logs/rank-0.log    what was printed
@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megatron_sbn.config import Recipe
 from megatron_sbn.errors import CheckpointError, InputError
+from megatron_sbn.experiments.provenance import mask_secrets
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.staging import exclusive, write_whole
 from megatron_sbn.training import checkpoint
@@ -84,7 +85,7 @@ def _decide(recipe: Recipe, stack: ExitStack) -> RunFolder | CheckpointError | I
         resume_from = _resume_point(recipe, path)
         for folder in (path / "checkpoints", path / "logs"):
             folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path / "recipe.yaml", recipe.to_yaml().encode())
+        write_whole(path / "recipe.yaml", mask_secrets(recipe.to_yaml()).encode())
     except (CheckpointError, InputError) as error:
         return error
     except OSError as error:

@@ -97,7 +97,9 @@ def _collect(name: str, ranks: list[Rank], folder: Path, timeout: float) -> list
         raise RankFailure(f"{name} failed on rank {', '.join(map(str, sorted(failures)))}\n{told}")
     hung = [rank for rank in range(len(ranks)) if rank not in results]
     if hung:
-        told = "\n".join(f"rank {rank} hung while {phases[rank]}:\n{_stack(ranks[rank], folder, rank)}" for rank in hung)
+        told = "\n".join(
+            f"rank {rank} hung while {phases[rank]}:\n{_stack(ranks[rank], folder, rank)}" for rank in hung
+        )
         raise RankFailure(f"{name} did not finish within {timeout} s\n{told}")
     return [results[rank] for rank in range(len(ranks))]
 

@@ -14,11 +14,11 @@ import urllib.request
 
 import pytest
 
-from megatron_sbn.errors import InputError
+from megatron_sbn.errors import DeliveryError, InputError
 from megatron_sbn.experiments import tracking
 from megatron_sbn.experiments.metrics import MetricsFile, read_metrics
 from megatron_sbn.experiments.run_record import read_record
-from megatron_sbn.experiments.tracking import DeliveryError, Tracker, default_uri, sync
+from megatron_sbn.experiments.tracking import Tracker, default_uri, sync
 
 PARAMS = {"optimizer.lr": "0.0003", "linear.sparsity": "6:8"}
 TAGS = {"git_commit": "abc", "layout": "tensor 2"}
