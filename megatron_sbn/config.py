@@ -262,7 +262,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(_one_line(error)) from None
+        raise RecipeError(" ".join(_problem(error).split())) from None
     feasibility.check_recipe(recipe)
     return recipe
 
@@ -279,6 +279,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_Loader.add_constructor(_NUMBERS[0], lambda loader, node: int(loader.construct_scalar(node)))  # 010 is 10, not 8
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -323,7 +324,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(merged.get(key), dict) and isinstance(value, dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merged[key] | value if both else value
     return merged
 
 
@@ -338,7 +339,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise RecipeError(f"{override!r}: {section} is not a section{_nearest(key)}")
         values = inner
-    values[last] = _parse_yaml(text, override)
+    values[last] = _parse_yaml(text, repr(override))
 
 
 def _fields(section: type[BaseModel], prefix: str = "") -> list[str]:
@@ -356,7 +357,7 @@ def _nearest(key: str) -> str:
     return f"; did you mean {match[0]}?" if match else f"; the sections are {', '.join(Recipe.model_fields)}"
 
 
-def _one_line(error: ValidationError) -> str:
+def _problem(error: ValidationError) -> str:
     """The first problem of a validation, as `field = value: what is wrong and what would be right`."""
     problem = error.errors()[0]
     internal = re.compile(r"(tuple|literal|constrained|function|none)")  # pydantic's own steps through a union

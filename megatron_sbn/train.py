@@ -11,6 +11,7 @@ import warnings
 from megatron_sbn import environment
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.errors import RecipeError, SbnError
+from megatron_sbn.experiments.tracking import configure_mlflow
 from megatron_sbn.feasibility import check_world
 
 USAGE = "usage: torchrun --nproc-per-node N -m megatron_sbn.train RECIPE [section.key=value ...]"
@@ -42,6 +43,7 @@ def _train(recipe: Recipe) -> int:
 
 def _silence_engines() -> None:
     """Drops warnings that no user of a recipe can act on: optional packages that this project does without."""
+    configure_mlflow()
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
 

@@ -30,7 +30,7 @@ from megatron_sbn.experiments.run_record import FILE_NAME, RunRecord, RunRecordF
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
-__all__ = ["Tracker", "default_uri", "describe_environment", "sync"]
+__all__ = ["Tracker", "configure_mlflow", "default_uri", "describe_environment", "sync"]
 
 METRICS_NAME = "metrics.jsonl"
 KEY_TAG = "run_key"
@@ -50,6 +50,12 @@ _MLFLOW_SETTINGS = (
     ("GIT_PYTHON_REFRESH", "quiet"),
 )
 _log = logging.getLogger("megatron_sbn")
+
+
+def configure_mlflow() -> None:
+    """Sets what mlflow reads at its first import: call it before DeepSpeed is imported, which imports mlflow too."""
+    for name, value in _MLFLOW_SETTINGS:
+        os.environ.setdefault(name, value)
 
 
 def default_uri(runs_dir: Path) -> str:
@@ -222,8 +228,7 @@ class _Delivery:
     @contextmanager
     def _conversation(self) -> Iterator[None]:
         """mlflow's failures as one line without secrets; after any, the next attempt connects anew."""
-        for name, value in _MLFLOW_SETTINGS:
-            os.environ.setdefault(name, value)
+        configure_mlflow()
         try:
             from alembic.util import CommandError
             from mlflow.exceptions import MlflowException

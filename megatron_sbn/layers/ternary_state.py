@@ -149,7 +149,9 @@ class TernaryState:
         dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self.group)
         for part, finite in zip(parts, maxima.isfinite().tolist(), strict=True):
             if not finite:
-                raise NumericalError(f"{part.layer}.weight holds NaN or Inf; resume from the last good checkpoint")
+                error = NumericalError(f"{part.layer}.weight holds NaN or Inf; resume from the last good checkpoint")
+                error.on_every_rank = False  # other pipeline stages do not see it, and rank 0 may be one of those
+                raise error
         n, m = settings.sparsity
         survivors = settings.order == "mask_then_quant" and n < m
         counts = [part.count * n // m if survivors else part.count for part in parts]

@@ -91,7 +91,7 @@ def load(path: Path, layout: Layout, parallel: ParallelState) -> tuple[int, Snap
     try:
         state = json.loads(state_file.read_text(encoding="utf-8"))
         step, saved = int(state["step"]), Layout(**state["layout"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{state_file}: cannot be read: {error}; resume from an older checkpoint") from None
     if saved != layout:
         raise CheckpointError(
@@ -165,8 +165,11 @@ def _finish(partial: Path, final: Path, step: int, layout: Layout, keep: int) ->
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
-    write_whole(final.parent / LATEST, f"{final.name}\n".encode())
-    for old in sorted(final.parent.glob("step-*"))[:-keep]:
+    write_whole(final.parent / LATEST, f"{final.name}
+".encode())
+    # The one just written stays even where a run went back and continued from an older one.
+    others = sorted(path for path in final.parent.glob("step-*") if path != final)
+    for old in others[: max(0, len(others) - keep + 1)]:
         shutil.rmtree(old)
 
 
