@@ -165,8 +165,7 @@ def _finish(partial: Path, final: Path, step: int, layout: Layout, keep: int) ->
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
-    write_whole(final.parent / LATEST, f"{final.name}
-".encode())
+    write_whole(final.parent / LATEST, f"{final.name}\n".encode())
     # The one just written stays even where a run went back and continued from an older one.
     others = sorted(path for path in final.parent.glob("step-*") if path != final)
     for old in others[: max(0, len(others) - keep + 1)]:
