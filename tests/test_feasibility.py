@@ -1,5 +1,7 @@
 """Every combination that cannot be trained is refused in one line with field, value and way out; the others are not."""
 
+# ruff: noqa: E501
+# One case a line.
 from itertools import product
 from pathlib import Path
 

@@ -178,11 +178,14 @@ def test_integers_are_saved_and_sent(kind: str, sequence: bool) -> None:
     # X_q and s_x of this rank's tokens, then codes and gamma, which the layer holds anyway. No bf16 X.
     assert ours.saved == [x_q, s_x, ("torch.int8", out * width), ("torch.float32", out)]
     accumulator = "reduce_scatter_tensor" if sequence else "all_reduce"
-    assert ours.sent == {
-        ("qkv", True): [("all_gather_into_tensor", *x_q), ("all_gather_into_tensor", *s_x)],
-        ("gated", False): [],
-        ("row", sequence): [("all_reduce", *s_x), (accumulator, "torch.float32", TOKENS * BATCH * out)],
-    }[kind, sequence]
+    assert (
+        ours.sent
+        == {
+            ("qkv", True): [("all_gather_into_tensor", *x_q), ("all_gather_into_tensor", *s_x)],
+            ("gated", False): [],
+            ("row", sequence): [("all_reduce", *s_x), (accumulator, "torch.float32", TOKENS * BATCH * out)],
+        }[kind, sequence]
+    )
 
 
 def preparation_traffic() -> tuple[list[tuple[str, str, int]], int, int]:

@@ -22,7 +22,9 @@ def test_one_process_trains_without_a_compiler_or_a_launcher(tmp_path: Path) -> 
         "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),
         "CUDA_VISIBLE_DEVICES": "",
     }
-    assert not any(shutil.which(name, path=environment["PATH"]) for name in ("cc", "gcc", "g++", "c++", "clang", "ninja"))
+    assert not any(
+        shutil.which(name, path=environment["PATH"]) for name in ("cc", "gcc", "g++", "c++", "clang", "ninja")
+    )
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120, check=False
     )

@@ -142,7 +142,7 @@ def train(overrides: Sequence[str], steps: int, recorded: int) -> RankRun:
             run.evaluation = trainer.evaluate(samples_of(recipe, 99)[trainer.rows()])
         finalize = stages.config.finalize_model_grads_func
 
-        def finalize_and_record(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - Megatron-Core's own
+        def finalize_and_record(*args: Any, **kwargs: Any) -> None:
             finalize(*args, **kwargs)
             if len(run.gradients) < recorded:
                 run.gradients.append(gradient_pieces(stages))
