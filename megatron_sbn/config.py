@@ -278,8 +278,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _decimal(loader: _Loader, node: yaml.ScalarNode) -> int:
+    """010 is 10 (YAML 1.1: 8)."""
+    return int(loader.construct_scalar(node))
+
+
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-_Loader.add_constructor(_NUMBERS[0], lambda loader, node: int(loader.construct_scalar(node)))  # 010 is 10, not 8
+_Loader.add_constructor(_NUMBERS[0], _decimal)
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()

@@ -317,12 +317,14 @@ def test_any_override_gives_a_recipe_or_one_line(minimal: Path, overrides: list[
     flow = [f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10_000)}" for key, value in overrides]
     texts = [text.removesuffix("\n").removesuffix("\n...") for text in flow]
     for given_overrides in (texts, [*texts, f"optimizer.lr={raw}"], [raw]):
-        try:
-            recipe = load_recipe(minimal, given_overrides)
-        except RecipeError as error:
-            assert len(str(error).splitlines()) == 1
-        else:
-            assert isinstance(recipe, Recipe)
+        assert is_recipe_or_one_line(minimal, given_overrides)
+
+
+def is_recipe_or_one_line(path: Path, overrides: list[str]) -> bool:
+    try:
+        return isinstance(load_recipe(path, overrides), Recipe)
+    except RecipeError as error:
+        return len(str(error).splitlines()) == 1
 
 
 # --- at the level of the process -------------------------------------------------------------------------------------

@@ -30,14 +30,14 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERAT
 GRACE_SECONDS = 3.0  # for the tracebacks of ranks that fail because another one did
 
 
-class RankFailure(AssertionError):
+class RankError(AssertionError):
     """A rank raised, died or hung."""
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: object, timeout: float = 120.0) -> list[Any]:
     """`function(*args)` on every rank, inside an initialised process group; results in the order of ranks.
 
-    `function` is at module level; arguments and results are pickled. Raises RankFailure after `timeout` seconds, or
+    `function` is at module level; arguments and results are pickled. Raises RankError after `timeout` seconds, or
     when a rank raises.
     """
     job = pickle.dumps((function, args))
@@ -94,13 +94,13 @@ def _collect(name: str, ranks: list[Rank], folder: Path, timeout: float) -> list
                 failures[rank] = str(value)
     if failures:
         told = "\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items()))
-        raise RankFailure(f"{name} failed on rank {', '.join(map(str, sorted(failures)))}\n{told}")
+        raise RankError(f"{name} failed on rank {', '.join(map(str, sorted(failures)))}\n{told}")
     hung = [rank for rank in range(len(ranks)) if rank not in results]
     if hung:
         told = "\n".join(
             f"rank {rank} hung while {phases[rank]}:\n{_stack(ranks[rank], folder, rank)}" for rank in hung
         )
-        raise RankFailure(f"{name} did not finish within {timeout} s\n{told}")
+        raise RankError(f"{name} did not finish within {timeout} s\n{told}")
     return [results[rank] for rank in range(len(ranks))]
 
 

@@ -1,4 +1,4 @@
-"""NaN in the loss, the gradients or the weights: told with step, rank or layer on every rank, and nothing is updated."""
+"""NaN in the loss, the gradients or the weights is told with step, rank or layer, and nothing is updated."""
 
 import pytest
 import torch

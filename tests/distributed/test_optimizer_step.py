@@ -1,4 +1,4 @@
-"""The update that ZeRO makes, against one AdamW in one process on the gathered gradients: norm, clipping, every weight."""
+"""The update that ZeRO makes, against one AdamW in one process on the gathered gradients."""
 
 import numpy as np
 import pytest

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankFailure, run_ranks
+from ranks import RankError, run_ranks
 
 
 def total_of_ranks(offset: int) -> tuple[int, int, int]:
@@ -53,15 +53,15 @@ def test_nothing_reaches_the_next_job() -> None:
 
 
 def test_a_failure_shows_the_ranks_own_traceback() -> None:
-    with pytest.raises(RankFailure, match=r"(?s)fail_on_rank_1 failed on rank.*1.*ValueError: no such luck"):
+    with pytest.raises(RankError, match=r"(?s)fail_on_rank_1 failed on rank.*1.*ValueError: no such luck"):
         run_ranks(fail_on_rank_1, 2)
 
 
 def test_a_hang_names_rank_phase_and_line() -> None:
-    with pytest.raises(RankFailure, match=r"(?s)within 3 s.*rank 1 hung while running.*in sleep_forever"):
+    with pytest.raises(RankError, match=r"(?s)within 3 s.*rank 1 hung while running.*in sleep_forever"):
         run_ranks(hang_on_rank_1, 2, timeout=3)
 
 
 def test_a_death_is_told() -> None:
-    with pytest.raises(RankFailure, match="rank 0: the process died with status 7"):
+    with pytest.raises(RankError, match="rank 0: the process died with status 7"):
         run_ranks(die_on_rank_0, 2, timeout=20)

@@ -158,7 +158,7 @@ def test_phases_begin_at_their_steps() -> None:
 
 
 def masks_and_weights(overrides: tuple[str, ...], steps: int) -> list[tuple[bool, float]]:
-    """After every step: whether codes of the first layer respect a fresh mask, and the share of mask bits that moved."""
+    """Before every step: whether the mask is that of the weights as they are, and the share of its bits that moved."""
     recipe = small_recipe(("optimizer.lr=3e-2", "optimizer.min_lr=1e-2", *overrides))
     seen = []
     with trainer_of(recipe) as trainer:

@@ -1,0 +1,48 @@
+"""ParallelState without a launcher, and over the grid of ranks."""
+
+import pytest
+import torch.distributed as dist
+
+from megatron_sbn import environment
+from megatron_sbn.errors import RecipeError
+from megatron_sbn.parallel import state
+
+
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_one_process_is_a_world(no_launcher: pytest.MonkeyPatch) -> None:
+    assert (environment.rank(), environment.world_size(), environment.local_rank()) == (0, 1, 0)
+
+
+def test_torchruns_variables_come_first(no_launcher: pytest.MonkeyPatch) -> None:
+    for name, value in (("SLURM_STEP_ID", "0"), ("SLURM_PROCID", "5"), ("SLURM_NTASKS", "8"), ("SLURM_LOCALID", "1")):
+        no_launcher.setenv(name, value)
+    assert (environment.rank(), environment.world_size(), environment.local_rank()) == (5, 8, 1)
+    for name, value in (("RANK", "2"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "3")):
+        no_launcher.setenv(name, value)
+    assert (environment.rank(), environment.world_size(), environment.local_rank()) == (2, 4, 3)
+
+
+def test_a_batch_shell_of_slurm_is_no_job_step(no_launcher: pytest.MonkeyPatch) -> None:
+    """sbatch sets SLURM_NTASKS and SLURM_PROCID in the batch script too, where there is one process."""
+    no_launcher.setenv("SLURM_NTASKS", "8")
+    no_launcher.setenv("SLURM_PROCID", "0")
+    assert environment.world_size() == 1
+
+
+def test_a_variable_that_is_no_number_is_named(no_launcher: pytest.MonkeyPatch) -> None:
+    no_launcher.setenv("RANK", "first")
+    with pytest.raises(RecipeError, match="environment variable RANK = 'first' is not a number; unset it"):
+        environment.rank()
+
+
+def test_several_ranks_without_a_meeting_point_are_refused(no_launcher: pytest.MonkeyPatch) -> None:
+    no_launcher.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="MASTER_ADDR is not set; start several ranks with torchrun"):
+        state._join(0, environment.world_size(), state.torch.device("cpu"))
+    assert not dist.is_initialized()
