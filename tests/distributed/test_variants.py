@@ -19,6 +19,8 @@ from megatron_sbn.layers.ternary_state import settings_at
 
 TENSOR2, TENSOR4, PIPELINE2 = "parallel.tensor=2", "parallel.tensor=4", "parallel.pipeline=2"
 DENSE = "linear.weight_format=dense"
+LAYERS = 2
+SHALLOW = f"model.num_layers={LAYERS}"
 EXACT = 1e-5  # relative error of gradients where only the order of fp32 sums differs
 ROUNDED = 0.03  # dY rounded to int8 by the maximum of the local rows: 0.015 was seen
 VARIANTS = {
@@ -48,7 +50,7 @@ each_variant = pytest.mark.parametrize("variant", VARIANTS)
 @each_variant
 def test_first_step_does_not_depend_on_the_layout(variant: str) -> None:
     overrides, tolerance = VARIANTS[variant]
-    single, cut = run_of(1, overrides, 2, 1), run_of(2, (TENSOR2, *overrides), 2, 1)
+    single, cut = run_of(1, (SHALLOW, *overrides), 2, 1), run_of(2, (SHALLOW, TENSOR2, *overrides), 2, 1)
     if variant not in FLOATING:
         assert torch.equal(cut.hidden(), single.hidden())
     assert relative(cut.hidden(), single.hidden()) < 1e-5
@@ -65,8 +67,8 @@ def test_first_step_does_not_depend_on_the_layout(variant: str) -> None:
 
 def test_variants_are_all_different() -> None:
     """A setting that is ignored would give another variant's loss or gradient norm."""
-    first = [run_of(1, overrides, 2, 1) for overrides, _ in VARIANTS.values()]
-    base = run_of(1, (), 2, 1)
+    first = [run_of(1, (SHALLOW, *overrides), 2, 1) for overrides, _ in VARIANTS.values()]
+    base = run_of(1, (SHALLOW,), 2, 1)
     seen = {(run.losses[0], run.grad_norms[0]) for run in (*first, base)}
     assert len(seen) == len(VARIANTS) + 1
 
@@ -74,10 +76,10 @@ def test_variants_are_all_different() -> None:
 @pytest.mark.parametrize("variant", ["masked-gradient", "sparse-dense-masked-gradient"])
 def test_a_masked_gradient_is_the_dense_one_times_the_mask(variant: str) -> None:
     overrides, _ = VARIANTS[variant]
-    masked = run_of(1, overrides, 2, 1)
-    dense = run_of(1, tuple(o for o in overrides if "masked_gradient" not in o), 2, 1)
+    masked = run_of(1, (SHALLOW, *overrides), 2, 1)
+    dense = run_of(1, (SHALLOW, *(o for o in overrides if "masked_gradient" not in o)), 2, 1)
     masks = {name: mask for name, mask in masked.prepared().items() if name.endswith(".mask")}
-    assert len(masks) == 4 * 4
+    assert len(masks) == 4 * LAYERS
     for name, mask in masks.items():
         assert float(mask.float().mean()) == 0.75
         weight = name.replace(".mask", ".weight")
@@ -86,7 +88,7 @@ def test_a_masked_gradient_is_the_dense_one_times_the_mask(variant: str) -> None
 
 def test_sr_ste_adds_its_decay_once_a_step() -> None:
     """dW + decay * (1 - mask) * W, whatever the number of micro-batches."""
-    plain, decayed = run_of(1, (), 2, 1), run_of(1, VARIANTS["sr-ste"][0], 2, 1)
+    plain, decayed = run_of(1, (SHALLOW,), 2, 1), run_of(1, (SHALLOW, *VARIANTS["sr-ste"][0]), 2, 1)
     masks = decayed.prepared()
     for name, gradient in decayed.gradients(0).items():
         mask = masks.get(name.replace(".weight", ".mask"))
@@ -95,9 +97,9 @@ def test_sr_ste_adds_its_decay_once_a_step() -> None:
 
 
 def test_biases_learn() -> None:
-    run = run_of(2, (TENSOR2, *VARIANTS["biases"][0]), 2, 1)
+    run = run_of(2, (SHALLOW, TENSOR2, *VARIANTS["biases"][0]), 2, 1)
     biases = [name for name in run.weights(0) if name.endswith(".bias")]
-    assert len(biases) == 4 * 4
+    assert len(biases) == 4 * LAYERS
     for name in biases:
         assert not run.weights(0)[name].any()
         assert run.weights(1)[name].abs().min() > 0
