@@ -103,17 +103,26 @@ def _check_linear(recipe: "Recipe") -> None:
         last = settings[-1]
         bits = last[2] if phase.activation_bits == "unchanged" else phase.activation_bits
         settings.append((phase.weight_format or last[0], phase.sparsity or last[1], bits, where))
+    _check_used(recipe, any(weight_format == "ternary" for weight_format, *_ in settings))
     for weight_format, (n, m), bits, where in settings:
         if not 1 <= n <= m <= 32:
             raise RecipeError(f"{where}.sparsity = {n}:{m}: needs 1 <= N <= M <= 32, such as 6:8")
         if n < m:
             _check_groups(recipe, n, m, where)
-        if weight_format == "dense" and linear.mask_source == "quantized" and n < m:
-            raise RecipeError(
-                f"{where}.weight_format = 'dense' has no codes for linear.mask_source = 'quantized'; use latent"
-            )
         if weight_format == "ternary" and bits is not None:
             _check_exact(recipe)
+
+
+def _check_used(recipe: "Recipe", ternary: bool) -> None:
+    """Settings of ternary weights say nothing where no phase has them: refused, not ignored."""
+    linear = recipe.linear
+    for field, value, default in (
+        ("order", linear.order, "quant_then_mask"),
+        ("mask_source", linear.mask_source, "latent"),
+        ("backward", linear.backward, "exact"),
+    ):
+        if not ternary and value != default:
+            raise RecipeError(f"linear.{field} = {value!r} has no effect on dense weights; leave it at {default!r}")
 
 
 def _check_groups(recipe: "Recipe", n: int, m: int, where: str) -> None:

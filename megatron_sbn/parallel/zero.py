@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_sbn.config import Recipe
+from megatron_sbn.errors import CheckpointError
 from megatron_sbn.parallel.state import ParallelState
 
 # Said before its import, or DeepSpeed warns that it found no GPU.
@@ -133,12 +134,18 @@ class ZeroOptimizer:
         return tensors
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes back what `state_tensors` gave on this rank at the same layout; weights are loaded separately."""
+        """Takes back what `state_tensors` gave on this rank at the same layout; weights are loaded separately.
+
+        Raises CheckpointError where the masters are missing or of another size.
+        """
         for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
             prefix = f"group{index}."
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            saved = own.pop("master", None)
+            if saved is None or saved.shape != master.shape:
+                raise CheckpointError(f"{prefix}master is missing or of another size; resume with the saved recipe")
             with torch.no_grad():
-                master.data.copy_(own.pop("master"))
+                master.data.copy_(saved)
             state = self._zero.optimizer.state[master]
             for key, value in own.items():
                 # Adam's step count stays on the CPU, where torch keeps it.

@@ -86,7 +86,21 @@ def save(folder: Path, step: int, layout: Layout, snapshot: Snapshot, parallel: 
 
 
 def load(path: Path, layout: Layout, parallel: ParallelState) -> tuple[int, Snapshot]:
-    """(step, this rank's tensors) of a checkpoint. Raises CheckpointError for another layout or a damaged file."""
+    """(step, this rank's tensors) of a checkpoint, on all ranks together.
+
+    Raises CheckpointError on every rank for another layout, or where one rank's file is damaged.
+    """
+    problem, loaded = "", None
+    try:
+        loaded = _load(path, layout, parallel)
+    except CheckpointError as error:
+        problem = str(error)
+    if _any_rank(problem, parallel) or loaded is None:
+        raise CheckpointError(problem or f"{path}: cannot be read by another rank, see its message")
+    return loaded
+
+
+def _load(path: Path, layout: Layout, parallel: ParallelState) -> tuple[int, Snapshot]:
     state_file = path / "state.json"
     try:
         state = json.loads(state_file.read_text(encoding="utf-8"))
@@ -131,12 +145,17 @@ def _together(parallel: ParallelState, path: Path, action: Callable[[], None]) -
         action()
     except (OSError, InputError, SafetensorError) as error:
         problem = str(error)
-    failed = torch.tensor(int(bool(problem)), device=parallel.device)
-    dist.all_reduce(failed)
-    if failed:
+    if _any_rank(problem, parallel):
         shutil.rmtree(path.with_name(f".{path.name}{_PARTIAL}"), ignore_errors=True)
         reason = problem or "another rank failed, see its message"
         raise CheckpointError(f"{path}: cannot be saved on rank {parallel.rank}: {reason}; older checkpoints are whole")
+
+
+def _any_rank(problem: str, parallel: ParallelState) -> bool:
+    """Whether any rank has a problem to tell."""
+    count = torch.tensor(int(bool(problem)), device=parallel.device)
+    dist.all_reduce(count)
+    return bool(count)
 
 
 def _make_empty(partial: Path) -> None:
