@@ -57,8 +57,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("linear.phases=[{step:,sparsity: 6:9}]", "linear.phases.0.step", ""),
         ("linear.phases=[{step: 3,sparsity: 6:9}]", "linear.phases.0.sparsity = 6:9", "multiple of 9"),
         ("linear.phases=[{step: 3},{step: 3}]", "linear.phases.1.step = 3", "in order"),
-        ("linear.mask_source=quantized linear.weight_format=dense", "linear.weight_format = 'dense'", "use latent"),
-        ("linear.mask_source=quantized linear.phases=[{step: 3,weight_format: dense}]", "linear.phases.0.weight_format = 'dense'", "use latent"),
+        ("linear.mask_source=quantized linear.weight_format=dense", "linear.mask_source = 'quantized'", "leave it at 'latent'"),
+        ("linear.backward=int8 linear.weight_format=dense", "linear.backward = 'int8'", "leave it at 'exact'"),
+        ("linear.order=mask_then_quant linear.weight_format=dense", "linear.order = 'mask_then_quant'", "leave it"),
         ("model.ffn_hidden_size=131080", "131080 exceeds 131072", ""),
         # the schedule
         ("optimizer.min_lr=1e-3", "optimizer.min_lr = 0.001 is above optimizer.lr = 0.0003", "lower it"),
@@ -111,12 +112,12 @@ def split(overrides: str) -> list[str]:
         "linear.weight_format=dense model.ffn_hidden_size=131080",
         "linear.activation_bits=none model.ffn_hidden_size=131080",
         "model.ffn_hidden_size=131072",
-        "linear.mask_source=quantized linear.weight_format=dense linear.sparsity=8:8",
+        "linear.mask_source=quantized linear.phases=[{step: 3,weight_format: dense}]",
         "optimizer.lr_warmup_steps=10",
         "optimizer.lr_warmup_steps=50 optimizer.lr_decay_steps=100",
         "optimizer.min_lr=3e-4",
         "training.validation_interval=5 data.validation=held/out",
-        "linear.backward=int8 linear.weight_format=dense",
+        "linear.backward=int8 linear.weight_format=dense linear.phases=[{step: 3,weight_format: ternary}]",
     ],
 )
 def test_what_can_be_trained_is_not_refused(overrides: str, base: Path) -> None:
