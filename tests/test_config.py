@@ -275,10 +275,8 @@ def test_the_last_override_wins(minimal: Path) -> None:
 
 
 def test_keys_and_overrides_with_line_breaks_stay_on_one_line(minimal: Path) -> None:
-    refusal(minimal, "model.hidden\nsize=1")
-    refusal(minimal, "optimizer.lr=,\r\n")
-    refusal(minimal, "no\nequals")
-    refusal(minimal, "name\n.x.y=1")
+    for override in ("model.hidden\nsize=1", "optimizer.lr=,\r\n", "no\nequals", "name\n.x.y=1"):
+        assert len(refusal(minimal, override).splitlines()) == 1
 
 
 def test_a_long_value_is_cut(minimal: Path) -> None:

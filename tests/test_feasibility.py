@@ -121,7 +121,7 @@ def split(overrides: str) -> list[str]:
     ],
 )
 def test_what_can_be_trained_is_not_refused(overrides: str, base: Path) -> None:
-    load_recipe(base, split(overrides))
+    assert isinstance(load_recipe(base, split(overrides)), Recipe)
 
 
 def recipe(base: Path, overrides: str = "") -> Recipe:
