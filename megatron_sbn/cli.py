@@ -86,7 +86,7 @@ def quickstart(options: argparse.Namespace) -> int:
     """The main job of the README."""
     from megatron_sbn import quickstart as job
 
-    return job.run(options.overrides)
+    return job.run(options.overrides, prepare_only=options.prepare_only)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--uri", help="MLflow server (default: the one of the run's recipe)")
     command.epilog = "example: sbn sync runs/quickstart-* --uri http://mlflow.example:5000"
     command = _add(commands, "quickstart", quickstart, "ternary against dense on this machine's own Python library")
+    command.add_argument("--prepare-only", action="store_true", help="write the shards and stop")
     command.epilog = "example: sbn quickstart training.steps=300"
     _add_overrides(command)
     return parser

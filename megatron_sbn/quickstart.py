@@ -40,12 +40,14 @@ class Outcome:
     tokens_per_second: float
 
 
-def run(overrides: list[str]) -> int:
+def run(overrides: list[str], prepare_only: bool = False) -> int:
     """Prepares, trains both, prints the table; status 0 when both are good enough."""
     recipes = [load_recipe(RECIPES / f"{name}.yaml", overrides) for name in MODELS]
     for recipe in recipes:
         check_world(recipe, recipe.parallel.tensor * recipe.parallel.pipeline)
     unigram = _prepare(recipes[0])
+    if prepare_only:
+        return 0
     outcomes = []
     for name, recipe in zip(MODELS, recipes, strict=True):
         folder = Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
