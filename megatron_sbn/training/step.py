@@ -81,6 +81,7 @@ class Trainer:
     def _run(self, samples: np.ndarray, forward_only: bool) -> list[Tensor]:
         """Losses of the micro-batches, fp32 scalars, on the last stage; empty on the others."""
         size = min(self.recipe.training.micro_batch_size, len(samples))
+        assert len(samples) % size == 0, "samples fill whole micro-batches"
         chunks = list(self.stages.chunks)
         results: list[dict[str, Tensor]] = self._schedule(
             forward_step_func=_forward_step,
