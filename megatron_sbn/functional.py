@@ -11,15 +11,10 @@ Layout: weights [out, in], activations [..., in] with dim 0 the one that sequenc
 fused weights (q, k, v; gate, up) have one gamma per part, given per row. One autograd.Function per arithmetic serves
 one device and every tensor-parallel layer: what differs is a `TokenLayout` that moves tokens and adds partial sums.
 
-Where backward rounds: scales are folded into dY, once, in fp32, and the result is rounded to X's dtype; C and X_q are
-exact in bf16; products accumulate in fp32. dX is then rounded to X's dtype, dW to the weight's. The int8 modes round
-the folded dY to int8 instead, and multiply exactly:
-
-    dgrad    G = dY * gamma[row],  G_q, s = int8 per token over the (local) out rows,   dX = (G_q @ C) * s[token]
-    wgrad    H = dY * s_x[token],  H_q, s = int8 per out row over the tokens,           dW = (H_q^T @ X_q) * s[row]
-
-so that |error of dX| <= sum over rows of |C| * max|G[token]| / 254, and |error of dW| <= sum over tokens of
-|X_q| * max|H[:, row]| / 254.
+Backward accumulates in fp32 and rounds dX to X's dtype, dW to the weight's. In mode "exact" each scale is folded into
+an operand or applied to the sum, whichever suits the backend, with at most one rounding to X's dtype; C and X_q are
+exact in bf16. The int8 modes round dY with its scales to int8 instead, and multiply exactly: see
+`sbn_kernels.reference`, `input_gradient` and `weight_gradient`, also for their error bounds.
 """
 
 from collections.abc import Sequence
@@ -52,6 +47,7 @@ class PreparedWeight:
 
     Attributes:
         codes: int8 [out, in], of ternary weights.
+        codes_t: int8 [in, out], the same codes, where the backend's backward pass reads them so.
         gamma_per_row: fp32 [out], of ternary weights.
         mask: bool [out, in]; present where `LinearSettings.needs_mask`.
     """
@@ -59,6 +55,7 @@ class PreparedWeight:
     codes: Tensor | None = None
     gamma_per_row: Tensor | None = None
     mask: Tensor | None = None
+    codes_t: Tensor | None = None
 
 
 class TokenLayout:
@@ -145,52 +142,34 @@ class _QuantizedLinear(torch.autograd.Function):
         bits, backend = settings.activation_bits or 8, settings.backend
         abs_max = layout.token_abs_max(kernels.activation_abs_max(x)) if bits == 8 else None
         x_q, s_x = kernels.quantize_activations(x, bits, abs_max=abs_max, backend=backend)
-        acc = kernels.int_matmul(layout.gather_input(x_q), codes, backend=backend)  # [..., out]
-        s_y = layout.local_tokens(layout.gather_input(s_x))
-        acc = layout.reduce_accumulator(acc)
         mask = prepared.mask if settings.needs_mask else None
-        ctx.save_for_backward(x_q, s_x, codes, gamma, mask, weight if settings.sr_ste_decay > 0.0 else None)
+        decayed = weight if settings.sr_ste_decay > 0.0 else None
+        ctx.save_for_backward(x_q, s_x, codes, gamma, prepared.codes_t, mask, decayed)
         ctx.settings, ctx.layout = settings, layout
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, bias.dtype if bias is not None else None
-        return kernels.scale_accumulator(acc, s_y, gamma, bias, x.dtype, backend=backend)
+        tokens, scales = layout.gather_input(x_q), layout.gather_input(s_x)
+        if not layout.splits_input:
+            return kernels.ternary_linear(tokens, scales, codes, gamma, bias, x.dtype, backend=backend)
+        acc = layout.reduce_accumulator(kernels.int_matmul(tokens, codes, backend=backend))  # [..., out]
+        return kernels.scale_accumulator(acc, layout.local_tokens(scales), gamma, bias, x.dtype, backend=backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        x_q, s_x, codes, gamma, mask, weight = ctx.saved_tensors
+        x_q, s_x, codes, gamma, codes_t, mask, weight = ctx.saved_tensors
         settings, layout = ctx.settings, ctx.layout
+        mode, backend = settings.backward, settings.backend
         dy = layout.gather_grad_output(grad_output)  # [..., out]
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = layout.reduce_grad_input(_input_gradient(dy, codes, gamma, settings))
+            dx = layout.reduce_grad_input(kernels.input_gradient(dy, codes, gamma, codes_t, mode, backend=backend))
         if ctx.needs_input_grad[1]:
-            dw = _quantized_weight_gradient(dy, layout.gather_input(x_q), layout.gather_input(s_x), settings)
+            tokens, scales = layout.gather_input(x_q), layout.gather_input(s_x)
+            dw = kernels.weight_gradient(dy, tokens, scales, mode, backend=backend)
             dw = _weight_gradient(dw, weight, mask, settings, ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
             db = _tokens_by_features(dy).float().sum(dim=0).to(ctx.bias_dtype)
         return dx, dw, db, None, None, None
-
-
-def _input_gradient(dy: Tensor, codes: Tensor, gamma: Tensor, settings: LinearSettings) -> Tensor:
-    """Return dX [..., in] = (dY * gamma) @ C in dY's dtype, exactly or from int8."""
-    g = dy.float() * gamma
-    if settings.backward == "exact":
-        return _product(g.to(dy.dtype), codes.to(dy.dtype), dy.dtype)
-    g_q, s = kernels.quantize_rows(g, backend=settings.backend)
-    acc = kernels.int_matmul(g_q, codes.t(), backend=settings.backend)
-    return acc.mul_(s.unsqueeze(-1)).to(dy.dtype)
-
-
-def _quantized_weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor, settings: LinearSettings) -> Tensor:
-    """Return dW [out, in] = (dY * s_x)^T @ X_q in fp32, exactly or from int8."""
-    h = _tokens_by_features(dy.float() * s_x.unsqueeze(-1)).t()  # [out, tokens]
-    columns = _tokens_by_features(x_q)  # [tokens, in]
-    if settings.backward != "int8":
-        return _product(h.to(dy.dtype), columns.to(dy.dtype), torch.float32)
-    if h.shape[1] == 0:
-        return h.new_zeros(h.shape[0], columns.shape[1])
-    h_q, s = kernels.quantize_rows(h, backend=settings.backend)
-    return kernels.int8_matmul(h_q, columns.t(), backend=settings.backend) * s.unsqueeze(-1)
 
 
 class _FloatLinear(torch.autograd.Function):
@@ -264,9 +243,16 @@ def prepare_weight(weight: Tensor, splits: Sequence[int] | None, settings: Linea
     mask = kernels.nm_mask(w, n, m, backend=settings.backend) if masked_first else None
     gamma = kernels.gamma_rows(kernels.weight_scales(w, parts, mask), parts)
     codes, mask = kernels.codes_from_gamma(
-        w, gamma, n, m, mask_source=settings.mask_source, mask=mask, backend=settings.backend
+        w,
+        gamma,
+        n,
+        m,
+        mask_source=settings.mask_source,
+        mask=mask,
+        with_mask=settings.needs_mask,
+        backend=settings.backend,
     )
-    return PreparedWeight(codes, gamma, mask if settings.needs_mask else None)
+    return PreparedWeight(codes, gamma, mask)
 
 
 def apply_linear(

@@ -28,7 +28,7 @@ class LinearSettings:
         sr_ste_decay: adds decay * (1 - mask) * W to dW (SR-STE, arXiv 2102.04010), at every call of backward: who
             accumulates K micro-batches divides it by K.
         backward: "exact", "int8_dgrad" (dX from int8) or "int8" (dW too); of quantised activations.
-        backend: the `sbn_kernels` backend, by name.
+        backend: the `sbn_kernels` backend, by name; "auto" is cpu on CPU, triton on CUDA.
     """
 
     weight_format: WeightFormat = "ternary"
@@ -39,7 +39,7 @@ class LinearSettings:
     masked_gradient: MaskedGradient = "dense"
     sr_ste_decay: float = 0.0
     backward: Backward = "exact"
-    backend: str = "reference"
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         _one_of("weight_format", self.weight_format, ("ternary", "dense"))
@@ -48,7 +48,7 @@ class LinearSettings:
         _one_of("mask_source", self.mask_source, ("latent", "quantized"))
         _one_of("masked_gradient", self.masked_gradient, ("dense", "masked"))
         _one_of("backward", self.backward, ("exact", "int8_dgrad", "int8"))
-        _one_of("backend", self.backend, kernels.available_backends("int_matmul"))
+        _one_of("backend", self.backend, kernels.BACKENDS)
         if len(self.sparsity) != 2:
             raise ValueError(f"linear.sparsity: {self.sparsity} is not a pair (N, M); write for example [6, 8]")
         n, m = self.sparsity

@@ -1,20 +1,19 @@
 """The kernel library of megatron_sbn: what a ternary + N:M linear layer computes. Imports torch and triton only.
 
 `reference` is the specification in plain PyTorch, `exact_sum` the sums that do not depend on order, `packing` codes at
-2 bits and masks at 1 bit, `dispatch` the choice of a backend by name.
+2 bits and masks at 1 bit, `registry` the backends by name, `dispatch` the functions that run on any of them.
 """
 
 from sbn_kernels.dispatch import (
-    available_backends,
     codes_from_gamma,
-    int8_matmul,
+    input_gradient,
     int_matmul,
     nm_mask,
     quantize_activations,
-    quantize_rows,
     scale_accumulator,
     ternary_codes,
     ternary_linear,
+    weight_gradient,
 )
 from sbn_kernels.exact_sum import (
     fixed_point_sum,
@@ -24,10 +23,11 @@ from sbn_kernels.exact_sum import (
 )
 from sbn_kernels.packing import flip_count, pack, pack_mask, unpack, unpack_mask
 from sbn_kernels.reference import activation_abs_max, check_sparsity, check_splits, gamma_rows, weight_scales
+from sbn_kernels.registry import BACKENDS, resolve
 
 __all__ = [
+    "BACKENDS",
     "activation_abs_max",
-    "available_backends",
     "check_sparsity",
     "check_splits",
     "codes_from_gamma",
@@ -35,19 +35,20 @@ __all__ = [
     "flip_count",
     "gamma_from_fixed_point",
     "gamma_rows",
-    "int8_matmul",
+    "input_gradient",
     "int_matmul",
     "nm_mask",
     "pack",
     "pack_mask",
     "part_abs_max",
     "quantize_activations",
-    "quantize_rows",
+    "resolve",
     "scale_accumulator",
     "ternary_codes",
     "ternary_linear",
     "unit_exponent",
     "unpack",
     "unpack_mask",
+    "weight_gradient",
     "weight_scales",
 ]

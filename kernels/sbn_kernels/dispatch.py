@@ -1,58 +1,23 @@
-"""Which implementation a call runs: always the one that was named, or an error; never a fallback.
+"""What users of the library call. Each function takes `backend`, a name of `registry.BACKENDS`.
 
-Each public function takes `backend`, the name of a column of the registry below. The functions here only look the
-implementation up; `sbn_kernels.reference` documents what each of them computes, and any other backend has to return
-the same bits.
+The functions here only look the implementation up; `sbn_kernels.reference` documents what each of them computes. Any
+backend returns the same integers, and the same floats wherever the reference's are exact; gradients of mode "exact"
+differ by rounding.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sbn_kernels import reference
-
-_REGISTRY: Mapping[str, Mapping[str, Callable[..., Any]]] = MappingProxyType(
-    {
-        "reference": MappingProxyType(
-            {
-                function.__name__: function
-                for function in (
-                    reference.nm_mask,
-                    reference.ternary_codes,
-                    reference.codes_from_gamma,
-                    reference.quantize_activations,
-                    reference.quantize_rows,
-                    reference.int_matmul,
-                    reference.int8_matmul,
-                    reference.scale_accumulator,
-                    reference.ternary_linear,
-                )
-            }
-        ),
-    }
-)
+from sbn_kernels import ops
+from sbn_kernels.reference import check_splits, check_sparsity, gamma_rows, weight_scales
+from sbn_kernels.registry import find, resolve
 
 
-def available_backends(operation: str) -> tuple[str, ...]:
-    """Return the names of the backends that implement `operation`, a public function's name."""
-    return tuple(name for name, operations in _REGISTRY.items() if operation in operations)
-
-
-def _find(operation: str, backend: str) -> Callable[..., Any]:
-    """Return the implementation, or raise ValueError that names the ones there are."""
-    if backend not in available_backends(operation):
-        raise ValueError(
-            f"backend {backend!r} has no {operation}; available: {', '.join(available_backends(operation))}"
-        )
-    return _REGISTRY[backend][operation]
-
-
-def nm_mask(w: Tensor, n: int, m: int, *, backend: str = "reference") -> Tensor:
+def nm_mask(w: Tensor, n: int, m: int, *, backend: str = "auto") -> Tensor:
     """Bool mask [out, in] of the n largest |w| of every m along in: see `reference.nm_mask`."""
-    mask: Tensor = _find("nm_mask", backend)(w, n, m)
+    mask: Tensor = find("nm_mask", backend, w.device)(w, n, m)
     return mask
 
 
@@ -64,11 +29,36 @@ def ternary_codes(
     *,
     order: str = "quant_then_mask",
     mask_source: str = "latent",
-    backend: str = "reference",
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Codes int8 [out, in] and gamma fp32 [len(splits)]: see `reference.ternary_codes`."""
-    run = _find("ternary_codes", backend)
-    codes, gamma = run(w, n, m, splits, order=order, mask_source=mask_source)
+    """Return (codes int8 [out, in] in {-1, 0, 1}, gamma fp32 [len(splits)]) of whole weights.
+
+    Args:
+        w: latent weights [out, in], any float dtype, converted to fp32.
+        n, m: at most n of every m consecutive codes along in are non-zero; n == m prunes nothing.
+        splits: row counts of consecutive parts with a scale each; None is one part.
+        order: "quant_then_mask", or "mask_then_quant": gamma is the mean over the survivors.
+        mask_source: see `reference.codes_from_gamma`.
+        backend: by name.
+
+    Raises:
+        ValueError: bad N:M, splits, order or mask_source; NaN or Inf in `w`; "mask_then_quant" with a mask from
+            quantised weights, as each would need the other first.
+    """
+    check_sparsity(n, m, w.shape[-1])
+    if order not in ("quant_then_mask", "mask_then_quant"):
+        raise ValueError(f"order {order!r} is not one of: quant_then_mask, mask_then_quant")
+    mask = None
+    if order == "mask_then_quant":
+        if mask_source != "latent":
+            raise ValueError("order 'mask_then_quant' needs mask_source 'latent': codes need the scale, it the mask")
+        mask = nm_mask(w, n, m, backend=backend)
+    parts = check_splits(splits, w.shape[0])
+    gamma = weight_scales(w, parts, mask)
+    rows = gamma_rows(gamma, parts)
+    codes, _ = codes_from_gamma(
+        w, rows, n, m, mask_source=mask_source, mask=mask, with_mask=False, backend=backend
+    )
     return codes, gamma
 
 
@@ -80,38 +70,27 @@ def codes_from_gamma(
     *,
     mask_source: str = "latent",
     mask: Tensor | None = None,
-    backend: str = "reference",
-) -> tuple[Tensor, Tensor]:
-    """Codes int8 and mask bool, both [out, in], for given scales: see `reference.codes_from_gamma`."""
-    run = _find("codes_from_gamma", backend)
-    codes, mask = run(w, gamma_per_row, n, m, mask_source=mask_source, mask=mask)
-    return codes, mask
+    with_mask: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Codes int8 and mask bool (None without `with_mask`), both [out, in]: see `reference.codes_from_gamma`."""
+    run = find("codes_from_gamma", backend, w.device)
+    codes, kept = run(w, gamma_per_row, n, m, mask_source=mask_source, mask=mask, with_mask=with_mask)
+    return codes, kept
 
 
 def quantize_activations(
-    x: Tensor, bits: int = 8, *, abs_max: Tensor | None = None, backend: str = "reference"
+    x: Tensor, bits: int = 8, *, abs_max: Tensor | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Int8 codes [..., in] and fp32 scales [...]: see `reference.quantize_activations`."""
-    x_q, s_x = _find("quantize_activations", backend)(x, bits, abs_max=abs_max)
+    x_q, s_x = ops.quantize_activations(x, bits, abs_max, resolve(backend, x.device))
     return x_q, s_x
 
 
-def quantize_rows(t: Tensor, *, backend: str = "reference") -> tuple[Tensor, Tensor]:
-    """Int8 codes [..., k] and fp32 scales [...] of gradients: see `reference.quantize_rows`."""
-    t_q, s = _find("quantize_rows", backend)(t)
-    return t_q, s
-
-
-def int_matmul(x_q: Tensor, codes: Tensor, *, backend: str = "reference") -> Tensor:
+def int_matmul(x_q: Tensor, codes: Tensor, *, backend: str = "auto") -> Tensor:
     """Exact integers x_q @ codes^T, as fp32 [..., out]: see `reference.int_matmul`."""
-    acc: Tensor = _find("int_matmul", backend)(x_q, codes)
+    acc: Tensor = ops.int_matmul(x_q, codes, resolve(backend, x_q.device))
     return acc
-
-
-def int8_matmul(a: Tensor, b: Tensor, *, backend: str = "reference") -> Tensor:
-    """Exact integers a @ b^T of int8 matrices, as int32 [p, q]: see `reference.int8_matmul`."""
-    product: Tensor = _find("int8_matmul", backend)(a, b)
-    return product
 
 
 def scale_accumulator(
@@ -121,10 +100,10 @@ def scale_accumulator(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
     *,
-    backend: str = "reference",
+    backend: str = "auto",
 ) -> Tensor:
     """((acc * s_x) * gamma) + bias, rounded once: see `reference.scale_accumulator`."""
-    y: Tensor = _find("scale_accumulator", backend)(acc, s_x, gamma_per_row, bias, out_dtype)
+    y: Tensor = ops.scale_accumulator(acc, s_x, gamma_per_row, bias, out_dtype, resolve(backend, acc.device))
     return y
 
 
@@ -136,8 +115,28 @@ def ternary_linear(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
     *,
-    backend: str = "reference",
+    backend: str = "auto",
 ) -> Tensor:
-    """`int_matmul`, then `scale_accumulator`: see `reference.ternary_linear`."""
-    y: Tensor = _find("ternary_linear", backend)(x_q, s_x, codes, gamma_per_row, bias, out_dtype)
+    """`int_matmul`, then `scale_accumulator`, as one kernel: see `reference.ternary_linear`."""
+    y: Tensor = ops.ternary_linear(x_q, s_x, codes, gamma_per_row, bias, out_dtype, resolve(backend, x_q.device))
     return y
+
+
+def input_gradient(
+    dy: Tensor,
+    codes: Tensor,
+    gamma_per_row: Tensor,
+    codes_t: Tensor | None = None,
+    mode: str = "exact",
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """dX [..., in] in dY's dtype: see `reference.input_gradient`. `codes_t` int8 [in, out] saves transposing."""
+    dx: Tensor = ops.input_gradient(dy, codes, gamma_per_row, codes_t, mode, resolve(backend, dy.device))
+    return dx
+
+
+def weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor, mode: str = "exact", *, backend: str = "auto") -> Tensor:
+    """DW fp32 [out, in]: see `reference.weight_gradient`."""
+    dw: Tensor = ops.weight_gradient(dy, x_q, s_x, mode, resolve(backend, dy.device))
+    return dw

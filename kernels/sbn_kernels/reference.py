@@ -65,8 +65,8 @@ def _finite_weights(w: Tensor) -> None:
         raise ValueError("weights hold NaN or Inf: neither a mask nor codes can be computed from them")
 
 
-def _keep_largest(magnitudes: Tensor, n: int, m: int) -> Tensor:
-    """Return the mask of finite magnitudes [rows, in] by counting, for each weight, those that rank before it.
+def keep_largest(magnitudes: Tensor, n: int, m: int) -> Tensor:
+    """Return the mask, bool, of finite magnitudes [rows, in] by counting for each weight those that rank before it.
 
     rank_i = #{j : |w_j| > |w_i|} + #{j < i : |w_j| = |w_i|}; 2 m passes over the data and no [.., m, m] temporary.
     """
@@ -91,7 +91,7 @@ def nm_mask(w: Tensor, n: int, m: int) -> Tensor:
     mask = torch.ones(w.shape, dtype=torch.bool, device=w.device)
     if n < m:
         for rows in row_slices(w):
-            mask[rows] = _keep_largest(w[rows].float().abs(), n, m)
+            mask[rows] = keep_largest(w[rows].float().abs(), n, m)
     return mask
 
 
@@ -143,7 +143,8 @@ def codes_from_gamma(
     *,
     mask_source: str = "latent",
     mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    with_mask: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Return (codes int8 [out, in], mask bool [out, in]) for given scales: what a shard of a layer calls.
 
     codes = mask * clip(rint(w * (1/gamma)), -1, 1), the reciprocal rounded to fp32 before the product.
@@ -154,17 +155,12 @@ def codes_from_gamma(
         n, m: sparsity.
         mask_source: "latent" takes the mask from |w|; "quantized" from |codes before masking|.
         mask: if given, used as it is (masks that are kept for several steps), and `mask_source` is not consulted.
+        with_mask: whether the mask is wanted; None is returned in its place otherwise.
 
     Raises:
         ValueError: bad N:M, shapes, `mask_source`, or NaN or Inf in `w`.
     """
-    check_sparsity(n, m, w.shape[-1])
-    if mask_source not in ("latent", "quantized"):
-        raise ValueError(f"mask_source {mask_source!r} is not one of: latent, quantized")
-    if gamma_per_row.shape != w.shape[:1]:
-        raise ValueError(f"gamma_per_row has shape {tuple(gamma_per_row.shape)}, expected ({w.shape[0]},)")
-    if mask is not None and mask.shape != w.shape:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, the weights have {tuple(w.shape)}")
+    check_code_arguments(w, gamma_per_row, n, m, mask_source, mask)
     _finite_weights(w)
     from_codes = mask is None and mask_source == "quantized" and n < m
     if mask is None:
@@ -174,45 +170,22 @@ def codes_from_gamma(
     for rows in row_slices(w):
         rounded = (w[rows].float() * reciprocal[rows]).round_().clamp_(-1, 1)
         if from_codes:
-            mask[rows] = _keep_largest(rounded.abs(), n, m)
+            mask[rows] = keep_largest(rounded.abs(), n, m)
         codes[rows] = rounded.mul_(mask[rows]).to(torch.int8)
-    return codes, mask
+    return codes, mask if with_mask else None
 
 
-def ternary_codes(
-    w: Tensor,
-    n: int,
-    m: int,
-    splits: Sequence[int] | None = None,
-    *,
-    order: str = "quant_then_mask",
-    mask_source: str = "latent",
-) -> tuple[Tensor, Tensor]:
-    """Return (codes int8 [out, in] in {-1, 0, 1}, gamma fp32 [len(splits)]) of whole weights.
-
-    Args:
-        w: latent weights [out, in], any float dtype, converted to fp32.
-        n, m: at most n of every m consecutive codes along in are non-zero; n == m prunes nothing.
-        splits: row counts of consecutive parts with a scale each; None is one part.
-        order: "quant_then_mask", or "mask_then_quant": gamma is the mean over the survivors.
-        mask_source: see `codes_from_gamma`.
-
-    Raises:
-        ValueError: bad N:M, splits, order or mask_source; NaN or Inf in `w`; "mask_then_quant" with a mask from
-            quantised weights, as each would need the other first.
-    """
+def check_code_arguments(
+    w: Tensor, gamma_per_row: Tensor, n: int, m: int, mask_source: str, mask: Tensor | None
+) -> None:
+    """Raise ValueError for a bad N:M, `mask_source` or shape among the arguments of `codes_from_gamma`."""
     check_sparsity(n, m, w.shape[-1])
-    if order not in ("quant_then_mask", "mask_then_quant"):
-        raise ValueError(f"order {order!r} is not one of: quant_then_mask, mask_then_quant")
-    mask = None
-    if order == "mask_then_quant":
-        if mask_source != "latent":
-            raise ValueError("order 'mask_then_quant' needs mask_source 'latent': codes need the scale, it the mask")
-        mask = nm_mask(w, n, m)
-    parts = check_splits(splits, w.shape[0])
-    gamma = weight_scales(w, parts, mask)
-    codes, _ = codes_from_gamma(w, gamma_rows(gamma, parts), n, m, mask_source=mask_source, mask=mask)
-    return codes, gamma
+    if mask_source not in ("latent", "quantized"):
+        raise ValueError(f"mask_source {mask_source!r} is not one of: latent, quantized")
+    if gamma_per_row.shape != w.shape[:1]:
+        raise ValueError(f"gamma_per_row has shape {tuple(gamma_per_row.shape)}, expected ({w.shape[0]},)")
+    if mask is not None and mask.shape != w.shape:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, the weights have {tuple(w.shape)}")
 
 
 def _divide(numerator: float, t: Tensor) -> Tensor:
@@ -294,7 +267,7 @@ def int_matmul(x_q: Tensor, codes: Tensor) -> Tensor:
     Raises:
         ValueError: not int8, different `in`, or in > 131072 (sums would no longer be exact).
     """
-    _check_int8(x_q, codes)
+    check_int8(x_q, codes)
     with torch.autocast(x_q.device.type, enabled=False):
         return x_q.float() @ codes.float().t()
 
@@ -307,7 +280,7 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         ValueError: not int8, different k, or k > 131072.
     """
-    _check_int8(a, b)
+    check_int8(a, b)
     total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
     with torch.autocast(a.device.type, enabled=False):
         for left, right in zip(a.split(_INT8_CHUNK, dim=1), b.split(_INT8_CHUNK, dim=1), strict=True):
@@ -315,7 +288,7 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def _check_int8(a: Tensor, b: Tensor) -> None:
+def check_int8(a: Tensor, b: Tensor) -> None:
     """Raise ValueError unless a [..., k] and b [rows, k] are int8 with one k of at most `MAX_REDUCTION`."""
     if a.dtype != torch.int8 or b.dtype != torch.int8:
         raise ValueError(f"integer products take int8 operands, got {a.dtype} and {b.dtype}")
@@ -359,3 +332,54 @@ def ternary_linear(
 ) -> Tensor:
     """Return Y [..., out]: `int_matmul`, then `scale_accumulator`."""
     return scale_accumulator(int_matmul(x_q, codes), s_x, gamma_per_row, bias, out_dtype)
+
+
+def input_gradient(
+    dy: Tensor, codes: Tensor, gamma_per_row: Tensor, codes_t: Tensor | None = None, mode: str = "exact"
+) -> Tensor:
+    """Return dX [..., in] = (dY * gamma[row]) @ C in dY's dtype: the identity through the activation quantiser.
+
+    "exact": the scales are folded into dY in fp32 and rounded to its dtype, C is exact in it, and the product is
+    accumulated in fp32. "int8_dgrad" and "int8": G = dY * gamma is rounded per token to int8 instead and multiplied
+    exactly, so that |error of dX| <= sum over rows of |C| * max|G[token]| / 254.
+
+    Args:
+        dy: float [..., out].
+        codes: int8 [out, in].
+        gamma_per_row: fp32 [out].
+        codes_t: the same codes, int8 [in, out], for backends that want them; not read here.
+        mode: "exact", "int8_dgrad" or "int8".
+    """
+    g = dy.float() * gamma_per_row
+    if mode == "exact":
+        return _float_product(g.to(dy.dtype), codes.to(dy.dtype)).to(dy.dtype)
+    g_q, s = quantize_rows(g)
+    return int_matmul(g_q, codes.t()).mul_(s.unsqueeze(-1)).to(dy.dtype)
+
+
+def weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor, mode: str = "exact") -> Tensor:
+    """Return dW fp32 [out, in] = (dY * s_x[token])^T @ X_q: dense, the identity through quantiser and mask.
+
+    "exact" and "int8_dgrad" fold the scales as `input_gradient` does. "int8": H = dY * s_x is rounded per row of out,
+    over the tokens, to int8, so that |error of dW| <= sum over tokens of |X_q| * max|H[:, row]| / 254.
+
+    Args:
+        dy: float [..., out].
+        x_q: int8 [..., in].
+        s_x: fp32 [...].
+        mode: "exact", "int8_dgrad" or "int8".
+    """
+    h = (dy.float() * s_x.unsqueeze(-1)).flatten(0, -2).t()  # [out, tokens]
+    columns = x_q.flatten(0, -2)  # [tokens, in]
+    if mode != "int8":
+        return _float_product(h.to(dy.dtype), columns.to(dy.dtype))
+    if h.shape[1] == 0:
+        return h.new_zeros(h.shape[0], columns.shape[1])
+    h_q, s = quantize_rows(h)
+    return int8_matmul(h_q, columns.t()) * s.unsqueeze(-1)
+
+
+def _float_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b in fp32: the operands' values are exact in it."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float() @ b.float()

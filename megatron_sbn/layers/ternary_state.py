@@ -136,10 +136,19 @@ class TernaryState:
         weight = layer.weight.detach()
         needs_mask = settings.needs_mask or self._keeps_masks(settings)
         if gamma is None:
-            kept = mask if mask is not None else sbn_kernels.nm_mask(weight, n, m)
-            return PreparedWeight(codes=None, gamma_per_row=None, mask=kept)
-        codes, kept = sbn_kernels.codes_from_gamma(weight, gamma, n, m, mask_source=settings.mask_source, mask=mask)
-        return PreparedWeight(codes=codes, gamma_per_row=gamma, mask=kept if needs_mask else None)
+            kept = mask if mask is not None else sbn_kernels.nm_mask(weight, n, m, backend=settings.backend)
+            return PreparedWeight(mask=kept)
+        codes, kept = sbn_kernels.codes_from_gamma(
+            weight,
+            gamma,
+            n,
+            m,
+            mask_source=settings.mask_source,
+            mask=mask,
+            with_mask=needs_mask,
+            backend=settings.backend,
+        )
+        return PreparedWeight(codes=codes, gamma_per_row=gamma, mask=kept)
 
     def _gammas(self, settings: LinearSettings, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """gamma of every row of every layer, fp32 [out], from one MAX and one SUM over the group."""

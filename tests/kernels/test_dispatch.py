@@ -5,22 +5,23 @@ import inspect
 import pytest
 import sbn_kernels as kernels
 import torch
-from sbn_kernels import dispatch, reference
+from sbn_kernels import dispatch, reference, registry
 
 W = torch.randn(8, 16)
 X_Q, S_X = reference.quantize_activations(torch.randn(3, 16))
-CODES, GAMMA = reference.ternary_codes(W, 6, 8)
+CODES, GAMMA = kernels.ternary_codes(W, 6, 8, backend="reference")
 ROWS = GAMMA.expand(8)
+DY = torch.randn(3, 8)
 CALLS = {
     "nm_mask": (W, 6, 8),
     "ternary_codes": (W, 6, 8),
     "codes_from_gamma": (W, ROWS, 6, 8),
     "quantize_activations": (W,),
-    "quantize_rows": (W,),
     "int_matmul": (X_Q, CODES),
-    "int8_matmul": (X_Q, CODES),
     "scale_accumulator": (torch.ones(3, 8), S_X, ROWS),
     "ternary_linear": (X_Q, S_X, CODES, ROWS),
+    "input_gradient": (DY, CODES, ROWS),
+    "weight_gradient": (DY, X_Q, S_X),
 }
 
 
@@ -30,14 +31,24 @@ def test_every_dispatched_function_is_covered_here() -> None:
         for name, function in inspect.getmembers(dispatch, inspect.isfunction)
         if not name.startswith("_") and "backend" in inspect.signature(function).parameters
     }
-    assert takes_backend == set(CALLS)
+    assert takes_backend - {"find", "resolve"} == set(CALLS)
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_named_backend_runs_and_unknown_ones_are_refused(name: str) -> None:
+def test_backends_agree_and_unknown_ones_are_refused(name: str) -> None:
     function = vars(kernels)[name]
-    results = function(*CALLS[name], backend="reference"), vars(reference)[name](*CALLS[name])
-    first, second = (r if isinstance(r, tuple) else (r,) for r in results)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    with pytest.raises(ValueError, match=f"backend 'nonesuch' has no {name}; available: reference"):
+    results = [function(*CALLS[name], backend=backend) for backend in ("reference", "cpu", "auto")]
+    first, *others = [r if isinstance(r, tuple) else (r,) for r in results]
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 if name.endswith("gradient") else 0.0)
+    with pytest.raises(ValueError, match="backend 'nonesuch' is not one of: auto, cpu, triton, reference"):
         function(*CALLS[name], backend="nonesuch")
+
+
+def test_auto_knows_the_devices_there_are_kernels_for() -> None:
+    assert registry.resolve("auto", torch.device("cpu")) == "cpu"
+    assert registry.resolve("auto", torch.device("cuda", 0)) == "triton"
+    assert registry.resolve("reference", torch.device("cuda")) == "reference"
+    with pytest.raises(ValueError, match="knows CPU and CUDA, not mps"):
+        registry.resolve("auto", torch.device("mps"))

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 FAST = settings(deadline=None, max_examples=100)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TIED = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 2.0, 2.0**-149, -(2.0**-149), 1e38, -1e38])

@@ -1,0 +1,188 @@
+"""The linear layer on CPU: int8 products where the machine has fast ones, fp32 where not, and blocks that stay in cache.
+
+The exact product X_q @ C^T has three forms, all of them exact, so that the fastest may serve (measured once for a
+shape and machine, see `tuning`):
+
+    onednn    oneDNN's u8 x s8 kernel on X_q + 128. Without VNNI it adds pairs of products in int16 and saturates, which
+              255 * 1 + 255 * 1 cannot reach: exact because the codes are ternary
+    int_mm    `torch._int_mm`: int8 x int8 with VNNI, slow without
+    float     an fp32 product of integers below 2^24
+
+Full int8 x int8 products (the weight gradient of mode "int8") have the latter two only.
+
+Backward, mode "exact": the scales are folded into the smaller operand,
+
+    dX = dY @ (gamma * C)        gamma * C is exact in fp32
+    dW = dY^T @ (s_x * X_q)      one fp32 rounding
+
+both as fp32 products, the fastest there is for floats of any kind on most CPUs.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from sbn_kernels import reference, tuning
+from sbn_kernels.exact_sum import SCALE_FLOOR
+
+_BLOCK_ELEMENTS = 1 << 20
+_WORTH_MEASURING = 1 << 22
+
+
+def _blocks(rows: int, width: int) -> Iterator[slice]:
+    """Slices of `rows` rows whose blocks of `width` columns have about 2^20 elements."""
+    step = max(64, _BLOCK_ELEMENTS // max(1, width))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _rows(t: Tensor) -> Tensor:
+    """View [..., features] as contiguous [tokens, features]."""
+    return (t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)).contiguous()
+
+
+def quantize_activations(x: Tensor, bits: int = 8, *, abs_max: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return (x_q int8 [..., in], s_x fp32 [...]): see `reference.quantize_activations`."""
+    if bits != 8 or x.dim() == 0 or x.shape[-1] == 0:
+        return reference.quantize_activations(x, bits, abs_max=abs_max)
+    if abs_max is not None and abs_max.shape != x.shape[:-1]:
+        raise ValueError(f"abs_max has shape {tuple(abs_max.shape)}, expected {tuple(x.shape[:-1])}: one per token")
+    flat = _rows(x)
+    given = None if abs_max is None else abs_max.reshape(-1)
+    x_q = torch.empty(flat.shape, dtype=torch.int8)
+    s_x = torch.empty(len(flat))
+    for rows in _blocks(*flat.shape):
+        block = flat[rows].float()
+        a = (row_abs_max(block) if given is None else given[rows]).clamp(min=SCALE_FLOOR)
+        _round_block(block, a, x_q[rows], s_x[rows])
+    return x_q.view(x.shape), s_x.view(x.shape[:-1])
+
+
+def row_abs_max(x: Tensor) -> Tensor:
+    """max|x| of each row of fp32 [rows, k], NaN as +Inf; [rows]."""
+    low, high = x.aminmax(dim=1)
+    return torch.maximum(high, low.neg_()).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+
+
+def _round_block(block: Tensor, a: Tensor, codes: Tensor, scales: Tensor) -> None:
+    """codes = rint(block * (127/a)), scales = a/127; rows whose a is not finite give 0 and NaN."""
+    r = torch.full((), 127.0) / a
+    torch.div(a, torch.full((), 127.0), out=scales)
+    bad = ~(r.isfinite() & scales.isfinite())
+    scaled = block * r.unsqueeze(1)
+    if bool(bad.any()):
+        scaled[bad] = 0.0
+        scales[bad] = torch.nan
+    codes.copy_(scaled.round_().clamp_(-128.0, 127.0))
+
+
+def _onednn(codes: Tensor) -> Callable[[Tensor], Tensor]:
+    """oneDNN's product with `codes`, reordered once: x_q int8 [tokens, in] -> fp32 [tokens, out]."""
+    one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int64)
+    packed = torch.ops.onednn.qlinear_prepack(codes, None)
+
+    def product(x_q: Tensor) -> Tensor:
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            x_q.view(torch.uint8) ^ 128, 1.0, 128, packed, one, zero, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return y
+
+    return product
+
+
+def _int_mm(codes: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x_q: torch._int_mm(x_q, codes.t()).float()
+
+
+def _float(codes: Tensor) -> Callable[[Tensor], Tensor]:
+    matrix = codes.float().t()
+    return lambda x_q: x_q.float() @ matrix
+
+
+_FORMS: Mapping[str, Callable[[Tensor], Callable[[Tensor], Tensor]]] = MappingProxyType(
+    {"float": _float, "onednn": _onednn, "int_mm": _int_mm}
+)
+
+
+def product_form(tokens: int, codes: Tensor) -> str:
+    """Return the name of the fastest form for [tokens, in] x [out, in], measured once on at most 64 tokens."""
+    if tokens * codes.numel() < _WORTH_MEASURING:
+        return "float"  # also for empty operands, which oneDNN refuses
+    sample = torch.ones(min(tokens, 64), codes.shape[1], dtype=torch.int8)
+    key = {"tokens": tuning.bucket(len(sample)), "out": codes.shape[0], "in": codes.shape[1]}
+    candidates = {name: partial(make(codes), sample) for name, make in _FORMS.items()}
+    return tuning.choose("cpu_product", key | {"threads": torch.get_num_threads()}, candidates, device=codes.device)
+
+
+def _exact_product(tokens: int, codes: Tensor, form: str | None) -> Callable[[Tensor], Tensor]:
+    """Return the product with `codes` int8 [out, in] in the given form, or the fastest for so many tokens."""
+    matrix = codes.contiguous()
+    return _FORMS[form or product_form(tokens, matrix)](matrix)
+
+
+def int_matmul(x_q: Tensor, codes: Tensor, *, form: str | None = None) -> Tensor:
+    """Return x_q @ codes^T exactly, fp32 [..., out]: see `reference.int_matmul`; `form` forces one of `_FORMS`."""
+    reference.check_int8(x_q, codes)
+    flat = _rows(x_q)
+    with torch.autocast("cpu", enabled=False):
+        y = _exact_product(len(flat), codes, form)(flat)
+    return y.view(*x_q.shape[:-1], len(codes))
+
+
+def ternary_linear(
+    x_q: Tensor,
+    s_x: Tensor,
+    codes: Tensor,
+    gamma_per_row: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    *,
+    form: str | None = None,
+) -> Tensor:
+    """Return Y [..., out]: see `reference.ternary_linear`. Blocks of tokens are scaled while they are in cache."""
+    reference.check_int8(x_q, codes)
+    flat, scales = _rows(x_q), s_x.reshape(-1, 1)
+    y = torch.empty(len(flat), len(codes), dtype=out_dtype)
+    with torch.autocast("cpu", enabled=False):
+        product = _exact_product(len(flat), codes, form)
+        for rows in _blocks(len(flat), len(codes)):
+            block = product(flat[rows]).mul_(scales[rows]).mul_(gamma_per_row)
+            y[rows] = block if bias is None else block.add_(bias.float())
+    return y.view(*x_q.shape[:-1], len(codes))
+
+
+def input_gradient(
+    dy: Tensor, codes: Tensor, gamma_per_row: Tensor, codes_t: Tensor | None = None, mode: str = "exact"
+) -> Tensor:
+    """Return dX [..., in] in dY's dtype: see `reference.input_gradient`, from which "exact" differs by rounding."""
+    flat = _rows(dy)
+    dx = torch.empty(len(flat), codes.shape[1], dtype=dy.dtype)
+    with torch.autocast("cpu", enabled=False):
+        if mode == "exact":
+            matrix = codes.float().mul_(gamma_per_row.unsqueeze(1))
+            if dy.dtype == torch.float32:
+                return torch.mm(flat, matrix, out=dx).view(*dy.shape[:-1], -1)
+            for rows in _blocks(*flat.shape):
+                dx[rows] = flat[rows].float() @ matrix
+            return dx.view(*dy.shape[:-1], codes.shape[1])
+        product = _exact_product(len(flat), codes.t(), None)
+        for rows in _blocks(*flat.shape):
+            g = flat[rows].float() * gamma_per_row
+            g_q, s = reference.quantize_rows(g)
+            dx[rows] = product(g_q).mul_(s.unsqueeze(1))
+    return dx.view(*dy.shape[:-1], codes.shape[1])
+
+
+def weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor, mode: str = "exact") -> Tensor:
+    """Return dW fp32 [out, in]: see `reference.weight_gradient`, from which "exact" differs by rounding."""
+    if mode == "int8":
+        return reference.weight_gradient(dy, x_q, s_x, mode)
+    left, right, scales = _rows(dy), _rows(x_q), s_x.reshape(-1, 1)
+    dw = torch.zeros(left.shape[1], right.shape[1])
+    with torch.autocast("cpu", enabled=False):
+        for rows in _blocks(len(left), max(left.shape[1], right.shape[1]) // 4):
+            dw.addmm_(left[rows].float().t(), right[rows].float().mul_(scales[rows]))
+    return dw

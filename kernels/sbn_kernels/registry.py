@@ -1,0 +1,82 @@
+"""Which implementation a call runs: always the one that was named, or an error; never a fallback.
+
+    reference   the specification in plain PyTorch, on any device
+    cpu         masks by sorting networks, oneDNN's and PyTorch's int8 products
+    triton      CUDA (or, interpreted, CPU tensors)
+    auto        by the tensors' device: cpu on CPU, triton on CUDA
+
+Modules are imported when a call first needs them, so that a CPU run never loads Triton.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+BACKENDS = ("auto", "cpu", "triton", "reference")
+"""What settings may name."""
+
+_BY_DEVICE = MappingProxyType({"cpu": "cpu", "cuda": "triton"})
+
+_MODULES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "reference": MappingProxyType(
+            dict.fromkeys(
+                (
+                    "nm_mask",
+                    "codes_from_gamma",
+                    "quantize_activations",
+                    "int_matmul",
+                    "scale_accumulator",
+                    "ternary_linear",
+                    "input_gradient",
+                    "weight_gradient",
+                ),
+                "reference",
+            )
+        ),
+        "cpu": MappingProxyType(
+            {
+                "nm_mask": "cpu_weights",
+                "codes_from_gamma": "cpu_weights",
+                "quantize_activations": "cpu_linear",
+                "int_matmul": "cpu_linear",
+                "scale_accumulator": "reference",
+                "ternary_linear": "cpu_linear",
+                "input_gradient": "cpu_linear",
+                "weight_gradient": "cpu_linear",
+            }
+        ),
+    }
+)
+
+
+def resolve(backend: str, device: torch.device) -> str:
+    """Return the backend that serves a call: `backend` itself, or what "auto" stands for on `device`.
+
+    Raises:
+        ValueError: not one of `BACKENDS`, or "auto" on a device that is neither CPU nor CUDA.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is not one of: {', '.join(BACKENDS)}")
+    if backend != "auto":
+        return backend
+    if device.type not in _BY_DEVICE:
+        raise ValueError(f"backend 'auto' knows CPU and CUDA, not {device.type}; name one of: {', '.join(BACKENDS[1:])}")
+    return _BY_DEVICE[device.type]
+
+
+@lru_cache(maxsize=128)
+def _load(operation: str, backend: str) -> Callable[..., Any]:
+    implementation: Callable[..., Any] = getattr(
+        importlib.import_module(f"sbn_kernels.{_MODULES[backend][operation]}"), operation
+    )
+    return implementation
+
+
+def find(operation: str, backend: str, device: torch.device) -> Callable[..., Any]:
+    """Return the function that implements `operation`; ValueError for an unknown backend."""
+    return _load(operation, resolve(backend, device))
