@@ -1,0 +1,120 @@
+"""Integer products on tensor cores: bit for bit those of the reference, at any shape, through pointers and TMA."""
+
+import pytest
+import torch
+from sbn_kernels import reference, ternary_gemm
+from sbn_kernels.tiles import Tile
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = Tile(32, 32, 64, warps=4)
+WIDE = Tile(16, 128, 128, warps=4, stages=2, group=2)
+THROUGH_TMA = Tile(64, 32, 128, warps=4, tma=True)
+SHAPES = [(1, 8, 896), (17, 33, 100), (5, 896, 16), (40, 7, 4864), (2, 3, 11008), (70, 130, 192)]
+
+
+def operands(tokens: int, out: int, features: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """x_q over all of int8, s_x, codes in {-1, 0, 1}, gamma and bias."""
+    g = torch.Generator().manual_seed(seed)
+    x_q = torch.randint(-128, 128, (tokens, features), dtype=torch.int8, generator=g)
+    codes = torch.randint(-1, 2, (out, features), dtype=torch.int8, generator=g)
+    s_x, gamma, bias = (torch.rand(n, generator=g) + 0.01 for n in (tokens, out, out))
+    return tuple(t.to(DEVICE) for t in (x_q, s_x, codes, gamma, bias - 0.5))
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and bool((a.isnan() == b.isnan()).all())
+        and torch.equal(a.nan_to_num(), b.nan_to_num())
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_outputs_have_the_bits_of_the_reference(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    x_q, s_x, codes, gamma, bias = operands(*shape)
+    for b in (None, bias, bias.to(dtype)):
+        expected = reference.ternary_linear(x_q, s_x, codes, gamma, b, dtype)
+        assert same_bits(ternary_gemm.ternary_linear(x_q, s_x, codes, gamma, b, dtype), expected)
+
+
+@pytest.mark.parametrize("tile", [SMALL, WIDE, THROUGH_TMA], ids=lambda tile: tile.name)
+@pytest.mark.parametrize("shape", [(40, 70, 192), (17, 33, 80), (130, 5, 896)], ids=str)
+def test_the_tile_does_not_show(shape: tuple[int, int, int], tile: Tile) -> None:
+    x_q, s_x, codes, gamma, bias = operands(*shape)
+    expected = reference.ternary_linear(x_q, s_x, codes, gamma, bias, torch.bfloat16)
+    assert same_bits(ternary_gemm.ternary_linear(x_q, s_x, codes, gamma, bias, torch.bfloat16, config=tile), expected)
+
+
+def test_the_bias_is_added_after_the_product_was_rounded() -> None:
+    x_q, s_x, codes, gamma, _ = operands(64, 64, 64)
+    scaled = (x_q.double() @ codes.double().t()) * s_x.double().unsqueeze(1)
+    bias = -(scaled.float()[0] * gamma)  # cancels token 0: a fused multiply-add would leave the product's lost bits
+    y = ternary_gemm.ternary_linear(x_q, s_x, codes, gamma, bias)
+    assert same_bits(y, reference.ternary_linear(x_q, s_x, codes, gamma, bias))
+    assert not y[0].any()
+
+
+@pytest.mark.parametrize("tile", [None, THROUGH_TMA], ids=["pointers", "tma"])
+def test_sums_at_the_limit_of_exactness(tile: Tile | None) -> None:
+    x_q = torch.full((2, 131072), -128, dtype=torch.int8, device=DEVICE)
+    codes = torch.ones(3, 131072, dtype=torch.int8, device=DEVICE)
+    codes[1], codes[2, 5] = -1, 0
+    assert ternary_gemm.int_matmul(x_q, codes, config=tile).tolist() == [[-(2.0**24), 2.0**24, 128 - 2.0**24]] * 2
+    a = torch.full((1, 131072), 127, dtype=torch.int8, device=DEVICE)
+    assert ternary_gemm.int8_matmul(a, x_q, config=tile).tolist() == [[-127 * 128 * 131072] * 2]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_raw_sums(shape: tuple[int, int, int]) -> None:
+    x_q, _, codes, _, _ = operands(*shape)
+    assert same_bits(ternary_gemm.int_matmul(x_q, codes), reference.int_matmul(x_q, codes))
+    full = operands(shape[1], 4, shape[2], seed=1)[0]
+    assert same_bits(ternary_gemm.int8_matmul(x_q, full), reference.int8_matmul(x_q, full))
+
+
+def test_leading_dimensions_and_strides() -> None:
+    x_q, s_x, codes, gamma, _ = operands(24, 10, 48)
+    whole = reference.ternary_linear(x_q, s_x, codes, gamma)
+    assert same_bits(
+        ternary_gemm.ternary_linear(x_q.view(2, 3, 4, 48), s_x.view(2, 3, 4), codes, gamma), whole.view(2, 3, 4, 10)
+    )
+    assert same_bits(ternary_gemm.ternary_linear(x_q[::2], s_x[::2], codes, gamma), whole[::2])
+    transposed = codes.t().contiguous().t()
+    assert same_bits(ternary_gemm.ternary_linear(x_q, s_x, transposed, gamma), whole)
+    assert same_bits(ternary_gemm.ternary_linear(x_q[0], s_x[0], codes, gamma), whole[0])
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 16), (3, 0, 16)], ids=str)
+def test_nothing_to_do(shape: tuple[int, int, int]) -> None:
+    x_q, s_x, codes, gamma, _ = operands(*shape)
+    assert ternary_gemm.ternary_linear(x_q, s_x, codes, gamma).shape == shape[:2]
+    assert ternary_gemm.int_matmul(x_q, codes).shape == shape[:2]
+
+
+def test_a_token_that_was_nan_is_nan_and_no_other() -> None:
+    x_q, s_x, codes, gamma, bias = operands(5, 9, 64)
+    x_q[2], s_x[2] = 0, torch.nan
+    for dtype in (torch.float32, torch.bfloat16):
+        y = ternary_gemm.ternary_linear(x_q, s_x, codes, gamma, bias, dtype)
+        assert y.isnan().any(dim=1).tolist() == y.isnan().all(dim=1).tolist() == [False, False, True, False, False]
+
+
+def test_operands_that_do_not_fit_are_named() -> None:
+    x_q, s_x, codes, gamma, bias = operands(5, 9, 64)
+    with pytest.raises(ValueError, match="int8 operands, got torch.float32"):
+        ternary_gemm.int_matmul(x_q.float(), codes)
+    with pytest.raises(ValueError, match=r"shapes \(5, 64\) and \(9, 60\)"):
+        ternary_gemm.int_matmul(x_q, codes[:, :60])
+    with pytest.raises(ValueError, match=r"s_x must be fp32 \(5,\)"):
+        ternary_gemm.ternary_linear(x_q, s_x[:4], codes, gamma)
+    with pytest.raises(ValueError, match=r"gamma_per_row must be fp32 \(9,\)"):
+        ternary_gemm.ternary_linear(x_q, s_x, codes, gamma.double())
+    with pytest.raises(ValueError, match=r"bias must be float \(9,\)"):
+        ternary_gemm.ternary_linear(x_q, s_x, codes, gamma, bias[:1])
+    with pytest.raises(ValueError, match="multiple of 16 bytes, not 60"):
+        ternary_gemm.int_matmul(x_q[:, :60], codes[:, :60], config=THROUGH_TMA)
+    long = torch.zeros(1, 131073, dtype=torch.int8, device=DEVICE)
+    with pytest.raises(ValueError, match="at most 131072"):
+        ternary_gemm.int_matmul(long, long)
