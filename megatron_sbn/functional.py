@@ -311,6 +311,7 @@ def sparse_bitlinear(
     backward: Backward = "exact",
     bias: Tensor | None = None,
     sr_ste_decay: float = 0.0,
+    backend: str = "auto",
 ) -> Tensor:
     """Return Y [..., out] of one Sparse-BitNet linear layer on one device, weights prepared on the spot.
 
@@ -319,7 +320,7 @@ def sparse_bitlinear(
         weight: latent weights [out, in].
         splits: row counts of the logical matrices fused in `weight`, one gamma each; None is one.
         bias: [out] or None.
-        sparsity, weight_format, activation_bits, order, mask_source, masked_gradient, backward, sr_ste_decay:
+        sparsity, weight_format, activation_bits, order, mask_source, masked_gradient, backward, sr_ste_decay, backend:
             see `LinearSettings`.
 
     Raises:
@@ -336,5 +337,6 @@ def sparse_bitlinear(
         masked_gradient=masked_gradient,
         sr_ste_decay=sr_ste_decay,
         backward=backward,
+        backend=backend,
     )
     return apply_linear(x, weight, bias, prepare_weight(weight, splits, settings), settings, TokenLayout())

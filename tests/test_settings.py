@@ -24,7 +24,7 @@ from megatron_sbn.functional import (
         ({"mask_source": "x"}, "linear.mask_source: 'x' is not one of: latent, quantized"),
         ({"masked_gradient": "x"}, "linear.masked_gradient: 'x' is not one of: dense, masked"),
         ({"backward": "fp8"}, "linear.backward: 'fp8' is not one of: exact, int8_dgrad, int8"),
-        ({"backend": "x"}, "linear.backend: 'x' is not one of: reference"),
+        ({"backend": "x"}, "linear.backend: 'x' is not one of: auto, cpu, triton, reference"),
         ({"sparsity": (9, 8)}, "linear.sparsity: sparsity 9:8 is not N:M with 1 <= N <= M <= 32"),
         ({"sparsity": (0, 8)}, "linear.sparsity: sparsity 0:8"),
         ({"sparsity": (6, 64)}, "linear.sparsity: sparsity 6:64"),
@@ -54,7 +54,7 @@ def test_defaults_are_those_of_the_paper_and_frozen() -> None:
     settings = LinearSettings()
     assert dataclasses.astuple(settings) == (
         *("ternary", (6, 8), 8, "quant_then_mask", "latent", "dense", 0.0, "exact"),
-        "reference",
+        "auto",
     )
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.sparsity = (8, 8)

@@ -112,7 +112,7 @@ def product_form(tokens: int, codes: Tensor) -> str:
     if tokens * codes.numel() < _WORTH_MEASURING:
         return "float"  # also for empty operands, which oneDNN refuses
     sample = torch.ones(min(tokens, 64), codes.shape[1], dtype=torch.int8)
-    key = {"tokens": tuning.bucket(len(sample)), "out": codes.shape[0], "in": codes.shape[1]}
+    key = {"tokens": tuning.bucket_tokens(len(sample)), "out": codes.shape[0], "in": codes.shape[1]}
     candidates = {name: partial(make(codes), sample) for name, make in _FORMS.items()}
     return tuning.choose("cpu_product", key | {"threads": torch.get_num_threads()}, candidates, device=codes.device)
 
@@ -164,7 +164,7 @@ def input_gradient(
         if mode == "exact":
             matrix = codes.float().mul_(gamma_per_row.unsqueeze(1))
             if dy.dtype == torch.float32:
-                return torch.mm(flat, matrix, out=dx).view(*dy.shape[:-1], -1)
+                return torch.mm(flat, matrix, out=dx).view(*dy.shape[:-1], codes.shape[1])
             for rows in _blocks(*flat.shape):
                 dx[rows] = flat[rows].float() @ matrix
             return dx.view(*dy.shape[:-1], codes.shape[1])

@@ -50,9 +50,9 @@ def choose(
 ) -> str:
     """Return the name of the candidate that is fastest for `key` on `device`.
 
-    Nothing is measured when there is one candidate, or when kernels run interpreted: then it is the first. A candidate
-    that needs more shared memory or registers than the GPU has is passed over. Measuring synchronises the device, and
-    a candidate runs many times: it must not change its inputs.
+    Nothing is measured when there is one candidate. A candidate that needs more shared memory or registers than the GPU
+    has is passed over. Measuring synchronises the device, and a candidate runs many times: it must not change its
+    inputs.
 
     Args:
         operation: what is being chosen for, a public function's name.
@@ -67,7 +67,7 @@ def choose(
     """
     if not candidates:
         raise ValueError(f"{operation}: there are no candidates to choose from")
-    if len(candidates) == 1 or triton.knobs.runtime.interpret:
+    if len(candidates) == 1:
         return next(iter(candidates))
     path, entry = table_path(), _entry_name(operation, key, device)
     table = _remembered(path)
