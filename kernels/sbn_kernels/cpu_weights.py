@@ -134,7 +134,9 @@ def nm_mask(w: Tensor, n: int, m: int) -> Tensor:
     mask = torch.empty(w.shape, dtype=torch.bool)
     cutter = _cutter(w, n, m)
     for rows in _blocks(w):
-        _mask_block(w[rows].float().reshape(-1, m), mask[rows].view(-1, m), *cutter.cut(w[rows].float().reshape(-1, m)), n)
+        _mask_block(
+            w[rows].float().reshape(-1, m), mask[rows].view(-1, m), *cutter.cut(w[rows].float().reshape(-1, m)), n
+        )
     return mask
 
 

@@ -56,9 +56,7 @@ def ternary_codes(
     parts = check_splits(splits, w.shape[0])
     gamma = weight_scales(w, parts, mask)
     rows = gamma_rows(gamma, parts)
-    codes, _ = codes_from_gamma(
-        w, rows, n, m, mask_source=mask_source, mask=mask, with_mask=False, backend=backend
-    )
+    codes, _ = codes_from_gamma(w, rows, n, m, mask_source=mask_source, mask=mask, with_mask=False, backend=backend)
     return codes, gamma
 
 

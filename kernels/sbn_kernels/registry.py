@@ -65,7 +65,9 @@ def resolve(backend: str, device: torch.device) -> str:
     if backend != "auto":
         return backend
     if device.type not in _BY_DEVICE:
-        raise ValueError(f"backend 'auto' knows CPU and CUDA, not {device.type}; name one of: {', '.join(BACKENDS[1:])}")
+        raise ValueError(
+            f"backend 'auto' knows CPU and CUDA, not {device.type}; name one of: {', '.join(BACKENDS[1:])}"
+        )
     return _BY_DEVICE[device.type]
 
 
