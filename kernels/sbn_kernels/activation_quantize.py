@@ -3,10 +3,10 @@
     a = max(max|x|, 1e-5)                 x_q = clip(rint(x * (127/a)), -128, 127)    s_x = a/127        8 bits
     r = sqrt(7) / max(mean|x|, 1e-5)      x_q = clip(rint(x * r), -8, 7)              s_x = 1/r          4 bits
 
-x [tokens, in] in fp32, bf16 or fp16; x_q int8 and s_x fp32 have the bits of `reference.quantize_activations`. A token is
-held in registers between its maximum and its rounding: 2 bytes read and 1 written per bf16 element, the least there is.
-A row-parallel layer holds a slice of each token, so it asks for the maximum alone, reduces it over its ranks and hands
-it back. `gradient_quantize` rounds gradients, scaled by gamma per column first, to [-127, 127].
+x [tokens, in] in fp32, bf16 or fp16; x_q int8 and s_x fp32 have the bits of `reference.quantize_activations`. A token
+is held in registers between its maximum and its rounding: 2 bytes read and 1 written per bf16 element, the least there
+is. A row-parallel layer holds a slice of each token, so it asks for the maximum alone, reduces it over its ranks and
+hands it back. `gradient_quantize` rounds gradients, scaled by gamma per column first, to [-127, 127].
 """
 
 # Triton reads the annotations of kernels itself, so these have none.
@@ -139,7 +139,7 @@ def quantize_activations(x: Tensor, bits: int = 8, *, abs_max: Tensor | None = N
         raise ValueError("abs_max goes with 8 bits: 4-bit activations are scaled by their mean, and never split")
     if abs_max is not None and abs_max.shape != x.shape[:-1]:
         raise ValueError(
-            f"abs_max has shape {tuple(abs_max.shape)}, expected one value per token {tuple(x.shape[:-1])}"
+            f"abs_max has shape {tuple(abs_max.shape)}, expected {tuple(x.shape[:-1])}, one value per token"
         )
     rows = _as_rows(x)
     x_q = torch.empty(rows.shape, dtype=torch.int8, device=x.device)

@@ -1,4 +1,4 @@
-"""The linear layer on CPU: int8 products where the machine has fast ones, fp32 where not, and blocks that stay in cache.
+"""The linear layer on CPU: int8 products where the machine has fast ones, fp32 elsewhere, in blocks that fit the cache.
 
 The exact product X_q @ C^T has three forms, all of them exact, so that the fastest may serve (measured once for a
 shape and machine, see `tuning`):

@@ -9,8 +9,8 @@ Only the comparators that the wanted order statistic depends on are kept (15 of 
 vectorised passes, where sorting handles one group of 8 at a time. A column whose lowest survivor equals its largest
 loser is a tie at the cut; those groups, rare with fp32 weights, get their mask by counting ranks, lower index first.
 
-"Not rounded to 0" is a comparison as well: rint(fl(w * r)) >= 1 exactly if fl(w * r) > 1/2, and fl is monotonic, so each
-row has a least such w (`_least_kept`). Results equal `sbn_kernels.reference` bit for bit.
+"Not rounded to 0" is a comparison as well: rint(fl(w * r)) >= 1 exactly if fl(w * r) > 1/2, and fl is monotonic, so
+each row has a least such w (`_least_kept`). Results equal `sbn_kernels.reference` bit for bit.
 """
 
 from collections.abc import Iterator
@@ -77,8 +77,7 @@ def _least_kept(reciprocal: Tensor) -> Tensor:
 
 def _transpose_exactly(groups: Tensor, out: Tensor) -> None:
     """out[j, g] = groups[g, j]; through a product with the identity where products are plain fp32, which is faster."""
-    plain = torch.get_float32_matmul_precision() == "highest"
-    if plain and torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee"):
+    if torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee"):  # type: ignore[attr-defined]
         with torch.autocast("cpu", enabled=False):
             torch.mm(torch.eye(groups.shape[1]), groups.t(), out=out)
     else:
@@ -134,9 +133,8 @@ def nm_mask(w: Tensor, n: int, m: int) -> Tensor:
     mask = torch.empty(w.shape, dtype=torch.bool)
     cutter = _cutter(w, n, m)
     for rows in _blocks(w):
-        _mask_block(
-            w[rows].float().reshape(-1, m), mask[rows].view(-1, m), *cutter.cut(w[rows].float().reshape(-1, m)), n
-        )
+        groups = w[rows].float().reshape(-1, m)
+        _mask_block(groups, mask[rows].view(-1, m), *cutter.cut(groups), n)
     return mask
 
 

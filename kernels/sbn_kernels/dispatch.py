@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sbn_kernels import ops
-from sbn_kernels.reference import check_splits, check_sparsity, gamma_rows, weight_scales
+from sbn_kernels.reference import check_sparsity, check_splits, gamma_rows, weight_scales
 from sbn_kernels.registry import find, resolve
 
 

@@ -18,8 +18,8 @@ def check_device(*tensors: Tensor | None) -> None:
         raise ValueError(f"backend 'triton' needs CUDA tensors, got {device}; use backend 'auto' or 'cpu'")
 
 
-def row_block(width: int, per_thread: int = 8, most_warps: int = 16) -> tuple[int, int]:
-    """Return (block, warps) for kernels that hold a row of `width` elements, about `per_thread` in each thread.
+def row_block(width: int) -> tuple[int, int]:
+    """Return (block, warps) for kernels that hold a row of `width` elements: 8 to 32 of them in each thread.
 
     Raises:
         ValueError: the row is longer than `LONGEST_ROW`.
@@ -27,4 +27,4 @@ def row_block(width: int, per_thread: int = 8, most_warps: int = 16) -> tuple[in
     if width > LONGEST_ROW:
         raise ValueError(f"rows of {width} elements are longer than the {LONGEST_ROW} that a block holds")
     block = max(triton.next_power_of_2(width), 16)
-    return block, min(max(block // (32 * per_thread), 1), most_warps)
+    return block, min(max(block // 256, 1), 16 if block <= LONGEST_ROW // 2 else 32)

@@ -1,7 +1,7 @@
 """What the row kernels share: exact rounding of a token to int8, and exact sums of magnitudes, inside a kernel.
 
-    a = max(max|x|, 1e-5)    x_q = clip(rint(x * (127/a)), low, high)    s = a/127        (reference.quantize_activations)
-    term(|x|) = rint(|x| / 2^unit)                                                       (exact_sum.fixed_point_sum)
+    a = max(max|x|, 1e-5)    x_q = clip(rint(x * (127/a)), low, high)    s = a/127   (reference.quantize_activations)
+    term(|x|) = rint(|x| / 2^unit)                                                  (exact_sum.fixed_point_sum)
 
 Divisions are IEEE (`div_rn`), products are not fused with sums (no operation here can be), and rint is the sum with
 1.5 * 2^23, whose spacing is 1: half to even, for |x| < 2^22. The fixed-point terms are shifts of the significand, so

@@ -123,7 +123,7 @@ def codes_kernel(
         kept = tl.load(tl.load(entry + 3).to(tl.pointer_type(tl.int8)) + at, mask=inside, other=0) != 0
         codes = tl.where(kept, codes, 0)
     elif N < M:
-        if FROM_CODES:
+        if FROM_CODES:  # noqa: SIM108 (one branch is compiled, whose type is then the only one)
             magnitude = tl.where(codes != 0, 1, 0)
         else:
             magnitude = w.to(tl.int32, bitcast=True) & 0x7FFFFFFF

@@ -136,8 +136,9 @@ class TernaryState:
         weight = layer.weight.detach()
         needs_mask = settings.needs_mask or self._keeps_masks(settings)
         if gamma is None:
-            kept = mask if mask is not None else sbn_kernels.nm_mask(weight, n, m, backend=settings.backend)
-            return PreparedWeight(mask=kept)
+            if mask is None:
+                mask = sbn_kernels.nm_mask(weight, n, m, backend=settings.backend)
+            return PreparedWeight(mask=mask)
         codes, kept = sbn_kernels.codes_from_gamma(
             weight,
             gamma,
