@@ -101,13 +101,14 @@ def all_builds() -> Iterator[Build]:
 def _source(build: Build) -> Any:  # noqa: ANN401
     names = list(build.function.arg_names)
     signature = {name: "constexpr" if name in build.constexprs else build.signature[name] for name in names}
+    constexprs = {name: value for name, value in build.constexprs.items() if name in names}
     aligned = [name for name, kind in signature.items() if kind.startswith("*") or name in build.aligned]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     if build.function.is_gluon():
         from triton.experimental.gluon._runtime import GluonASTSource
 
-        return GluonASTSource(build.function, signature, dict(build.constexprs), attributes)
-    return ASTSource(build.function, signature, dict(build.constexprs), attributes)
+        return GluonASTSource(build.function, signature, constexprs, attributes)
+    return ASTSource(build.function, signature, constexprs, attributes)
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:

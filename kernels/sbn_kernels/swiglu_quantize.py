@@ -25,6 +25,7 @@ from sbn_kernels.launch import check_device, row_block
 from sbn_kernels.rounding import finite_abs, quantize_block
 from sbn_kernels.tiles import round_to
 
+_LONGEST_BLOCK = 16384
 
 @triton.jit
 def _sigmoid(g):
@@ -42,28 +43,54 @@ def _product(gate_up, token, columns, inside, width):
 
 
 @triton.jit
-def swiglu_quantize_kernel(gate_up, x_q, s_x, abs_max, h, width, BLOCK: tl.constexpr):
-    """One token, with the maximum in `abs_max` if it is given, else its own; h is stored as well if it is given."""
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    product = _product(gate_up, token, columns, inside, width)
+def _store_codes(product, a, token, columns, inside, width, x_q, s_x, h):
+    """Codes of some columns of one token, and its scale."""
+    at = token * width + columns
     if h is not None:
-        tl.store(h + token * width + columns, product, mask=inside)
-    values = product.to(tl.float32)
-    a = tl.max(finite_abs(values), axis=0) if abs_max is None else tl.load(abs_max + token)
-    codes, scale = quantize_block(values, a, -128.0, 127.0)
-    tl.store(x_q + token * width + columns, codes, mask=inside)
+        tl.store(h + at, product, mask=inside)
+    codes, scale = quantize_block(product.to(tl.float32), a, -128.0, 127.0)
+    tl.store(x_q + at, codes, mask=inside)
     tl.store(s_x + token, scale)
+
+
+@triton.jit
+def _largest(gate_up, token, width, BLOCK: tl.constexpr):
+    """max|h| of one token, block by block."""
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        product = _product(gate_up, token, columns, columns < width, width)
+        largest = tl.maximum(largest, finite_abs(product.to(tl.float32)))
+    return tl.max(largest, axis=0)
+
+
+@triton.jit
+def swiglu_quantize_kernel(gate_up, x_q, s_x, abs_max, h, width, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """One token, with the maximum in `abs_max` if it is given, else its own; h is stored as well if it is given.
+
+    WHOLE: the token fits a block, and is read once.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    if WHOLE:
+        columns = tl.arange(0, BLOCK)
+        inside = columns < width
+        product = _product(gate_up, token, columns, inside, width)
+        a = tl.max(finite_abs(product.to(tl.float32)), axis=0) if abs_max is None else tl.load(abs_max + token)
+        _store_codes(product, a, token, columns, inside, width, x_q, s_x, h)
+    else:
+        a = _largest(gate_up, token, width, BLOCK) if abs_max is None else tl.load(abs_max + token)
+        for start in range(0, width, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < width
+            product = _product(gate_up, token, columns, inside, width)
+            _store_codes(product, a, token, columns, inside, width, x_q, s_x, h)
 
 
 @triton.jit
 def swiglu_abs_max_kernel(gate_up, abs_max, width, BLOCK: tl.constexpr):
     """max|h| of one token, NaN as +Inf."""
     token = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    values = _product(gate_up, token, columns, columns < width, width).to(tl.float32)
-    tl.store(abs_max + token, tl.max(finite_abs(values), axis=0))
+    tl.store(abs_max + token, _largest(gate_up, token, width, BLOCK))
 
 
 @triton.jit
@@ -98,11 +125,11 @@ def swiglu_abs_max(gate_up: Tensor) -> Tensor:
         gate_up: fp32, bf16 or fp16 [..., 2 ffn].
 
     Raises:
-        ValueError: an odd last dimension, one that is too long, no CUDA tensor.
+        ValueError: an odd last dimension, no CUDA tensor.
     """
     rows, width = _rows(gate_up)
     abs_max = torch.empty(len(rows), dtype=torch.float32, device=gate_up.device)
-    block, warps = row_block(width)
+    block, warps = row_block(min(width, _LONGEST_BLOCK))
     if len(rows):
         swiglu_abs_max_kernel[(len(rows),)](rows, abs_max, width, BLOCK=block, num_warps=warps)
     return abs_max.view(gate_up.shape[:-1])
@@ -121,7 +148,7 @@ def swiglu_quantize(
         keep_output: whether h [..., ffn] is wanted as well.
 
     Raises:
-        ValueError: shapes that do not fit, tokens that are too long, no CUDA tensor.
+        ValueError: shapes that do not fit, no CUDA tensor.
     """
     rows, width = _rows(gate_up)
     tokens = gate_up.shape[:-1]
@@ -131,9 +158,11 @@ def swiglu_quantize(
     s_x = torch.empty(len(rows), dtype=torch.float32, device=gate_up.device)
     h = rows.new_empty(len(rows), width) if keep_output else None
     given = None if abs_max is None else abs_max.float().contiguous()
-    block, warps = row_block(width)
+    block, warps = row_block(min(width, _LONGEST_BLOCK))
     if len(rows):
-        swiglu_quantize_kernel[(len(rows),)](rows, x_q, s_x, given, h, width, BLOCK=block, num_warps=warps)
+        swiglu_quantize_kernel[(len(rows),)](
+            rows, x_q, s_x, given, h, width, BLOCK=block, WHOLE=width <= block, num_warps=warps
+        )
     kept = None if h is None else h.view(*tokens, width)
     return x_q.view(*tokens, width), s_x.view(tokens), kept
 
@@ -165,8 +194,8 @@ _SIGNATURE = {
 
 
 def _build(name: str, function: object, width: int, **constexprs: object) -> Build:
-    block, warps = row_block(width)
-    values = {"BLOCK": block, **constexprs}
+    block, warps = row_block(min(width, _LONGEST_BLOCK))
+    values = {"BLOCK": block, "WHOLE": width <= block, **constexprs}
     return Build(f"swiglu_quantize[{name} {width}]", function, _SIGNATURE, values, warps, aligned=("width",))
 
 

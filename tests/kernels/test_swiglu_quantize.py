@@ -8,7 +8,7 @@ from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPSILON = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}
-SHAPES = ((3, 896), (1, 4864), (2, 3, 17), (5, 1), (0, 8))
+SHAPES = ((3, 896), (1, 4864), (1, 18944), (2, 3, 17), (5, 1), (0, 8))
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
