@@ -6,6 +6,7 @@ Embeddings and head are dense. Parameters are fp32; activations are bf16 or fp32
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from megatron_sbn.config import Recipe
 from megatron_sbn.layers.activation import silu
 from megatron_sbn.layers.linear import HeadLinear, SparseBitLinear
+from megatron_sbn.layers.loss import linear_cross_entropy
 from megatron_sbn.layers.spec import block_spec
 from megatron_sbn.layers.ternary_state import TernaryState
 from megatron_sbn.parallel.shard import LogicalParameter, LogicalShard, initial_normal, row_shard, whole
@@ -23,6 +25,22 @@ from megatron_sbn.parallel.state import ParallelState
 
 EMBEDDING = "embedding.word_embeddings.weight"
 HEAD = "output_layer.weight"
+
+
+class SparseBitModel(GPTModel):
+    """Megatron-Core's GPTModel, with the loss made block by block instead of from the logits of all tokens."""
+
+    def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None = None, **rest: Any) -> Tensor:  # noqa: ANN401
+        if labels is None or not self.post_process:
+            output: Tensor = super()._postprocess(hidden_states, labels=labels, **rest)
+            return output
+        head = self.output_layer
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else head.weight
+        losses = linear_cross_entropy(
+            hidden_states, weight, labels.t(), group=head.layout.group, layout=head.layout
+        )  # [tokens * batch]
+        return losses.view(labels.shape[1], labels.shape[0]).t()
 
 
 @dataclass(frozen=True)
@@ -105,12 +123,12 @@ def build_stages(recipe: Recipe, parallel: ParallelState) -> Stages:
 
 def _build_chunk(
     recipe: Recipe, config: TransformerConfig, parallel: ParallelState, index: int, count: int
-) -> GPTModel:
+) -> SparseBitModel:
     model = recipe.model
     first = parallel.pipeline_rank == 0 and index == 0
     last = parallel.is_last_stage and index == count - 1
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    chunk = GPTModel(
+    chunk = SparseBitModel(
         config=config,
         transformer_layer_spec=block_spec(model.num_layers // (parallel.pipeline_size * count)),
         vocab_size=model.padded_vocab_size,

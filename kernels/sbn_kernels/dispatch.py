@@ -138,3 +138,15 @@ def weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor, mode: str = "exact", *
     """DW fp32 [out, in]: see `reference.weight_gradient`."""
     dw: Tensor = ops.weight_gradient(dy, x_q, s_x, mode, resolve(backend, dy.device))
     return dw
+
+
+def logit_statistics(logits: Tensor, target: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """(maximum, exp_sum, target_logit), fp32 [tokens] each: see `cross_entropy.logit_statistics`."""
+    maximum, exp_sum, target_logit = find("logit_statistics", backend, logits.device)(logits, target)
+    return maximum, exp_sum, target_logit
+
+
+def logit_gradient(logits: Tensor, lse: Tensor, target: Tensor, dtype: torch.dtype, *, backend: str = "auto") -> Tensor:
+    """Softmax less one at the target, [tokens, vocabulary]; consumes `logits`: see `cross_entropy.logit_gradient`."""
+    gradient: Tensor = find("logit_gradient", backend, logits.device)(logits, lse, target, dtype)
+    return gradient

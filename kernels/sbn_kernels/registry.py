@@ -24,19 +24,18 @@ _BY_DEVICE = MappingProxyType({"cpu": "cpu", "cuda": "triton"})
 _MODULES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "reference": MappingProxyType(
-            dict.fromkeys(
-                (
-                    "nm_mask",
-                    "codes_from_gamma",
-                    "quantize_activations",
-                    "int_matmul",
-                    "scale_accumulator",
-                    "ternary_linear",
-                    "input_gradient",
-                    "weight_gradient",
-                ),
-                "reference",
-            )
+            {
+                "nm_mask": "reference",
+                "codes_from_gamma": "reference",
+                "quantize_activations": "reference",
+                "int_matmul": "reference",
+                "scale_accumulator": "reference",
+                "ternary_linear": "reference",
+                "input_gradient": "reference",
+                "weight_gradient": "reference",
+                "logit_statistics": "cpu_cross_entropy",
+                "logit_gradient": "cpu_cross_entropy",
+            }
         ),
         "cpu": MappingProxyType(
             {
@@ -48,6 +47,14 @@ _MODULES: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 "ternary_linear": "cpu_linear",
                 "input_gradient": "cpu_linear",
                 "weight_gradient": "cpu_linear",
+                "logit_statistics": "cpu_cross_entropy",
+                "logit_gradient": "cpu_cross_entropy",
+            }
+        ),
+        "triton": MappingProxyType(
+            {
+                "logit_statistics": "cross_entropy",
+                "logit_gradient": "cross_entropy",
             }
         ),
     }

@@ -27,6 +27,7 @@ from sbn_kernels.tiles import round_to
 
 _LONGEST_BLOCK = 16384
 
+
 @triton.jit
 def _sigmoid(g):
     return tl.div_rn(tl.full(g.shape, 1.0, tl.float32), 1.0 + tl.exp(-g))
