@@ -5,14 +5,14 @@
 
 gate and up are the halves of the fused projection's output [tokens, 2 ffn]. h never exists in memory: 4 bytes read and
 1 written per bf16 element of h, in place of 9. Under tensor parallelism a rank has a slice of each token: it asks for
-`swiglu_abs_max` first, reduces it over the ranks, and hands it to `swiglu_quantize`, which makes h again; that reads the
-halves twice and is still less than storing h. Backward, straight through the rounding, with s = 1 / (1 + exp(-g)):
+`swiglu_abs_max` first, reduces it over the ranks, and hands it to `swiglu_quantize`, which makes h again; that reads
+the halves twice and is still less than storing h. Backward, straight through the rounding, with s = 1 / (1 + exp(-g)):
 
     dgate = dh * up * (s + g s (1 - s))        dup = dh * silu(g)
 """
 
 # Triton reads the annotations of kernels itself, so these have none.
-# ruff: noqa: ANN001, ANN201
+# ruff: noqa: ANN001, ANN201, ANN202
 # mypy: disable-error-code="no-untyped-def"
 
 import torch
