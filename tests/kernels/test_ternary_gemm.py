@@ -113,7 +113,7 @@ def test_operands_that_do_not_fit_are_named() -> None:
         ternary_gemm.ternary_linear(x_q, s_x, codes, gamma.double())
     with pytest.raises(ValueError, match=r"bias must be float \(9,\)"):
         ternary_gemm.ternary_linear(x_q, s_x, codes, gamma, bias[:1])
-    with pytest.raises(ValueError, match="multiple of 16 bytes, not 60"):
+    with pytest.raises(ValueError, match="multiples of 16 bytes, not 60"):
         ternary_gemm.int_matmul(x_q[:, :60], codes[:, :60], config=THROUGH_TMA)
     long = torch.zeros(1, 131073, dtype=torch.int8, device=DEVICE)
     with pytest.raises(ValueError, match="at most 131072"):
