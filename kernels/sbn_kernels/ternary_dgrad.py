@@ -38,6 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sbn_kernels.inspection import FLOAT16_MMA, Build
+from sbn_kernels.planes import BLOCK_BYTES, plane_bytes, plane_codes
 from sbn_kernels.tiles import (
     FAMILIES,
     Tile,
@@ -45,13 +46,9 @@ from sbn_kernels.tiles import (
     dot_floats,
     gpu_family,
     grouped_tile,
-    plane_codes,
     round_to,
 )
 from sbn_kernels.tuning import bucket_tokens, pick_tile
-
-PLANE_STEP = 64
-"""Columns of one plane: the only k of a tile that reads planes."""
 
 
 @triton.jit
@@ -190,8 +187,8 @@ def _launch(tile: Tile, dy: Tensor, gamma: Tensor, codes_t: Tensor, bounds: tupl
     """Run the kernel on matrices dy [tokens, k] and out [tokens, features]."""
     (tokens, k), features = dy.shape, out.shape[1]
     planes = codes_t.dtype == torch.uint8
-    if planes and tile.k != PLANE_STEP:
-        raise ValueError(f"tile {tile.name} cannot read planes: its k must be {PLANE_STEP}")
+    if planes and tile.k != BLOCK_BYTES:
+        raise ValueError(f"tile {tile.name} cannot read planes: its k must be {BLOCK_BYTES}")
     grid = (triton.cdiv(features, tile.m) * triton.cdiv(tokens, tile.n),)
     dgrad_kernel[grid](
         codes_t,
@@ -225,7 +222,7 @@ def _candidates(dy: Tensor, planes: bool) -> tuple[Tile, ...]:
         return (_FP32,)
     if dy.dtype == torch.float32 or dy.shape[1] % 16:
         return (_UNALIGNED,)
-    return tuple(tile for tile in DGRAD_TILES[family] if not planes or tile.k == PLANE_STEP)
+    return tuple(tile for tile in DGRAD_TILES[family] if not planes or tile.k == BLOCK_BYTES)
 
 
 def ternary_dgrad(
@@ -250,7 +247,7 @@ def ternary_dgrad(
     """
     rows = dy.shape[-1]
     planes = codes_t.dtype == torch.uint8
-    width = -(-rows // 256) * PLANE_STEP if planes else rows
+    width = plane_bytes(rows) if planes else rows
     if dy.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dy must be fp32, bf16 or fp16, got {dy.dtype}")
     if codes_t.dtype not in (torch.int8, torch.uint8) or codes_t.dim() != 2 or codes_t.shape[1] != width:
@@ -305,7 +302,7 @@ BUILDS: tuple[Build, ...] = tuple(
             _build(architecture, tile, mode, planes=planes)
             for tile in DGRAD_TILES[family]
             for mode, planes in (("uniform", False), ("segments", False), ("general", False), ("segments", True))
-            if not planes or tile.k == PLANE_STEP
+            if not planes or tile.k == BLOCK_BYTES
         ),
         _build(architecture, _UNALIGNED, "general"),
     )

@@ -104,9 +104,3 @@ def codes_to_float(codes, dtype: tl.constexpr):
         return round_to(codes.to(tl.float32), dtype)
     else:
         return codes.to(dtype)
-
-
-@triton.jit
-def plane_codes(planes, plane):
-    """The codes int8 of one plane (0 to 3) of bytes that hold four: see `planes`."""
-    return (planes << (6 - 2 * plane).to(tl.uint8)).to(tl.int8, bitcast=True) >> 6

@@ -153,8 +153,8 @@ GRADIENT_TILES: Mapping[str, tuple[Tile, ...]] = MappingProxyType(
         ),
         "blackwell_small": (
             Tile(128, 128, 32, stages=3),
-            Tile(64, 64, 64, warps=4),
-            Tile(64, 64, 64, warps=4, slices=4),
+            Tile(64, 64, 32, warps=4),
+            Tile(64, 64, 32, warps=4, slices=4),
         ),
     }
 )
