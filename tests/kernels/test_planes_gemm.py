@@ -1,12 +1,17 @@
 """Products from codes at 2 bits: bit for bit those of int8 codes, and gradients from transposed planes."""
 
+from contextlib import suppress
+from pathlib import Path
+
 import pytest
 import torch
 from sbn_kernels import planes_gemm, reference, ternary_dgrad
 from sbn_kernels.planes import codes_to_planes, pack_planes
-from sbn_kernels.tiles import Tile
+from sbn_kernels.tiles import Tile, gpu_family
+from triton.runtime.errors import OutOfResources
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TILE = Tile(64, 32, 256, warps=4)  # forced, so that tests on a GPU measure nothing; one test below lets it choose
 SHAPES = [(1, 8, 896), (17, 33, 100), (40, 7, 4864), (2, 3, 11008), (70, 130, 256), (0, 5, 16)]
 
 
@@ -24,7 +29,7 @@ def test_outputs_have_the_bits_of_the_reference(shape: tuple[int, int, int], dty
     x_q, s_x, codes, gamma, bias = operands(*shape)
     packed = pack_planes(codes)
     for b in (None, bias):
-        y = planes_gemm.ternary_linear_planes(x_q, s_x, packed, gamma, b, dtype)
+        y = planes_gemm.ternary_linear_planes(x_q, s_x, packed, gamma, b, dtype, config=TILE)
         assert y.dtype == dtype
         assert torch.equal(y, reference.ternary_linear(x_q, s_x, codes, gamma, b, dtype))
 
@@ -32,7 +37,8 @@ def test_outputs_have_the_bits_of_the_reference(shape: tuple[int, int, int], dty
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_raw_sums(shape: tuple[int, int, int]) -> None:
     x_q, _, codes, _, _ = operands(*shape)
-    assert torch.equal(planes_gemm.int_matmul_planes(x_q, pack_planes(codes)), reference.int_matmul(x_q, codes))
+    sums = planes_gemm.int_matmul_planes(x_q, pack_planes(codes), config=TILE)
+    assert torch.equal(sums, reference.int_matmul(x_q, codes))
 
 
 @pytest.mark.parametrize(
@@ -44,6 +50,17 @@ def test_the_tile_does_not_show(tile: Tile) -> None:
         x_q.view(7, 10, 300), s_x.view(7, 10), pack_planes(codes), gamma, bias, config=tile
     )
     assert torch.equal(y, reference.ternary_linear(x_q, s_x, codes, gamma, bias).view(7, 10, 140))
+
+
+def test_every_tile_for_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SBN_KERNELS_CACHE", str(tmp_path))
+    for features in (512, 300, 320):
+        x_q, s_x, codes, gamma, bias = operands(150, 200, features)
+        packed, expected = pack_planes(codes), reference.ternary_linear(x_q, s_x, codes, gamma, bias)
+        for tile in (*planes_gemm.PLANES_TILES[gpu_family(x_q.device)], None):
+            with suppress(OutOfResources):
+                y = planes_gemm.ternary_linear_planes(x_q, s_x, packed, gamma, bias, config=tile)
+                assert torch.equal(y, expected), tile
 
 
 @pytest.mark.parametrize("parts", [None, ((0, 128, 0), (128, 172, 1)), ((0, 100, 0), (100, 200, 1))], ids=str)

@@ -1,13 +1,18 @@
 """Input gradients from ternary codes: against the exact formula in fp64, within the stated bound."""
 
+from contextlib import suppress
+from pathlib import Path
+
 import pytest
 import torch
 from sbn_kernels import reference, ternary_dgrad, ternary_gemm
-from sbn_kernels.tiles import Tile
+from sbn_kernels.planes import pack_planes
+from sbn_kernels.tiles import Tile, gpu_family
+from triton.runtime.errors import OutOfResources
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
-TILE = Tile(32, 32, 64, warps=4)
+TILE = Tile(64, 32, 64, warps=4)  # forced, so that tests on a GPU measure nothing; one test below lets it choose
 PARTS = {
     "one part": None,
     "two parts": ((0, 128, 0), (128, 64, 1)),
@@ -60,7 +65,7 @@ def test_every_way_of_scaling_is_within_its_bound(name: str, mode: str, dtype: t
 @pytest.mark.parametrize(("rows", "features"), [(896, 5), (33, 64), (4864, 3), (11008, 2), (64, 33)])
 def test_awkward_sizes(tokens: int, rows: int, features: int) -> None:
     dy, gamma, codes_t = operands(tokens, rows, features, torch.bfloat16)
-    assert excess(ternary_dgrad.ternary_dgrad(dy, gamma, codes_t), dy, gamma, codes_t, 1, False) <= 1
+    assert excess(ternary_dgrad.ternary_dgrad(dy, gamma, codes_t, config=TILE), dy, gamma, codes_t, 1, False) <= 1
 
 
 def test_sums_of_small_integers_are_exact_and_rounded_once() -> None:
@@ -68,7 +73,7 @@ def test_sums_of_small_integers_are_exact_and_rounded_once() -> None:
     codes_t = torch.randint(-1, 2, (40, 130), dtype=torch.int8, device=DEVICE)
     gamma = torch.full((130,), 0.5, device=DEVICE)
     exact = (dy.double() @ codes_t.double().t()) * 0.5
-    assert torch.equal(ternary_dgrad.ternary_dgrad(dy, gamma, codes_t), exact.to(torch.bfloat16))
+    assert torch.equal(ternary_dgrad.ternary_dgrad(dy, gamma, codes_t, config=TILE), exact.to(torch.bfloat16))
     gamma[64:] = 0.25
     exact = (dy.double() * gamma.double()) @ codes_t.double().t()
     for parts in (((0, 64, 0), (64, 66, 1)), ((0, 60, 0), (60, 4, 1), (64, 66, 2))):
@@ -80,7 +85,8 @@ def test_rounding_to_bf16_is_half_to_even() -> None:
     values = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, 256.0 - 2**-12, -1 - 2**-8], device=DEVICE)
     identity = torch.ones(1, 1, dtype=torch.int8, device=DEVICE)
     for value in values:
-        dx = ternary_dgrad.ternary_dgrad(torch.ones(1, 1, dtype=torch.bfloat16, device=DEVICE), value.view(1), identity)
+        one = torch.ones(1, 1, dtype=torch.bfloat16, device=DEVICE)
+        dx = ternary_dgrad.ternary_dgrad(one, value.view(1), identity, config=TILE)
         assert dx.item() == value.to(torch.bfloat16).item()
 
 
@@ -93,20 +99,39 @@ def test_nan_stays_in_its_token() -> None:
 
 def test_leading_dimensions_strides_and_no_tokens() -> None:
     dy, gamma, codes_t = operands(24, 32, 10, torch.float32)
-    whole = ternary_dgrad.ternary_dgrad(dy, gamma, codes_t)
-    assert torch.equal(ternary_dgrad.ternary_dgrad(dy.view(2, 12, 32), gamma, codes_t), whole.view(2, 12, 10))
-    assert torch.equal(ternary_dgrad.ternary_dgrad(dy.t().contiguous().t(), gamma, codes_t.t().contiguous().t()), whole)
+
+    def run(dy: torch.Tensor, codes_t: torch.Tensor) -> torch.Tensor:
+        return ternary_dgrad.ternary_dgrad(dy, gamma, codes_t, config=TILE)
+
+    whole = run(dy, codes_t)
+    assert torch.equal(run(dy.view(2, 12, 32), codes_t), whole.view(2, 12, 10))
+    assert torch.equal(run(dy.t().contiguous().t(), codes_t.t().contiguous().t()), whole)
     same = dy[:1].expand(24, 32)
-    assert torch.equal(
-        ternary_dgrad.ternary_dgrad(same, gamma, codes_t), ternary_dgrad.ternary_dgrad(same.clone(), gamma, codes_t)
-    )
-    assert ternary_dgrad.ternary_dgrad(dy[:0], gamma, codes_t).shape == (0, 10)
+    assert torch.equal(run(same, codes_t), run(same.clone(), codes_t))
+    assert run(dy[:0], codes_t).shape == (0, 10)
+
+
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+def test_every_tile_for_this_machine(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SBN_KERNELS_CACHE", str(tmp_path))
+    parts = ((0, 128, 0), (128, 192, 1))
+    dy, gamma, codes_t = operands(100, 320, 130, dtype, parts)
+    planes_t = pack_planes(codes_t)
+    for tile in (*ternary_dgrad.DGRAD_TILES[gpu_family(dy.device)], None):
+        for codes in (codes_t, planes_t):
+            if dtype == torch.float32 and tile is not None:
+                continue  # the tiles are for types of 16 bits
+            if tile is not None and codes is planes_t and tile.k != 64:
+                continue
+            with suppress(OutOfResources):
+                dx = ternary_dgrad.ternary_dgrad(dy, gamma, codes, parts, config=tile)
+                assert excess(dx, dy, gamma, codes_t, 2, dtype == torch.float32) <= 1, tile
 
 
 def test_int8_gradients_go_through_the_forward_kernel() -> None:
     dy, gamma, codes_t = operands(20, 192, 24, torch.float32, PARTS["two parts"])
     g_q, s = reference.quantize_rows(dy * gamma)
-    dx = ternary_gemm.ternary_linear(g_q, s, codes_t, torch.ones(24, device=DEVICE))
+    dx = ternary_gemm.ternary_linear(g_q, s, codes_t, torch.ones(24, device=DEVICE), config=Tile(64, 64, 64))
     assert torch.equal(dx, (g_q.double() @ codes_t.double().t()).float() * s.unsqueeze(1))
     exact = (dy.double() * gamma.double()) @ codes_t.double().t()
     bound = codes_t.double().abs().sum(dim=1) * s.double().unsqueeze(1) * 0.5001 + 1e-6 * exact.abs()

@@ -1,12 +1,18 @@
 """Weight gradients from saved int8 activations: within the stated bound in floats, bit for bit in integers."""
 
+from contextlib import suppress
+from pathlib import Path
+
 import pytest
 import torch
 from sbn_kernels import reference, weight_gradient
-from sbn_kernels.tiles import Tile
+from sbn_kernels.tiles import Tile, gpu_family
+from triton.runtime.errors import OutOfResources
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+TILE = Tile(64, 64, 32, warps=4)  # forced, so that tests on a GPU measure nothing; one test below lets it choose
+INT8_TILE = Tile(64, 64, 64, warps=4)
 SLICED = Tile(32, 32, 32, warps=4, slices=3)
 TILES = [Tile(32, 64, 32, warps=4), SLICED, Tile(64, 32, 64, warps=4, slices=8)]
 SHAPES = [(96, 64, 64), (17, 33, 20), (1, 7, 896), (40, 4864, 3), (5, 3, 11008), (0, 4, 6)]
@@ -39,7 +45,7 @@ def excess(
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_floating_gradient_is_within_its_bound(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     dy, s_x, x_q = operands(*shape, dtype)
-    dw = weight_gradient.weight_gradient(dy, s_x, x_q)
+    dw = weight_gradient.weight_gradient(dy, s_x, x_q, config=TILE)
     assert dw.dtype == torch.float32
     assert dw.shape == shape[1:]
     assert excess(dw, dy, s_x, x_q, None) <= 1
@@ -72,10 +78,23 @@ def test_small_integers_are_exact() -> None:
     _, _, x_q = operands(50, 20, 30, torch.bfloat16)
     s_x = torch.full((50,), 0.25, device=DEVICE)
     exact = (dy.double().t() @ (x_q.double() * 0.25)).float()
-    assert torch.equal(weight_gradient.weight_gradient(dy, s_x, x_q), exact)
-    assert torch.equal(weight_gradient.weight_gradient(dy.view(5, 10, 20), s_x.view(5, 10), x_q.view(5, 10, 30)), exact)
-    strided = weight_gradient.weight_gradient(dy.t().contiguous().t(), s_x, x_q.t().contiguous().t())
-    assert torch.equal(strided, exact)
+    for call in (
+        (dy, s_x, x_q),
+        (dy.view(5, 10, 20), s_x.view(5, 10), x_q.view(5, 10, 30)),
+        (dy.t().contiguous().t(), s_x, x_q.t().contiguous().t()),
+    ):
+        assert torch.equal(weight_gradient.weight_gradient(*call, config=TILE), exact)
+
+
+def test_every_tile_for_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SBN_KERNELS_CACHE", str(tmp_path))
+    for shape in ((256, 256, 256), (150, 130, 70)):
+        dy, s_x, x_q = operands(*shape, torch.bfloat16)
+        before = torch.ones(shape[1:], device=DEVICE)
+        for tile in (*weight_gradient.GRADIENT_TILES[gpu_family(dy.device)], None):
+            with suppress(OutOfResources):
+                dw = weight_gradient.weight_gradient(dy, s_x, x_q, before.clone(), config=tile)
+                assert excess(dw, dy, s_x, x_q, before) <= 1, tile
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (130, 70), (3, 11008), (0, 5)], ids=str)
@@ -93,10 +112,10 @@ def test_int8_gradient_has_the_bits_of_the_reference(shape: tuple[int, int, int]
     h = (dy * s_x.unsqueeze(1)).t().contiguous()
     h_q, scale = reference.quantize_rows(h) if len(dy) else (h.to(torch.int8), h.new_ones(len(h)))
     expected = reference.int8_matmul(h_q, x_q.t()).float() * scale.unsqueeze(1)
-    assert torch.equal(weight_gradient.weight_gradient_int8(h_q, scale, x_q), expected)
+    assert torch.equal(weight_gradient.weight_gradient_int8(h_q, scale, x_q, config=INT8_TILE), expected)
     before = torch.randn(shape[1:], device=DEVICE)
     total = before.clone()
-    assert weight_gradient.weight_gradient_int8(h_q, scale, x_q, total) is total
+    assert weight_gradient.weight_gradient_int8(h_q, scale, x_q, total, config=INT8_TILE) is total
     assert torch.equal(total, before + expected)
 
 
@@ -105,7 +124,7 @@ def test_int8_slices_are_each_exact(slice_tokens: int) -> None:
     _, _, x_q = operands(96, 8, 48, torch.float32)
     h_q = operands(8, 1, 96, torch.float32)[2].clamp(min=-127)
     scale = torch.rand(8, device=DEVICE)
-    dw = weight_gradient.weight_gradient_int8(h_q, scale, x_q, slice_tokens=slice_tokens)
+    dw = weight_gradient.weight_gradient_int8(h_q, scale, x_q, config=INT8_TILE, slice_tokens=slice_tokens)
     expected = torch.zeros(8, 48, device=DEVICE)
     for h, x in zip(h_q.split(slice_tokens, 1), x_q.split(slice_tokens), strict=True):
         expected += reference.int8_matmul(h, x.t()).float() * scale.unsqueeze(1)
