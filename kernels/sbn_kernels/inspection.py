@@ -46,6 +46,10 @@ _MODULES: tuple[str, ...] = (
     "cross_entropy",
     "weight_prepare",
     "ternary_gemm",
+    "ternary_dgrad",
+    "weight_gradient",
+    "planes",
+    "planes_gemm",
 )
 
 

@@ -175,9 +175,10 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def _candidates(device: torch.device, k: int) -> tuple[Tile, ...]:
-    """The tiles for rows of k bytes. Rows that are not of a multiple of 16 are read byte by byte: one small tile."""
-    return INT8_TILES[gpu_family(device)] if k % 16 == 0 else (_UNALIGNED,)
+def _aligned(a: Tensor, b: Tensor) -> bool:
+    """Whether rows are, and begin at, multiples of 16 bytes: what TMA and wide loads take."""
+    starts = (a.shape[1], a.stride(0), b.stride(0), a.data_ptr(), b.data_ptr())
+    return all(start % 16 == 0 for start in starts)
 
 
 def _launch(
@@ -185,8 +186,8 @@ def _launch(
 ) -> None:
     """Run one of the kernels; `scales` are those of the rows, of the columns, and the bias."""
     (m, k), n = a.shape, b.shape[0]
-    if tile.tma and k % 16:
-        raise ValueError(f"tile {tile.name} reads rows through TMA, which takes a multiple of 16 bytes, not {k}")
+    if tile.tma and not _aligned(a, b):
+        raise ValueError(f"tile {tile.name} reads rows through TMA, which takes multiples of 16 bytes, not {k}")
     tiles = triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
     sizes: dict[str, Any] = {"M": tile.m, "N": tile.n, "K": tile.k, "GROUP": tile.group, "ADD": add}
     options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
@@ -216,12 +217,12 @@ def int8_gemm(
     """Fill (or with `add` increment) out [m, n] with a @ b^T, scaled as in the module's formula; return it.
 
     Args:
-        a: int8 [m, k], contiguous.
-        b: int8 [n, k], contiguous, on a's device; k <= 131072.
+        a: int8 [m, k], rows contiguous and any distance apart.
+        b: int8 [n, k], likewise, on a's device; k <= 131072.
         out: [m, n], contiguous: int32 or fp32 without scales, any float type with them.
         row_scale: fp32 [m], or None: no scales at all.
         column_scale: fp32 [n] or None. bias: [n] of any float type or None.
-        add: out += the result, rounded to out's type first.
+        add: out += the result.
         config: forces a tile; otherwise it is measured, and remembered for `operation`.
 
     Raises:
@@ -237,6 +238,8 @@ def int8_gemm(
     if out.numel() == 0:
         return out
     scales = (row_scale, column_scale, bias)
+    # Other rows are read byte by byte: one small tile.
+    tiles = INT8_TILES[gpu_family(a.device)] if _aligned(a, b) else (_UNALIGNED,)
     key: dict[str, int | str] = {
         "tokens": bucket_tokens(a.shape[0]),
         "out": b.shape[0],
@@ -248,7 +251,7 @@ def int8_gemm(
         # On a scratch result: `out` may be one that is added to.
         _launch(tile, a, b, torch.empty_like(out), scales)
 
-    tile = pick_tile(operation, key, _candidates(a.device, k), measured, device=a.device, config=config)
+    tile = pick_tile(operation, key, tiles, measured, device=a.device, config=config)
     _launch(tile, a, b, out, scales, add=add)
     return out
 

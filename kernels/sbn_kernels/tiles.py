@@ -7,8 +7,8 @@ GPUs, and takes one of them by measurement (`tuning.pick_tile`).
 Order: tiles are numbered in groups of `group` rows, column by column inside a group. The blocks that run at one time
 then cover a near-square patch of the result, and the rows of a and b that they share are read from L2 once.
 
-Two traps of the interpreter (TRITON_INTERPRET=1) are kept here, away from the kernels: it truncates when it converts
-fp32 to bf16, and multiplies the bit patterns of bf16 matrices.
+Three traps of the interpreter (TRITON_INTERPRET=1) are kept here, away from the kernels: it truncates when it converts
+fp32 to bf16, takes integers for bit patterns of bf16, and multiplies the bit patterns of bf16 matrices.
 """
 
 # Triton reads the annotations of kernels itself, so these have none.
@@ -95,3 +95,12 @@ def dot_floats(a, b, acc):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def codes_to_float(codes, dtype: tl.constexpr):
+    """A block of int8 as a float type: exact for every int8 in bf16, fp16 and fp32."""
+    if INTERPRETED:
+        return round_to(codes.to(tl.float32), dtype)
+    else:
+        return codes.to(dtype)

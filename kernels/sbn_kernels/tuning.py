@@ -153,7 +153,7 @@ def _read(path: Path) -> dict[str, Any]:
     """The table in a file; empty if there is no file."""
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     try:
         table = json.loads(text)
