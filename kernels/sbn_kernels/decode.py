@@ -22,7 +22,7 @@ A split over in gives small layers enough programs; a second pass adds the parts
 
 # Triton reads the annotations of kernels itself, so these have none.
 # ruff: noqa: ANN001, ANN202, ANN201
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
 
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -35,7 +35,7 @@ from torch.nn.functional import pad
 
 from sbn_kernels import packing, trits
 from sbn_kernels.decode_words import dot4, first_registers, load_units, next_word, place_of
-from sbn_kernels.inspection import Build
+from sbn_kernels.inspection import INT8_MMA, Build
 from sbn_kernels.reference import MAX_REDUCTION
 from sbn_kernels.tiles import INTERPRETED, round_to
 
@@ -45,6 +45,8 @@ BYTES_PER_WEIGHT = MappingProxyType({"two_bit": 1 / 4, "trits": 1 / 5, "six_bit"
 """Format -> bytes a weight, for widths without padding."""
 
 _DOT_TOKENS = 16
+_DOT_WARPS = 8
+_DOT_STAGES = 2
 _PROGRAMS = 264
 _UNIT_GROUP = 4
 _KINDS = MappingProxyType({"two_bit": 0, "trits": 1, "six_bit": 2, "triples": 3})
@@ -294,7 +296,7 @@ def decode_linear(
         return y
     block_tokens = triton.next_power_of_2(tokens)
     dot = block_tokens >= _DOT_TOKENS
-    rows, block = (64, 32) if dot else (8, 128 if block_tokens <= 4 else 64)
+    rows, block = (128, 32) if dot else (8, 128 if block_tokens <= 4 else 64)
     block = 256 if INTERPRETED.value else block
     splits = splits or _splits(out_features, rows, units, block)
     chunk = triton.cdiv(units, splits * _UNIT_GROUP) * _UNIT_GROUP
@@ -308,7 +310,12 @@ def decode_linear(
     scales = (s_x, gamma_per_row, bias)
     if dot:
         decode_dot_kernel[grid](
-            words, signs, x.contiguous(), parts, out_features, ROWS=rows, BLOCK=block, **shared, num_warps=4
+            *(words, signs, x.contiguous(), parts, out_features),
+            ROWS=rows,
+            BLOCK=block,
+            **shared,
+            num_warps=_DOT_WARPS,
+            num_stages=_DOT_STAGES,
         )
     else:
         x = x.transpose(2, 3).contiguous().view(torch.int32)  # [tokens, planes, units, 1]
@@ -349,8 +356,13 @@ def _builds() -> tuple[Build, ...]:
             constants |= {"NATIVE": True}
             signature = kinds | {"X": "*i32"}
             builds.append(Build(f"decode[{name} {tokens}]", decode_kernel, signature, constants, fusion=False))
-        constants = shape | {"TOKENS": 32, "ROWS": 64, "BLOCK": 32}
-        builds.append(Build(f"decode[{name} 32]", decode_dot_kernel, kinds | {"X": "*i8"}, constants))
+        constants = shape | {"TOKENS": 32, "ROWS": 128, "BLOCK": 32}
+        builds.append(
+            Build(
+                *(f"decode[{name} 32]", decode_dot_kernel, kinds | {"X": "*i8"}, constants, _DOT_WARPS, _DOT_STAGES),
+                instruction=INT8_MMA,
+            )
+        )
     constants = {"SPLITS": 4, "TOKENS": 8, "KIND": 1, "BLOCK": 256}
     builds.append(Build("decode[finish]", decode_finish_kernel, pointers, constants, fusion=False))
     return tuple(builds)
