@@ -39,7 +39,7 @@ INT8_MMA = MappingProxyType({80: r"IMMA", 90: r"IGMMA", 100: r"UTC\w*IMMA", 120:
 FLOAT16_MMA = MappingProxyType({80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*HMMA", 120: r"HMMA"})
 """SASS names of bf16 and fp16 matrix instructions."""
 
-_MODULES: tuple[str, ...] = ("ternary_gemm", "decode", "two_four", "sparse_gemm")
+_MODULES: tuple[str, ...] = ("ternary_gemm", "decode", "two_four", "sparse_gemm", "sliding_window", "cusparselt")
 
 
 @dataclass(frozen=True)
