@@ -50,6 +50,11 @@ _MODULES: tuple[str, ...] = (
     "weight_gradient",
     "planes",
     "planes_gemm",
+    "two_four",
+    "sparse_gemm",
+    "sliding_window",
+    "cusparselt",
+    "decode",
 )
 
 
