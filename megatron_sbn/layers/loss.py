@@ -155,7 +155,8 @@ def _common_factor(grad: Tensor, labels: Tensor) -> Tensor:
         torch._assert_async(one_value)  # without waiting for the device
     elif not bool(one_value):
         raise ValueError(
-            f"the losses' gradients differ over tokens ({float(lowest)} to {float(highest)}): pass uniform_gradient=False"
+            f"gradients of the losses differ over tokens ({float(lowest)} to {float(highest)}): "
+            "pass uniform_gradient=False"
         )
     return highest.where(kept.any(), 0.0)
 
