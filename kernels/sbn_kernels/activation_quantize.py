@@ -6,7 +6,7 @@
 x [tokens, in] in fp32, bf16 or fp16; x_q int8 and s_x fp32 have the bits of `reference.quantize_activations`. A token
 is held in registers between its maximum and its rounding: 2 bytes read and 1 written per bf16 element, the least there
 is. A row-parallel layer holds a slice of each token, so it asks for the maximum alone, reduces it over its ranks and
-hands it back. `gradient_quantize` rounds gradients, scaled by gamma per column first, to [-127, 127].
+hands it back.
 """
 
 # Triton reads the annotations of kernels itself, so these have none.
@@ -31,7 +31,6 @@ from sbn_kernels.rounding import (
 )
 
 _SQRT7 = 7**0.5
-_ROW_FLOOR = tl.constexpr(1e-30)
 
 
 @triton.jit
@@ -75,26 +74,8 @@ def quantize4_kernel(x, x_q, s_x, width, log_width, stride, root7, BLOCK: tl.con
     tl.store(s_x + token, tl.where(good, tl.div_rn(1.0, r), float("nan")))
 
 
-@triton.jit
-def gradient_quantize_kernel(dy, gamma, g_q, s, width, stride, BLOCK: tl.constexpr):
-    """One row of G = dY * gamma[column] at 8 bits, symmetric, with a floor of 1e-30 under its maximum."""
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    g = tl.load(dy + token * stride + columns, mask=inside, other=0.0).to(tl.float32)
-    g = g * tl.load(gamma + columns, mask=inside, other=0.0)
-    a = tl.max(finite_abs(g), axis=0)
-    good = a < float("inf")
-    a = tl.maximum(tl.where(good, a, 1.0), _ROW_FLOOR)
-    r = tl.div_rn(127.0, a)
-    clean = tl.where(good, tl.where(g == g, g, 0.0), 0.0)
-    codes = tl.minimum(tl.maximum(rint(clean * r), -127.0), 127.0).to(tl.int8)
-    tl.store(g_q + token * width + columns, codes, mask=inside)
-    tl.store(s + token, tl.where(good, tl.div_rn(a, 127.0), float("nan")))
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """[..., in] as [tokens, in] with neighbouring elements of a token next to each other."""
+def as_rows(x: Tensor) -> Tensor:
+    """View (or copy) [..., in] as [tokens, in] with neighbouring elements of a token next to each other."""
     rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
@@ -112,7 +93,7 @@ def activation_abs_max(x: Tensor) -> Tensor:
         ValueError: the last dimension is empty, or longer than `launch.LONGEST_ROW`; no CUDA tensor.
     """
     _check_activations(x)
-    rows = _as_rows(x)
+    rows = as_rows(x)
     abs_max = torch.empty(len(rows), dtype=torch.float32, device=x.device)
     block, warps = row_block(rows.shape[1])
     if len(rows):
@@ -141,7 +122,7 @@ def quantize_activations(x: Tensor, bits: int = 8, *, abs_max: Tensor | None = N
         raise ValueError(
             f"abs_max has shape {tuple(abs_max.shape)}, expected {tuple(x.shape[:-1])}, one value per token"
         )
-    rows = _as_rows(x)
+    rows = as_rows(x)
     x_q = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
     s_x = torch.empty(len(rows), dtype=torch.float32, device=x.device)
     width = rows.shape[1]
@@ -157,42 +138,16 @@ def quantize_activations(x: Tensor, bits: int = 8, *, abs_max: Tensor | None = N
     return x_q.view(x.shape), s_x.view(x.shape[:-1])
 
 
-def quantize_gradient(dy: Tensor, gamma_per_row: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (g_q int8 [..., out] in [-127, 127], s fp32 [...]): `reference.quantize_rows(dy * gamma_per_row)`.
-
-    Args:
-        dy: float [..., out].
-        gamma_per_row: fp32 [out].
-
-    Raises:
-        ValueError: shapes that do not fit, rows that are too long, no CUDA tensor.
-    """
-    check_device(dy, gamma_per_row)
-    if gamma_per_row.shape != dy.shape[-1:]:
-        raise ValueError(f"gamma_per_row has shape {tuple(gamma_per_row.shape)}, expected ({dy.shape[-1]},)")
-    rows = _as_rows(dy)
-    g_q = torch.empty(rows.shape, dtype=torch.int8, device=dy.device)
-    s = torch.empty(len(rows), dtype=torch.float32, device=dy.device)
-    block, warps = row_block(rows.shape[1])
-    if len(rows):
-        gradient_quantize_kernel[(len(rows),)](
-            rows, gamma_per_row.contiguous(), g_q, s, rows.shape[1], rows.stride(0), BLOCK=block, num_warps=warps
-        )
-    return g_q.view(dy.shape), s.view(dy.shape[:-1])
-
-
 _ROW = {"width": "i32", "stride": "i32", "log_width": "i32", "root7": "fp32"}
 _TENSORS = {"x": "*bf16", "x_q": "*i8", "s_x": "*fp32", "abs_max": "*fp32"}
-_GRADIENT = {"dy": "*bf16", "gamma": "*fp32", "g_q": "*i8", "s": "*fp32"}
 
 
 def _build(name: str, function: object, width: int, **constexprs: object) -> Build:
     block, warps = row_block(width)
-    signature = _TENSORS | _GRADIENT | _ROW
     return Build(
         f"activation_quantize[{name} {width}]",
         function,
-        signature,
+        _TENSORS | _ROW,
         {"BLOCK": block, **constexprs},
         warps,
         aligned=("width", "stride"),
@@ -207,7 +162,6 @@ BUILDS: tuple[Build, ...] = tuple(
         _build("given maximum", quantize_kernel, width),
         _build("maximum", abs_max_kernel, width),
         _build("4 bits", quantize4_kernel, width),
-        _build("gradient", gradient_quantize_kernel, width),
     )
 )
 """Rows of Qwen2.5's layers: hidden 896, ffn 4864, 11008 and 18944."""

@@ -41,6 +41,8 @@ FLOAT16_MMA = MappingProxyType({80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*HMMA", 1
 
 _MODULES: tuple[str, ...] = (
     "activation_quantize",
+    "gradient_quantize",
+    "accumulator_scale",
     "rms_norm_quantize",
     "swiglu_quantize",
     "cross_entropy",

@@ -19,6 +19,9 @@ import torch
 BACKENDS = ("auto", "cpu", "triton", "reference")
 """What settings may name."""
 
+FORMS = ("auto", "dense", "planes", "cusparselt", "mma_sp", "sliding_cusparselt", "sliding_mma_sp")
+"""Forms of the forward product that settings may name: see `forward_forms`; on CPU "auto" and "dense"."""
+
 _BY_DEVICE = MappingProxyType({"cpu": "cpu", "cuda": "triton"})
 
 _MODULES: Mapping[str, Mapping[str, str]] = MappingProxyType(
@@ -53,6 +56,14 @@ _MODULES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         ),
         "triton": MappingProxyType(
             {
+                "nm_mask": "weight_prepare",
+                "codes_from_gamma": "weight_prepare",
+                "quantize_activations": "activation_quantize",
+                "int_matmul": "triton_linear",
+                "scale_accumulator": "accumulator_scale",
+                "ternary_linear": "triton_linear",
+                "input_gradient": "triton_linear",
+                "weight_gradient": "triton_linear",
                 "logit_statistics": "cross_entropy",
                 "logit_gradient": "cross_entropy",
             }
