@@ -85,9 +85,17 @@ def quantize_activations(
     return x_q, s_x
 
 
-def int_matmul(x_q: Tensor, codes: Tensor, *, backend: str = "auto") -> Tensor:
-    """Exact integers x_q @ codes^T, as fp32 [..., out]: see `reference.int_matmul`."""
-    acc: Tensor = ops.int_matmul(x_q, codes, resolve(backend, x_q.device))
+def int_matmul(
+    x_q: Tensor,
+    codes: Tensor,
+    *,
+    packed: Sequence[Tensor] = (),
+    form: str = "dense",
+    group: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """Exact integers x_q @ codes^T, as fp32 [..., out]: see `reference.int_matmul`; `form` as `ternary_linear`."""
+    acc: Tensor = ops.int_matmul(x_q, codes, list(packed), form, group, resolve(backend, x_q.device))
     return acc
 
 
@@ -113,10 +121,18 @@ def ternary_linear(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
     *,
+    packed: Sequence[Tensor] = (),
+    form: str = "dense",
+    group: int = 0,
     backend: str = "auto",
 ) -> Tensor:
-    """`int_matmul`, then `scale_accumulator`, as one kernel: see `reference.ternary_linear`."""
-    y: Tensor = ops.ternary_linear(x_q, s_x, codes, gamma_per_row, bias, out_dtype, resolve(backend, x_q.device))
+    """`int_matmul`, then `scale_accumulator`, as one kernel: see `reference.ternary_linear`.
+
+    On CUDA `form` says what the product reads: the codes ("dense") or `packed`, as `forward_forms.pack_form` made it of
+    the same codes; `group` is M, for the sliding windows.
+    """
+    told = (list(packed), form, group, resolve(backend, x_q.device))
+    y: Tensor = ops.ternary_linear(x_q, s_x, codes, gamma_per_row, bias, out_dtype, *told)
     return y
 
 
@@ -127,10 +143,16 @@ def input_gradient(
     codes_t: Tensor | None = None,
     mode: str = "exact",
     *,
+    bounds: Sequence[int] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """dX [..., in] in dY's dtype: see `reference.input_gradient`. `codes_t` int8 [in, out] saves transposing."""
-    dx: Tensor = ops.input_gradient(dy, codes, gamma_per_row, codes_t, mode, resolve(backend, dy.device))
+    """dX [..., in] in dY's dtype: see `reference.input_gradient`.
+
+    On CUDA `codes_t` int8 [in, out] saves transposing, and `bounds`, where the runs of rows with one gamma begin (and
+    out at the end), keeps the scales out of the inner loop.
+    """
+    told = (codes_t, mode, None if bounds is None else list(bounds), resolve(backend, dy.device))
+    dx: Tensor = ops.input_gradient(dy, codes, gamma_per_row, *told)
     return dx
 
 

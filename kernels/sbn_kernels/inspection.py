@@ -49,7 +49,7 @@ _MODULES: tuple[str, ...] = (
     "weight_prepare",
     "ternary_gemm",
     "ternary_dgrad",
-    "weight_gradient",
+    "ternary_wgrad",
     "planes",
     "planes_gemm",
     "two_four",

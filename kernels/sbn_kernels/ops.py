@@ -5,6 +5,9 @@ what users call. None is differentiable by itself: gradients are those of the wh
 its autograd.Function defines, so that calling one on a tensor that requires grad and then going backward is an error.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,15 +26,25 @@ def _(x: Tensor, bits: int, abs_max: Tensor | None, backend: str) -> tuple[Tenso
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
+def _formed(backend: str, packed: Sequence[Tensor], form: str, group: int) -> tuple[Any, ...]:
+    """What a backend's product is told of the weight's form: forms beside "dense" are Triton's."""
+    if backend == "triton":
+        return list(packed), form, group
+    if form != "dense":
+        raise ValueError(f"form {form!r} belongs to backend 'triton'; backend {backend!r} has 'dense' alone")
+    return ()
+
+
 @torch.library.custom_op("sbn::int_matmul", mutates_args=())
-def int_matmul(x_q: Tensor, codes: Tensor, backend: str) -> Tensor:
+def int_matmul(x_q: Tensor, codes: Tensor, packed: Sequence[Tensor], form: str, group: int, backend: str) -> Tensor:
     """See `reference.int_matmul`."""
-    acc: Tensor = find("int_matmul", backend, x_q.device)(x_q, codes)
+    formed = _formed(backend, packed, form, group)
+    acc: Tensor = find("int_matmul", backend, x_q.device)(x_q, codes, *formed)
     return acc
 
 
 @int_matmul.register_fake
-def _(x_q: Tensor, codes: Tensor, backend: str) -> Tensor:
+def _(x_q: Tensor, codes: Tensor, packed: Sequence[Tensor], form: str, group: int, backend: str) -> Tensor:
     return x_q.new_empty((*x_q.shape[:-1], codes.shape[0]), dtype=torch.float32)
 
 
@@ -59,10 +72,15 @@ def ternary_linear(
     gamma_per_row: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    packed: Sequence[Tensor],
+    form: str,
+    group: int,
     backend: str,
 ) -> Tensor:
     """See `reference.ternary_linear`."""
-    y: Tensor = find("ternary_linear", backend, x_q.device)(x_q, s_x, codes, gamma_per_row, bias, out_dtype)
+    formed = _formed(backend, packed, form, group)
+    run = find("ternary_linear", backend, x_q.device)
+    y: Tensor = run(x_q, s_x, codes, gamma_per_row, bias, out_dtype, *formed)
     return y
 
 
@@ -74,6 +92,9 @@ def _(
     gamma_per_row: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    packed: Sequence[Tensor],
+    form: str,
+    group: int,
     backend: str,
 ) -> Tensor:
     return x_q.new_empty((*x_q.shape[:-1], codes.shape[0]), dtype=out_dtype)
@@ -81,15 +102,30 @@ def _(
 
 @torch.library.custom_op("sbn::input_gradient", mutates_args=())
 def input_gradient(
-    dy: Tensor, codes: Tensor, gamma_per_row: Tensor, codes_t: Tensor | None, mode: str, backend: str
+    dy: Tensor,
+    codes: Tensor,
+    gamma_per_row: Tensor,
+    codes_t: Tensor | None,
+    mode: str,
+    bounds: Sequence[int] | None,
+    backend: str,
 ) -> Tensor:
     """See `reference.input_gradient`."""
-    dx: Tensor = find("input_gradient", backend, dy.device)(dy, codes, gamma_per_row, codes_t, mode)
+    told = (bounds,) if backend == "triton" else ()
+    dx: Tensor = find("input_gradient", backend, dy.device)(dy, codes, gamma_per_row, codes_t, mode, *told)
     return dx
 
 
 @input_gradient.register_fake
-def _(dy: Tensor, codes: Tensor, gamma_per_row: Tensor, codes_t: Tensor | None, mode: str, backend: str) -> Tensor:
+def _(
+    dy: Tensor,
+    codes: Tensor,
+    gamma_per_row: Tensor,
+    codes_t: Tensor | None,
+    mode: str,
+    bounds: Sequence[int] | None,
+    backend: str,
+) -> Tensor:
     return dy.new_empty((*dy.shape[:-1], codes.shape[1]))
 
 

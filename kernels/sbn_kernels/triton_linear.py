@@ -3,17 +3,17 @@
 forward    X_q, s_x -> Y            a form of the weights (forward_forms), scales in the product's kernel
 dgrad      dY -> dX                 exact: transposed codes converted in registers (ternary_dgrad)
                                     int8: dY rounded per token (gradient_quantize), then the forward's product
-wgrad      dY, X_q, s_x -> dW       exact: X_q converted in registers (weight_gradient)
+wgrad      dY, X_q, s_x -> dW       exact: X_q converted in registers (ternary_wgrad)
                                     int8: dY rounded per row of out, int8 product
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from sbn_kernels import forward_forms
-from sbn_kernels import weight_gradient as wgrad
+from sbn_kernels import forward_forms, ternary_wgrad
 from sbn_kernels.gradient_quantize import quantize_gradient, quantize_gradient_columns
 from sbn_kernels.launch import check_device
 from sbn_kernels.ternary_dgrad import ternary_dgrad
@@ -61,7 +61,7 @@ def input_gradient(
         bounds: where the runs of rows with one gamma begin, and out; None: any row may have its own.
     """
     check_device(dy, codes, gamma_per_row, codes_t)
-    turned = wgrad.transpose_int8(codes) if codes_t is None else codes_t
+    turned = ternary_wgrad.transpose_int8(codes) if codes_t is None else codes_t
     if mode == "exact":
         return ternary_dgrad(dy, gamma_per_row, turned, _runs(bounds, dy.shape[-1]))
     g_q, s = quantize_gradient(dy, gamma_per_row)
@@ -73,13 +73,13 @@ def _runs(bounds: Sequence[int] | None, rows: int) -> tuple[tuple[int, int, int]
     """(start, length, number) of the runs between `bounds`; rows of one run each if there are none."""
     if bounds is None:
         bounds = range(rows + 1)
-    return tuple((start, end - start, i) for i, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)))
+    return tuple((start, end - start, i) for i, (start, end) in enumerate(pairwise(bounds)))
 
 
 def weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor, mode: str = "exact") -> Tensor:
     """Return dW fp32 [out, in]: see `reference.weight_gradient`, from which "exact" differs by rounding."""
     check_device(dy, x_q, s_x)
     if mode != "int8":
-        return wgrad.weight_gradient(dy, s_x, x_q)
+        return ternary_wgrad.weight_gradient(dy, s_x, x_q)
     h_q, s = quantize_gradient_columns(dy, s_x)
-    return wgrad.weight_gradient_int8(h_q, s, x_q.reshape(-1, x_q.shape[-1]).contiguous())
+    return ternary_wgrad.weight_gradient_int8(h_q, s, x_q.reshape(-1, x_q.shape[-1]).contiguous())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sbn_kernels import planes_gemm, ternary_dgrad, ternary_gemm, tuning, weight_gradient
+from sbn_kernels import planes_gemm, ternary_dgrad, ternary_gemm, ternary_wgrad, tuning
 from sbn_kernels.tiles import FAMILIES, Tile
 from triton.runtime.errors import OutOfResources
 
@@ -164,7 +164,7 @@ def test_names_of_candidates_are_unique() -> None:
         ternary_gemm.INT8_TILES,
         planes_gemm.PLANES_TILES,
         ternary_dgrad.DGRAD_TILES,
-        weight_gradient.GRADIENT_TILES,
+        ternary_wgrad.GRADIENT_TILES,
     )
     for table in tables:
         assert set(table) == set(FAMILIES)

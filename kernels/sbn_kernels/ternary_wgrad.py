@@ -309,7 +309,7 @@ def _build(architecture: int, tile: Tile, *, add: bool, even: bool) -> Build:
     """The build of a tile on one architecture."""
     constexprs: dict[str, Any] = {"ADD": add, "EVEN": even, "M": tile.m, "N": tile.n, "K": tile.k, "GROUP": tile.group}
     return Build(
-        f"weight_gradient[{'add ' if add else ''}{'' if even else 'edges '}{tile.name}]",
+        f"ternary_wgrad[{'add ' if add else ''}{'' if even else 'edges '}{tile.name}]",
         weight_gradient_kernel,
         {"dy": "*bf16", "s_x": "*fp32", "x_q": "*i8", "out": "*fp32"}
         | dict.fromkeys(("m", "n", "tokens", "slice_tokens"), "i32"),
@@ -330,14 +330,14 @@ BUILDS: tuple[Build, ...] = (
         for add, even in ((True, True), (False, False))
     ),
     Build(
-        "weight_gradient[slices]",
+        "ternary_wgrad[slices]",
         add_slices_kernel,
         {"slices": "*fp32", "out": "*fp32", "size": "i32"},
         {"COUNT": 8, "ADD": True, "BLOCK": _ADD_BLOCK},
         aligned=("size",),
     ),
     Build(
-        "weight_gradient[transpose]",
+        "ternary_wgrad[transpose]",
         transpose_int8_kernel,
         {"t": "*i8", "out": "*i8", "rows": "i32", "columns": "i32"},
         {"BLOCK": _TRANSPOSE_BLOCK},

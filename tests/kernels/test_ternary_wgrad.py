@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sbn_kernels import reference, weight_gradient
+from sbn_kernels import reference, ternary_wgrad
 from sbn_kernels.tiles import Tile, gpu_family
 from triton.runtime.errors import OutOfResources
 
@@ -45,7 +45,7 @@ def excess(
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_floating_gradient_is_within_its_bound(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     dy, s_x, x_q = operands(*shape, dtype)
-    dw = weight_gradient.weight_gradient(dy, s_x, x_q, config=TILE)
+    dw = ternary_wgrad.weight_gradient(dy, s_x, x_q, config=TILE)
     assert dw.dtype == torch.float32
     assert dw.shape == shape[1:]
     assert excess(dw, dy, s_x, x_q, None) <= 1
@@ -55,12 +55,12 @@ def test_floating_gradient_is_within_its_bound(shape: tuple[int, int, int], dtyp
 @pytest.mark.parametrize("shape", [(192, 64, 64), (70, 33, 50)], ids=str)
 def test_tiles_slices_and_adding(shape: tuple[int, int, int], tile: Tile) -> None:
     dy, s_x, x_q = operands(*shape, torch.bfloat16)
-    first = weight_gradient.weight_gradient(dy, s_x, x_q, config=tile)
+    first = ternary_wgrad.weight_gradient(dy, s_x, x_q, config=tile)
     assert excess(first, dy, s_x, x_q, None) <= 1
-    assert torch.equal(first, weight_gradient.weight_gradient(dy, s_x, x_q, config=tile))
+    assert torch.equal(first, ternary_wgrad.weight_gradient(dy, s_x, x_q, config=tile))
     before = torch.randn(shape[1:], device=DEVICE)
     total = before.clone()
-    assert weight_gradient.weight_gradient(dy, s_x, x_q, total, config=tile) is total
+    assert ternary_wgrad.weight_gradient(dy, s_x, x_q, total, config=tile) is total
     assert torch.equal(total, before + first)
 
 
@@ -69,8 +69,8 @@ def test_slices_are_added_in_their_order() -> None:
     dy[torch.arange(96) % 32 > 0] = 0
     x_q, s_x = torch.ones(96, 1, dtype=torch.int8, device=DEVICE), torch.ones(96, device=DEVICE)
     # (2^24 + 1) - 2^24 in fp32 is 0; any other order gives 1.
-    assert weight_gradient.weight_gradient(dy, s_x, x_q, config=SLICED).item() == 0
-    assert weight_gradient.weight_gradient(dy.roll(32, 0), s_x, x_q, config=SLICED).item() == 1
+    assert ternary_wgrad.weight_gradient(dy, s_x, x_q, config=SLICED).item() == 0
+    assert ternary_wgrad.weight_gradient(dy.roll(32, 0), s_x, x_q, config=SLICED).item() == 1
 
 
 def test_small_integers_are_exact() -> None:
@@ -83,7 +83,7 @@ def test_small_integers_are_exact() -> None:
         (dy.view(5, 10, 20), s_x.view(5, 10), x_q.view(5, 10, 30)),
         (dy.t().contiguous().t(), s_x, x_q.t().contiguous().t()),
     ):
-        assert torch.equal(weight_gradient.weight_gradient(*call, config=TILE), exact)
+        assert torch.equal(ternary_wgrad.weight_gradient(*call, config=TILE), exact)
 
 
 def test_every_tile_for_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -91,19 +91,19 @@ def test_every_tile_for_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     for shape in ((256, 256, 256), (150, 130, 70)):
         dy, s_x, x_q = operands(*shape, torch.bfloat16)
         before = torch.ones(shape[1:], device=DEVICE)
-        for tile in (*weight_gradient.GRADIENT_TILES[gpu_family(dy.device)], None):
+        for tile in (*ternary_wgrad.GRADIENT_TILES[gpu_family(dy.device)], None):
             with suppress(OutOfResources):
-                dw = weight_gradient.weight_gradient(dy, s_x, x_q, before.clone(), config=tile)
+                dw = ternary_wgrad.weight_gradient(dy, s_x, x_q, before.clone(), config=tile)
                 assert excess(dw, dy, s_x, x_q, before) <= 1, tile
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (130, 70), (3, 11008), (0, 5)], ids=str)
 def test_transpose(shape: tuple[int, int]) -> None:
     t = torch.randint(-128, 128, shape, dtype=torch.int8).to(DEVICE)
-    turned = weight_gradient.transpose_int8(t)
+    turned = ternary_wgrad.transpose_int8(t)
     assert turned.is_contiguous()
     assert torch.equal(turned, t.t())
-    assert torch.equal(weight_gradient.transpose_int8(turned.t()), turned)
+    assert torch.equal(ternary_wgrad.transpose_int8(turned.t()), turned)
 
 
 @pytest.mark.parametrize("shape", [(96, 40, 64), (17, 33, 20), (896, 3, 5), (0, 4, 6)], ids=str)
@@ -112,10 +112,10 @@ def test_int8_gradient_has_the_bits_of_the_reference(shape: tuple[int, int, int]
     h = (dy * s_x.unsqueeze(1)).t().contiguous()
     h_q, scale = reference.quantize_rows(h) if len(dy) else (h.to(torch.int8), h.new_ones(len(h)))
     expected = reference.int8_matmul(h_q, x_q.t()).float() * scale.unsqueeze(1)
-    assert torch.equal(weight_gradient.weight_gradient_int8(h_q, scale, x_q, config=INT8_TILE), expected)
+    assert torch.equal(ternary_wgrad.weight_gradient_int8(h_q, scale, x_q, config=INT8_TILE), expected)
     before = torch.randn(shape[1:], device=DEVICE)
     total = before.clone()
-    assert weight_gradient.weight_gradient_int8(h_q, scale, x_q, total, config=INT8_TILE) is total
+    assert ternary_wgrad.weight_gradient_int8(h_q, scale, x_q, total, config=INT8_TILE) is total
     assert torch.equal(total, before + expected)
 
 
@@ -124,7 +124,7 @@ def test_int8_slices_are_each_exact(slice_tokens: int) -> None:
     _, _, x_q = operands(96, 8, 48, torch.float32)
     h_q = operands(8, 1, 96, torch.float32)[2].clamp(min=-127)
     scale = torch.rand(8, device=DEVICE)
-    dw = weight_gradient.weight_gradient_int8(h_q, scale, x_q, config=INT8_TILE, slice_tokens=slice_tokens)
+    dw = ternary_wgrad.weight_gradient_int8(h_q, scale, x_q, config=INT8_TILE, slice_tokens=slice_tokens)
     expected = torch.zeros(8, 48, device=DEVICE)
     for h, x in zip(h_q.split(slice_tokens, 1), x_q.split(slice_tokens), strict=True):
         expected += reference.int8_matmul(h, x.t()).float() * scale.unsqueeze(1)
@@ -133,7 +133,7 @@ def test_int8_slices_are_each_exact(slice_tokens: int) -> None:
 
 def test_operands_that_do_not_fit_are_named() -> None:
     dy, s_x, x_q = operands(8, 4, 6, torch.float32)
-    run = weight_gradient.weight_gradient
+    run = ternary_wgrad.weight_gradient
     with pytest.raises(ValueError, match="dy must be fp32, bf16 or fp16"):
         run(dy.double(), s_x, x_q)
     with pytest.raises(ValueError, match="x_q int8 of the same tokens"):
@@ -143,6 +143,6 @@ def test_operands_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match=r"accumulate_into must be contiguous fp32 \(4, 6\)"):
         run(dy, s_x, x_q, torch.zeros(6, 4, device=DEVICE).t())
     with pytest.raises(ValueError, match="transpose_int8 takes an int8 matrix"):
-        weight_gradient.transpose_int8(dy)
+        ternary_wgrad.transpose_int8(dy)
     with pytest.raises(ValueError, match=r"takes scale fp32 \(6,\) and x_q \[8, in\]"):
-        weight_gradient.weight_gradient_int8(x_q.t(), s_x, x_q)
+        ternary_wgrad.weight_gradient_int8(x_q.t(), s_x, x_q)
