@@ -1,4 +1,4 @@
-"""Triton's int8 activations and gradients: the bits of the reference."""
+"""Triton's int8 activations: the bits of the reference."""
 
 import pytest
 import torch
@@ -39,14 +39,6 @@ def test_activations_have_the_references_bits(shape: tuple[int, ...], dtype: tor
     same(kernel.quantize_activations(x, abs_max=wider), reference.quantize_activations(x, abs_max=wider))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gradients_have_the_references_bits(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    dy = tokens(shape, dtype) * 1e-6
-    gamma = torch.rand(shape[-1], device=DEVICE)
-    same(kernel.quantize_gradient(dy, gamma), reference.quantize_rows(dy.float() * gamma))
-
-
 def test_halves_ties_and_subnormals_round_as_the_reference() -> None:
     steps = torch.arange(-254, 255, device=DEVICE) / 2
     x = torch.stack([steps, steps * 2.0**-140, torch.full_like(steps, 2.0**-149), torch.zeros_like(steps)])
@@ -73,5 +65,3 @@ def test_bad_arguments_are_named() -> None:
         kernel.quantize_activations(x[:, :0])
     with pytest.raises(ValueError, match="longer than the 32768"):
         kernel.quantize_activations(torch.ones(1, 32769, device=DEVICE))
-    with pytest.raises(ValueError, match=r"gamma_per_row has shape \(7,\)"):
-        kernel.quantize_gradient(x, torch.ones(7, device=DEVICE))
