@@ -290,29 +290,34 @@ def decode_linear(
         ValueError: shapes or dtypes that are not these, or more than 32 tokens.
     """
     _check(x_q, s_x, weight, gamma_per_row, bias)
-    tokens, out_features, units = x_q.shape[0], weight.out_features, weight.units
-    y = torch.empty(tokens, out_features, dtype=out_dtype, device=x_q.device)
-    if y.numel() == 0:
-        return y
+    y = torch.empty(x_q.shape[0], weight.out_features, dtype=out_dtype, device=x_q.device)
+    if y.numel():
+        _launch(x_q, weight, (s_x, gamma_per_row, bias), y, splits)
+    return y
+
+
+def _launch(
+    x_q: Tensor, weight: PackedWeight, scales: tuple[Tensor, Tensor, Tensor | None], y: Tensor, splits: int | None
+) -> None:
+    """Fill Y: the product, and the second pass where there are parts to add."""
+    (tokens, out_features), units = y.shape, weight.units
     block_tokens = triton.next_power_of_2(tokens)
     dot = block_tokens >= _DOT_TOKENS
     rows, block = (128, 32) if dot else (8, 128 if block_tokens <= 4 else 64)
     block = 256 if INTERPRETED.value else block
     splits = splits or _splits(out_features, rows, units, block)
     chunk = triton.cdiv(units, splits * _UNIT_GROUP) * _UNIT_GROUP
-    kind, planes = _KINDS[weight.format], _PLANES[weight.format]
+    kind = _KINDS[weight.format]
     words = weight.data.view(torch.int16 if weight.format == "triples" else torch.int32)
     signs = weight.data.view(torch.int16)
     x = _planes(x_q, weight, block_tokens)
     parts = torch.empty(splits, block_tokens, out_features, dtype=torch.int32, device=x_q.device)
-    shared = {"UNITS": units, "CHUNK": chunk, "KIND": kind, "PLANES": planes, "TOKENS": block_tokens}
+    shared = {"UNITS": units, "CHUNK": chunk, "KIND": kind, "PLANES": _PLANES[weight.format], "TOKENS": block_tokens}
+    shared |= {"ROWS": rows, "BLOCK": block}
     grid = (triton.cdiv(out_features, rows), splits)
-    scales = (s_x, gamma_per_row, bias)
     if dot:
         decode_dot_kernel[grid](
             *(words, signs, x.contiguous(), parts, out_features),
-            ROWS=rows,
-            BLOCK=block,
             **shared,
             num_warps=_DOT_WARPS,
             num_stages=_DOT_STAGES,
@@ -322,8 +327,6 @@ def decode_linear(
         decode_kernel[grid](
             *(words, signs, x, *scales, y, parts, tokens, out_features),
             SPLITS=splits,
-            ROWS=rows,
-            BLOCK=block,
             NATIVE=not INTERPRETED.value,
             **shared,
             num_warps=4,
@@ -338,7 +341,6 @@ def decode_linear(
             BLOCK=256,
             enable_fp_fusion=False,
         )
-    return y
 
 
 def _builds() -> tuple[Build, ...]:
