@@ -119,6 +119,10 @@ class Linear(Section):
     masked_gradient: Literal["dense", "masked"] = "dense"
     sr_ste_decay: NonNegativeFloat = 0.0
     backward: Literal["exact", "int8_dgrad", "int8"] = "exact"
+    backend: Literal["auto", "cpu", "triton", "reference"] = "auto"  # auto: cpu on CPU, triton on CUDA
+    forward_form: Literal["auto", "dense", "planes", "cusparselt", "mma_sp", "sliding_cusparselt", "sliding_mma_sp"] = (
+        "auto"  # how the forward product reads the codes on CUDA; auto: the fastest that was measured
+    )
     mask_interval: Positive = 1  # steps between mask updates
     mask_freeze_step: NonNegative | None = None  # masks stay as they are from this step on
     phases: Annotated[tuple[Phase, ...], BeforeValidator(_as_tuple)] = ()

@@ -17,6 +17,7 @@ exact in bf16. The int8 modes round dY with its scales to int8 instead, and mult
 `sbn_kernels.reference`, `input_gradient` and `weight_gradient`, also for their error bounds.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,8 @@ class PreparedWeight:
         codes: int8 [out, in], of ternary weights.
         codes_t: int8 [in, out], the same codes, where the backend's backward pass reads them so.
         gamma_per_row: fp32 [out], of ternary weights.
+        form, packed: how the forward product reads the codes, and what it reads beside them (`sbn_kernels.pack_form`).
+        bounds: where the runs of rows with one gamma begin, and out at the end; None if any row may have its own.
         mask: bool [out, in]; present where `LinearSettings.needs_mask`.
     """
 
@@ -56,6 +59,9 @@ class PreparedWeight:
     gamma_per_row: Tensor | None = None
     mask: Tensor | None = None
     codes_t: Tensor | None = None
+    form: str = "dense"
+    packed: tuple[Tensor, ...] = ()
+    bounds: tuple[int, ...] | None = None
 
 
 class TokenLayout:
@@ -145,12 +151,13 @@ class _QuantizedLinear(torch.autograd.Function):
         mask = prepared.mask if settings.needs_mask else None
         decayed = weight if settings.sr_ste_decay > 0.0 else None
         ctx.save_for_backward(x_q, s_x, codes, gamma, prepared.codes_t, mask, decayed)
-        ctx.settings, ctx.layout = settings, layout
+        ctx.settings, ctx.layout, ctx.bounds = settings, layout, prepared.bounds
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, bias.dtype if bias is not None else None
         tokens, scales = layout.gather_input(x_q), layout.gather_input(s_x)
+        told: dict[str, Any] = {"packed": prepared.packed, "form": prepared.form, "group": settings.sparsity[1]}
         if not layout.splits_input:
-            return kernels.ternary_linear(tokens, scales, codes, gamma, bias, x.dtype, backend=backend)
-        acc = layout.reduce_accumulator(kernels.int_matmul(tokens, codes, backend=backend))  # [..., out]
+            return kernels.ternary_linear(tokens, scales, codes, gamma, bias, x.dtype, **told, backend=backend)
+        acc = layout.reduce_accumulator(kernels.int_matmul(tokens, codes, **told, backend=backend))  # [..., out]
         return kernels.scale_accumulator(acc, layout.local_tokens(scales), gamma, bias, x.dtype, backend=backend)
 
     @staticmethod
@@ -162,7 +169,8 @@ class _QuantizedLinear(torch.autograd.Function):
         dy = layout.gather_grad_output(grad_output)  # [..., out]
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = layout.reduce_grad_input(kernels.input_gradient(dy, codes, gamma, codes_t, mode, backend=backend))
+            dx = kernels.input_gradient(dy, codes, gamma, codes_t, mode, bounds=ctx.bounds, backend=backend)
+            dx = layout.reduce_grad_input(dx)
         if ctx.needs_input_grad[1]:
             tokens, scales = layout.gather_input(x_q), layout.gather_input(s_x)
             dw = kernels.weight_gradient(dy, tokens, scales, mode, backend=backend)
@@ -252,7 +260,9 @@ def prepare_weight(weight: Tensor, splits: Sequence[int] | None, settings: Linea
         with_mask=settings.needs_mask,
         backend=settings.backend,
     )
-    return PreparedWeight(codes, gamma, mask)
+    form = "dense" if settings.forward_form == "auto" else settings.forward_form
+    packed = kernels.pack_form(form, codes, n, m) if form != "dense" else ()
+    return PreparedWeight(codes, gamma, mask, form=form, packed=packed, bounds=(0, *itertools.accumulate(parts)))
 
 
 def apply_linear(

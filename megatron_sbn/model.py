@@ -117,7 +117,8 @@ def build_stages(recipe: Recipe, parallel: ParallelState) -> Stages:
         _initialize(logical, recipe)
     layers = {name: layer for chunk in chunks for name, layer in _sparse_layers(chunk).items()}
     micro_batches = recipe.training.global_batch_size // (recipe.training.micro_batch_size * parallel.data_size)
-    state = TernaryState(layers, recipe.linear, parallel.tensor_group, micro_batches)
+    tokens = recipe.training.micro_batch_size * recipe.model.seq_length
+    state = TernaryState(layers, recipe.linear, parallel.tensor_group, micro_batches, tokens, activation_dtype(recipe))
     return Stages(chunks.to(parallel.device), config, state, parameters)
 
 
