@@ -18,6 +18,7 @@ from megatron_sbn.config import Recipe
 from megatron_sbn.layers.activation import silu
 from megatron_sbn.layers.linear import HeadLinear, SparseBitLinear
 from megatron_sbn.layers.loss import linear_cross_entropy
+from megatron_sbn.layers.mlp import fuse_swiglu
 from megatron_sbn.layers.spec import block_spec
 from megatron_sbn.layers.ternary_state import TernaryState
 from megatron_sbn.parallel.shard import LogicalParameter, LogicalShard, initial_normal, row_shard, whole
@@ -143,6 +144,10 @@ def _build_chunk(
         pg_collection=groups,
         vp_stage=index if count > 1 else None,
     )
+    for layer in chunk.decoder.layers:
+        layer.self_attention.linear_qkv.absorb(layer.input_layernorm)
+        layer.mlp.linear_fc1.absorb(layer.pre_mlp_layernorm)
+        fuse_swiglu(layer.mlp)
     if first:
         dtype = activation_dtype(recipe)
         chunk.embedding.register_forward_hook(lambda _module, _inputs, output: output.to(dtype))

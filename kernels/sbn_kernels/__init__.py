@@ -5,6 +5,7 @@
 """
 
 from sbn_kernels.dispatch import (
+    activation_abs_max,
     codes_from_gamma,
     input_gradient,
     int_matmul,
@@ -12,7 +13,12 @@ from sbn_kernels.dispatch import (
     logit_statistics,
     nm_mask,
     quantize_activations,
+    quantize_rms_norm,
+    quantize_swiglu,
+    rms_norm_backward,
     scale_accumulator,
+    swiglu_abs_max,
+    swiglu_backward,
     ternary_codes,
     ternary_linear,
     weight_gradient,
@@ -33,7 +39,7 @@ from sbn_kernels.preparation import (
     pack_form,
     served_by,
 )
-from sbn_kernels.reference import activation_abs_max, check_sparsity, check_splits, gamma_rows, weight_scales
+from sbn_kernels.reference import check_sparsity, check_splits, gamma_rows, weight_scales
 from sbn_kernels.registry import BACKENDS, FORMS, resolve
 
 __all__ = [
@@ -62,9 +68,14 @@ __all__ = [
     "pack_mask",
     "part_abs_max",
     "quantize_activations",
+    "quantize_rms_norm",
+    "quantize_swiglu",
     "resolve",
+    "rms_norm_backward",
     "scale_accumulator",
     "served_by",
+    "swiglu_abs_max",
+    "swiglu_backward",
     "ternary_codes",
     "ternary_linear",
     "unit_exponent",
