@@ -101,7 +101,7 @@ def codes_kernel(
     TRANSPOSE: tl.constexpr,
     COUNT_FLIPS: tl.constexpr,
 ):
-    """Codes of one tile; `tiles` [tiles, 3]: matrix, first row, first group; `table` [matrices, 8]: see `_launch_codes`."""
+    """Codes of one tile; `tiles` [tiles, 3]: matrix, first row and group; `table` [matrices, 8]: of `_launch_codes`."""
     tile = tl.program_id(0).to(tl.int64)
     matrix = tl.load(tiles + 3 * tile)
     entry = table + 8 * matrix
