@@ -28,12 +28,12 @@ from torch import Tensor
 from sbn_kernels import reference, tuning
 from sbn_kernels.exact_sum import SCALE_FLOOR
 
-_BLOCK_ELEMENTS = 1 << 20
+_BLOCK_ELEMENTS = 1 << 21
 _WORTH_MEASURING = 1 << 22
 
 
 def _blocks(rows: int, width: int) -> Iterator[slice]:
-    """Slices of `rows` rows whose blocks of `width` columns have about 2^20 elements."""
+    """Slices of `rows` rows whose blocks of `width` columns have about 2^21 elements."""
     step = max(64, _BLOCK_ELEMENTS // max(1, width))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
@@ -144,20 +144,15 @@ def ternary_linear(
     *,
     form: str | None = None,
 ) -> Tensor:
-    """Return Y [..., out]: see `reference.ternary_linear`. Blocks of tokens are scaled while they are in cache."""
+    """Return Y [..., out]: see `reference.ternary_linear`; scaled where the product wrote it."""
     reference.check_int8(x_q, codes)
     flat, scales = _rows(x_q), s_x.reshape(-1, 1)
-    y = torch.empty(len(flat), len(codes), dtype=out_dtype)
     with torch.autocast("cpu", enabled=False):
-        product = _exact_product(len(flat), codes, form)
-        for rows in _blocks(len(flat), len(codes)):
-            block = product(flat[rows]).mul_(scales[rows])
-            if bias is None and out_dtype == torch.float32:
-                torch.mul(block, gamma_per_row, out=y[rows])
-                continue
-            block.mul_(gamma_per_row)
-            y[rows] = block if bias is None else block.add_(bias.float())
-    return y.view(*x_q.shape[:-1], len(codes))
+        y = _exact_product(len(flat), codes, form)(flat)
+    y.mul_(scales).mul_(gamma_per_row)
+    if bias is not None:
+        y.add_(bias.float())
+    return y.to(out_dtype).view(*x_q.shape[:-1], len(codes))
 
 
 def input_gradient(
@@ -165,26 +160,22 @@ def input_gradient(
 ) -> Tensor:
     """Return dX [..., in] in dY's dtype: see `reference.input_gradient`, from which "exact" differs by rounding."""
     flat = _rows(dy)
-    dx = torch.empty(len(flat), codes.shape[1], dtype=dy.dtype)
     with torch.autocast("cpu", enabled=False):
         if mode == "exact":
+            dx = torch.empty(len(flat), codes.shape[1], dtype=dy.dtype)
             matrix = codes.float().mul_(gamma_per_row.unsqueeze(1))
             if dy.dtype == torch.float32:
                 return torch.mm(flat, matrix, out=dx).view(*dy.shape[:-1], codes.shape[1])
             for rows in _blocks(*flat.shape):
                 dx[rows] = flat[rows].float() @ matrix
             return dx.view(*dy.shape[:-1], codes.shape[1])
-        product = _exact_product(len(flat), codes.t(), None)
-        s = torch.empty(len(flat))
+        g_q, s = torch.empty(flat.shape, dtype=torch.int8), torch.empty(len(flat))
         for rows in _blocks(*flat.shape):
             g = flat[rows].float() * gamma_per_row
             a = row_abs_max(g).clamp(min=reference.ROW_FLOOR)
-            g_q = _scaled_block(g, a, s[rows]).round_().to(torch.int8)
-            if dy.dtype == torch.float32:
-                torch.mul(product(g_q), s[rows].unsqueeze(1), out=dx[rows])
-            else:
-                dx[rows] = product(g_q).mul_(s[rows].unsqueeze(1))
-    return dx.view(*dy.shape[:-1], codes.shape[1])
+            g_q[rows] = _scaled_block(g, a, s[rows]).round_()
+        y = _exact_product(len(flat), codes.t(), None)(g_q).mul_(s.unsqueeze(1))
+    return y.to(dy.dtype).view(*dy.shape[:-1], codes.shape[1])
 
 
 def weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor, mode: str = "exact") -> Tensor:
@@ -195,6 +186,6 @@ def weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor, mode: str = "exact") -
     dw = torch.zeros(left.shape[1], right.shape[1])
     with torch.autocast("cpu", enabled=False):
         width = right.shape[1] if dy.dtype == torch.float32 else max(left.shape[1], right.shape[1])
-        for rows in _blocks(len(left), width // 4):
+        for rows in _blocks(len(left), width // 2):
             dw.addmm_(left[rows].float().t(), right[rows].float().mul_(scales[rows]))
     return dw
