@@ -1,9 +1,9 @@
 """What the machine can do, measured in the same run as everything else: what shares are shares of.
 
-    copy   bytes a second, read and written, of a copy larger than any cache
-    bf16, fp32   operations a second of PyTorch's largest convenient square product (no TF32)
-    int_mm   the same of `torch._int_mm`
-    int8     twice bf16: what int8 matrix instructions are worth on every GPU that has them
+copy   bytes a second, read and written, of a copy larger than any cache
+bf16, fp32   operations a second of PyTorch's largest convenient square product (no TF32)
+int_mm   the same of `torch._int_mm`
+int8     twice bf16: what int8 matrix instructions are worth on every GPU that has them
 """
 
 from collections.abc import Iterator
@@ -54,7 +54,9 @@ def _product(name: str, dtype: torch.dtype, device: torch.device) -> Benchmark:
 
     contender = Contender("torch", prepare, _first_rows, tolerance=0.01, ours=True)
     bytes_moved = side * side * (2 * dtype.itemsize + (4 if dtype == torch.int8 else dtype.itemsize))
-    case = Case("ceilings", name, side, side, side, "", str(dtype).removeprefix("torch."), bytes_moved, 2 * side**3, name)
+    case = Case(
+        "ceilings", name, side, side, side, "", str(dtype).removeprefix("torch."), bytes_moved, 2 * side**3, name
+    )
     return Benchmark(case, lambda: _operands(side, dtype, device), (contender,), 1.0)
 
 

@@ -75,7 +75,6 @@ def _liger(inputs: Inputs) -> Call:
     return call
 
 
-
 def _expected(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Losses and dh of the first tokens."""
     few = slice(0, _CHECKED_TOKENS)

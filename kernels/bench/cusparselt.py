@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from forward_products import peers_of, products
 from goals import Goal
-from harness import Benchmark, Call, Contender, Inputs, Unavailable
+from harness import Benchmark, Call, Contender, Inputs, UnavailableError
 from shapes import Selection
 from sparse_gemm import forms
 
@@ -17,7 +17,7 @@ GOALS: tuple[Goal, ...] = ()
 def _library(inputs: Inputs) -> Call:
     """The sparse product itself, int32 [tokens, out], no scales."""
     if not torch.backends.cusparselt.is_available():
-        raise Unavailable(f"PyTorch {torch.__version__} has no cuSPARSELt here")
+        raise UnavailableError(f"PyTorch {torch.__version__} has no cuSPARSELt here")
     compressed, x_q = torch._cslt_compress(inputs["codes"]), inputs["x_q"]
     return lambda: torch._cslt_sparse_mm(compressed, x_q.t(), out_dtype=torch.int32, transpose_result=True)
 

@@ -1,6 +1,6 @@
 """Goals, and the table that a run ends with: a line a kernel, and one for each goal.
 
-    kernel   shape   ours ms   best peer ms   ratio   share   goal   met
+kernel   shape   ours ms   best peer ms   ratio   share   goal   met
 """
 
 import math
@@ -107,7 +107,7 @@ def _head(kernel: str, measured: Measured, reason: str) -> tuple[str, ...]:
 
 def table(goals: Mapping[str, Sequence[Goal]], measured: Measured, reasons: Mapping[str, str]) -> Iterator[str]:
     """The lines of the table; `reasons` says why a kernel has no result."""
-    lines = [HEADINGS]
+    lines: list[tuple[str, ...]] = [HEADINGS]
     for kernel, wanted in goals.items():
         head = _head(kernel, measured, reasons.get(kernel, ""))
         judged = [_judge(goal, measured, kernel) for goal in wanted] or [("-", "")]

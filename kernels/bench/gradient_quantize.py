@@ -73,8 +73,10 @@ def _both(name: str, inputs: Inputs) -> tuple[Tensor]:
 
 def benchmarks(selection: Selection) -> Iterator[Benchmark]:
     """dY of gate_up and down."""
-    ways = (("rows", 3, _rows, _reference_rows, _compiled_rows),)
-    ways += (("columns", 5, _columns, _reference_columns, _compiled_columns),)
+    ways = (
+        ("rows", 3, _rows, _reference_rows, _compiled_rows),
+        ("columns", 5, _columns, _reference_columns, _compiled_columns),
+    )
     for model in selection.models_or("0.5b", "3b"):
         for layer in model.linears[2:]:
             for tokens in selection.tokens_or(16384):

@@ -8,7 +8,8 @@ A `Benchmark` is one `Case` (a kernel at a shape) and its contenders, ours and p
 
 Between two calls of a contender its inputs rotate through enough copies to exceed the last-level cache twice. On CUDA
 the cache is overwritten before each call as well, for as long as the call takes to enqueue, so that events bracket the
-GPU's work and not Python's; the time to enqueue is kept beside it. On CPU the clock is `time.perf_counter`.
+GPU's work and not Python's; the time to enqueue is kept beside it. On CPU the clock is `time.perf_counter`, and a peer
+whose first call takes more than 10 seconds (bf16 without bf16 instructions does) is timed by that call alone.
 """
 
 import math
@@ -34,12 +35,13 @@ Inputs = Mapping[str, Tensor]
 _FALLBACK_CACHE = 32 << 20
 _MOST_COPIES = 256
 _CHECKED_ROWS = 64
+_PATIENCE = 10e3
 _CHECKED_OPERATIONS = 1 << 36
 _SAMPLES = MappingProxyType({"cpu": (3, 40), "cuda": (10, 200)})
 _SECONDS = MappingProxyType({"cpu": 5.0, "cuda": 1.0})
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """A contender cannot run here; the message says why."""
 
 
@@ -82,7 +84,7 @@ class Contender:
 
     Attributes:
         name: in tables.
-        prepare: one copy of the inputs -> the call to time; raises `Unavailable` if it cannot run here.
+        prepare: one copy of the inputs -> the call to time; raises `UnavailableError` if it cannot run here.
         expected: inputs -> the tensors that `view` of its result has to give, or their first rows.
         tolerance: 0: equal bits. Else the largest error over the largest value (ours), or the 2-norm of the error over
             that of the values (peers, which may round a code the other way now and then). One for each tensor, or all.
@@ -250,7 +252,7 @@ class _Clock:
 
 @dataclass(frozen=True)
 class _Runner:
-    """A contender that is ready: one call per copy of the inputs, and what a call takes."""
+    """A contender that is ready: one call per copy of the inputs (none: it was timed already), and what one takes."""
 
     contender: Contender
     calls: Sequence[Call]
@@ -258,18 +260,25 @@ class _Runner:
     enqueue: float
 
 
-def check(contender: Contender, inputs: Inputs, references: dict[Any, Sequence[Tensor]]) -> tuple[Call, str | None]:
-    """Return a contender's call on `inputs`, and what is wrong with its result; `references` keeps what was expected.
+def check(
+    contender: Contender, inputs: Inputs, references: dict[Any, Sequence[Tensor]]
+) -> tuple[Call, float, str | None]:
+    """Return a contender's call, milliseconds of the first one (CPU), and what is wrong with its result.
+
+    `references` keeps what was expected, for contenders that share it.
 
     Raises:
-        Unavailable: it cannot run here.
+        UnavailableError: it cannot run here.
     """
     call = contender.prepare(inputs)
+    before = time.perf_counter()
     result = call()
+    first = (time.perf_counter() - before) * 1e3
     view = contender.view or (lambda value: value if isinstance(value, tuple | list) else (value,))
     if contender.expected not in references:
         references[contender.expected] = contender.expected(inputs)
-    return call, difference(view(result), references[contender.expected], contender.tolerance, contender.role != "peer")
+    expected, largest = references[contender.expected], contender.role != "peer"
+    return call, first, difference(view(result), expected, contender.tolerance, largest)
 
 
 def _make_ready(
@@ -279,25 +288,28 @@ def _make_ready(
     inputs = benchmark.make_inputs()
     count = copies_needed(benchmark.case.bytes_moved, cache_bytes(device))
     copies = [inputs] + [{name: tensor.clone() for name, tensor in inputs.items()} for _ in range(count - 1)]
-    clock, references = _Clock(device), {}
+    clock = _Clock(device)
+    references: dict[Any, Sequence[Tensor]] = {}
     for contender in benchmark.contenders:
         try:
-            call, complaint = check(contender, inputs, references)
+            call, first, complaint = check(contender, inputs, references)
             if complaint is not None:
                 wrong[contender.name] = complaint
+                continue
+            if first > _PATIENCE and contender.role == "peer" and device.type == "cpu":
+                yield _Runner(contender, (), first, 0.0)
                 continue
             calls = [call, *(contender.prepare(copy) for copy in copies[1:])]
             calls[-1]()
             first, enqueue = clock.time(calls[0])
             second, enqueue = clock.time(calls[-1], enqueue)
-            estimate = min(first, second)
-        except (Unavailable, torch.OutOfMemoryError) as error:
+        except (UnavailableError, torch.OutOfMemoryError) as error:
             absent[contender.name] = _first_line(error)
         except (ImportError, RuntimeError, ValueError, TypeError, AssertionError, TritonError) as error:
             # A peer may refuse a shape or a machine; we may only say so in advance.
             (wrong if contender.ours else absent)[contender.name] = f"{type(error).__name__}: {_first_line(error)}"
         else:
-            yield _Runner(contender, calls, estimate, enqueue)
+            yield _Runner(contender, calls, min(first, second), enqueue)
 
 
 def _first_line(error: BaseException) -> str:
@@ -327,9 +339,11 @@ def measure(benchmark: Benchmark, device: torch.device) -> Result:
     runners = list(_make_ready(benchmark, device, absent, wrong))
     least, most = _SAMPLES[device.type]
     seconds = benchmark.seconds or _SECONDS[device.type]
-    counts = sample_counts([runner.estimate for runner in runners], seconds, least, most)
+    estimates = [runner.estimate for runner in runners]
+    counts = sample_counts(estimates, seconds, least, most)
+    counts = [count if runner.calls else 0 for count, runner in zip(counts, runners, strict=True)]
     clock = _Clock(device)
-    times: list[list[tuple[float, float]]] = [[] for _ in runners]
+    times: list[list[tuple[float, float]]] = [[] if runner.calls else [(runner.estimate, 0.0)] for runner in runners]
     for index in turns(counts):
         runner = runners[index]
         call = runner.calls[len(times[index]) % len(runner.calls)]

@@ -28,9 +28,7 @@ def benchmarks(selection: Selection) -> Iterator[Benchmark]:
 
 def _of(measured: Measured, model: str) -> list[Result]:
     """The results of a model's four layers at 16,384 tokens; none unless all are there."""
-    results = [
-        r for r in measured.of("layer") if r.case.layer.startswith(f"{model}.") and r.case.tokens == 16384
-    ]
+    results = [r for r in measured.of("layer") if r.case.layer.startswith(f"{model}.") and r.case.tokens == 16384]
     return results if len(results) == 4 else []
 
 

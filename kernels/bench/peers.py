@@ -7,7 +7,7 @@ micro-batch quantises and dequantises the weights, mask included, and each token
     X' = X + stop_gradient(clip(rint(X * 127/a), -128, 127) * a/127 - X)
     Y  = X' @ W'^T
 
-Libraries that are not installed, or need a GPU that is not there, are `Unavailable`.
+Libraries that are not installed, or need a GPU that is not there, are `UnavailableError`.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from harness import Unavailable
+from harness import UnavailableError
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -24,20 +24,20 @@ SCALE_FLOOR = 1e-5
 
 
 def library(name: str, attribute: str) -> Any:  # noqa: ANN401
-    """Return a name from a library; `Unavailable` if it is not installed or has no such name."""
+    """Return a name from a library; `UnavailableError` if it is not installed or has no such name."""
     try:
         module: ModuleType = importlib.import_module(name)
     except ImportError as error:
-        raise Unavailable(f"{name} is not installed ({error})") from error
+        raise UnavailableError(f"{name} is not installed ({error})") from error
     if attribute not in vars(module):
-        raise Unavailable(f"{name} has no {attribute}")
+        raise UnavailableError(f"{name} has no {attribute}")
     return vars(module)[attribute]
 
 
 def need_cuda(tensor: Tensor) -> None:
-    """Raise `Unavailable` unless a tensor is on a CUDA device."""
+    """Raise `UnavailableError` unless a tensor is on a CUDA device."""
     if not tensor.is_cuda:
-        raise Unavailable("no CUDA device")
+        raise UnavailableError("no CUDA device")
 
 
 def compiled(function: Callable[..., Any], tensor: Tensor) -> Callable[..., Any]:
@@ -64,7 +64,10 @@ def fake_quant_weight(w: Tensor, parts: Sequence[int], n: int, m: int) -> Tensor
     """Dequantised weights [out, in] in the type of w, with the mask if n < m; the gradient goes straight through."""
     with torch.no_grad():
         gamma = torch.cat(
-            [part.abs().mean().clamp(min=SCALE_FLOOR).expand(rows, 1) for part, rows in zip(w.split(list(parts)), parts)]
+            [
+                part.abs().mean().clamp(min=SCALE_FLOOR).expand(rows, 1)
+                for part, rows in zip(w.split(list(parts)), parts, strict=True)
+            ]
         )
         rounded = (w * (1.0 / gamma)).round().clamp(-1, 1) * gamma
         if n < m:

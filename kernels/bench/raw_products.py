@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
-from harness import Call, Contender, Inputs, Unavailable
+from harness import Call, Contender, Inputs, UnavailableError
 from linear_steps import ROUNDING, Step
 from sbn_kernels import reference
 from torch import Tensor
@@ -27,7 +28,7 @@ def _onednn(x_q: Tensor, codes: Tensor) -> Call:
     one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int64)
     packed = torch.ops.onednn.qlinear_prepack(codes, None)
     shifted = x_q.view(torch.uint8) ^ 128
-    scales = (1.0, 128, packed, one, zero, None, 1.0, 0, torch.float32, "none", [], "")
+    scales: tuple[Any, ...] = (1.0, 128, packed, one, zero, None, 1.0, 0, torch.float32, "none", [], "")
     return lambda: torch.ops.onednn.qlinear_pointwise(shifted, *scales)
 
 
@@ -54,11 +55,11 @@ def _milliseconds(call: Call) -> float:
 
 
 def _fast_enough(form: str, x_q: Tensor, codes: Tensor) -> Call:
-    """The call of a form; `Unavailable` if another is more than three times as fast on 64 tokens."""
+    """The call of a form; `UnavailableError` if another is more than three times as fast on 64 tokens."""
     few = {name: _milliseconds(make(x_q[:_FEW], codes)) for name, make in INTEGER_FORMS.items()}
     behind = few[form] / min(few.values())
     if behind > _TOO_SLOW:
-        raise Unavailable(f"{behind:.0f} times slower than another exact form on {_FEW} tokens")
+        raise UnavailableError(f"{behind:.0f} times slower than another exact form on {_FEW} tokens")
     return INTEGER_FORMS[form](x_q, codes)
 
 

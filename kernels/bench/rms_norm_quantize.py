@@ -100,15 +100,15 @@ def benchmarks(selection: Selection) -> Iterator[Benchmark]:
         for tokens in selection.tokens_or(16384):
             inputs = partial(_inputs, tokens, model.hidden, selection.device)
             forward = partial(Contender, expected=_expected, tolerance=1e-2, view=dequantised)
-            contenders = (
+            forwards = (
                 forward("fused", _kernel, ours=True),
                 forward("rms_norm, our rounding", _in_two),
                 forward("Liger, our rounding", _liger),
                 forward("torch.compile", _compiled),
             )
-            yield Benchmark(_case(model, tokens, "forward", 3), inputs, contenders)
-            contenders = (
+            yield Benchmark(_case(model, tokens, "forward", 3), inputs, forwards)
+            backwards = (
                 Contender("backward", _backward, _exact_backward, 1e-2, ours=True),
                 Contender("PyTorch backward", _torch_backward, _exact_backward, 2e-2),
             )
-            yield Benchmark(_case(model, tokens, "backward", 6), inputs, contenders)
+            yield Benchmark(_case(model, tokens, "backward", 6), inputs, backwards)

@@ -14,12 +14,12 @@ from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import ceilings  # noqa: E402
-import torch  # noqa: E402
-from goals import Measured, table  # noqa: E402
-from harness import Benchmark, Result, measure  # noqa: E402
-from records import RESULTS, Environment, append, environment, rows  # noqa: E402
-from shapes import MODELS, MOST_TOKENS, Selection  # noqa: E402
+import ceilings
+import torch
+from goals import Measured, table
+from harness import Benchmark, Result, measure
+from records import RESULTS, Environment, append, environment, rows
+from shapes import MODELS, MOST_TOKENS, Selection
 
 KERNELS = (
     *("cpu_linear", "cpu_weights"),
@@ -105,8 +105,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure_ceilings(run: Run, device: torch.device) -> None:
-    """Fill the run's ceilings, in operations or bytes a second."""
+    """Fill the run's ceilings, in operations or bytes a second, within the budget."""
     for benchmark in ceilings.benchmarks(device):
+        if time.monotonic() > run.deadline:
+            say(f"ceilings: {benchmark.case.layer}: not measured: budget")
+            continue
         result = run.measure(benchmark, device)
         time_taken = result.milliseconds("torch") if result else None
         if time_taken:
@@ -118,7 +121,7 @@ def measure_ceilings(run: Run, device: torch.device) -> None:
 
 def measure_kernel(run: Run, name: str, module: ModuleType, selection: Selection) -> None:
     """All benchmarks of a kernel, until the budget is spent."""
-    if module.DEVICE != selection.device.type:
+    if selection.device.type != module.DEVICE:
         run.reasons[name] = "no CUDA device" if module.DEVICE == "cuda" else "runs on CPU, name --device cpu"
         return
     left_out = 0
@@ -163,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = Run(environment(device), not options.no_record, time.monotonic() + budget)
     models = tuple(MODELS[name] for name in options.models) if options.models else None
     selection = Selection(device, models, tuple(options.tokens) if options.tokens else None)
-    if any(module.DEVICE == device.type for _, module in modules()):
+    if any(device.type == module.DEVICE for _, module in modules()):
         measure_ceilings(run, device)
     for name, module in modules():
         measure_kernel(run, name, module, selection)

@@ -5,7 +5,7 @@ from functools import partial
 
 from forward_products import BF16, Product, peers_of, products
 from goals import Goal
-from harness import Benchmark, Call, Contender, Inputs, Unavailable
+from harness import Benchmark, Call, Contender, Inputs, UnavailableError
 from sbn_kernels import forward_forms
 from shapes import Selection
 
@@ -20,7 +20,7 @@ def _form(form: str, product: Product, inputs: Inputs) -> Call:
     if reason is None and form != "dense" and not x_q.is_cuda:
         reason = "no CUDA device"
     if reason is not None:
-        raise Unavailable(reason)
+        raise UnavailableError(reason)
     packed = forward_forms.pack_form(form, codes, product.n, product.m)
     return lambda: forward_forms.linear(form, product.m, x_q, s_x, codes, packed, gamma, None, BF16)
 

@@ -83,24 +83,29 @@ def _case(model: Model, what: str, bytes_a_weight: int) -> Case:
     )
 
 
+def _scale_contenders(layers: Sequence[Linear]) -> tuple[Contender, ...]:
+    expected = partial(_gammas, layers)
+    return (
+        Contender("scales", partial(_prepare_scales, layers), expected, ours=True),
+        Contender("PyTorch, exact too", partial(_reference_scales, layers), expected),
+    )
+
+
+def _code_contenders(layers: Sequence[Linear]) -> tuple[Contender, ...]:
+    expected = partial(_codes, layers)
+    return (
+        Contender("codes twice", partial(_prepare_codes, layers, True), expected, ours=True),
+        Contender("codes once", partial(_prepare_codes, layers, False), expected, ours=True),
+        Contender("argsort + scatter", partial(_sort_codes, layers), expected),
+    )
+
+
 def benchmarks(selection: Selection) -> Iterator[Benchmark]:
     """Scales, and masks with codes, of one transformer layer; 3B, as small layers are bound by launches."""
     for model in selection.models_or("3b"):
-        layers = model.linears
-        inputs = partial(_inputs, layers, selection.device)
-        expected = partial(_gammas, layers)
-        contenders = (
-            Contender("scales", partial(_prepare_scales, layers), expected, ours=True),
-            Contender("PyTorch, exact too", partial(_reference_scales, layers), expected),
-        )
-        yield Benchmark(_case(model, "scales", 8), inputs, contenders)
-        expected = partial(_codes, layers)
-        contenders = (
-            Contender("codes twice", partial(_prepare_codes, layers, True), expected, ours=True),
-            Contender("codes once", partial(_prepare_codes, layers, False), expected, ours=True),
-            Contender("argsort + scatter", partial(_sort_codes, layers), expected),
-        )
-        yield Benchmark(_case(model, "codes", 6), inputs, contenders)
+        inputs = partial(_inputs, model.linears, selection.device)
+        yield Benchmark(_case(model, "scales", 8), inputs, _scale_contenders(model.linears))
+        yield Benchmark(_case(model, "codes", 6), inputs, _code_contenders(model.linears))
 
 
 def _share(measured: Measured) -> float | None:
