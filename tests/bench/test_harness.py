@@ -141,11 +141,8 @@ def test_peers_may_be_absent_and_ours_may_not_fail() -> None:
 
 
 def test_what_is_added_is_part_of_the_time() -> None:
-    parts = (
-        doubles(ours=True, name="step", plus=("preparation", 0.25)),
-        doubles(delay=0.02, name="preparation", ours=True),
-    )
-    result = measured(*parts)
+    step = doubles(ours=True, name="step", plus=("preparation", 0.25))
+    result = measured(step, doubles(delay=0.02, name="preparation", ours=True))
     assert result.milliseconds("step") > 0.25 * 20
     without = measured(step)
     assert not without.measured, "a time that lacks a part is no time"
