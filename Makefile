@@ -4,13 +4,28 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 
-.PHONY: quickstart test check format setup clean
+.PHONY: quickstart test bench gpu check format setup clean
 
 quickstart: $(SETUP)
 	$(BIN)/sbn quickstart
 
 test: $(SETUP)
 	$(BIN)/python -m pytest
+
+# Speed, as ratios to peers in one run: docs/benchmarks.md. Under five minutes on two slow cores.
+bench: $(SETUP)
+	$(BIN)/python kernels/bench/run.py --device cpu
+
+# Everything that wants a GPU, with PYTHON's own PyTorch, Triton and pytest and nothing else: correctness, machine code,
+# speed. Each part runs whatever became of the one before; benchmarks get what is left of GPU_SECONDS.
+GPU_SECONDS ?= 520
+GPU_ARCHITECTURES ?= 90
+gpu:
+	@start=$$(date +%s); status=0; \
+	PYTHONPATH=kernels $(PYTHON) -m pytest tests/kernels -q -p no:cacheprovider -m "not slow and not multi_gpu" || status=1; \
+	PYTHONPATH=kernels $(PYTHON) -m sbn_kernels.inspection --architectures $(GPU_ARCHITECTURES) || status=1; \
+	$(PYTHON) kernels/bench/run.py --device cuda --budget $$(($(GPU_SECONDS) - $$(date +%s) + start)) || status=1; \
+	exit $$status
 
 check: $(SETUP)
 	$(BIN)/ruff check .

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import sbn_kernels as kernels
 import torch
+from sbn_kernels import reference
+
+pytest.importorskip("hypothesis")  # `make gpu` runs these tests with PyTorch, Triton and pytest alone
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sbn_kernels import reference
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 

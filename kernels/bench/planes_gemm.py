@@ -1,0 +1,37 @@
+"""Forward product from codes at 2 bits, unpacked in registers: sbn_kernels.planes_gemm, any N:M."""
+
+from collections.abc import Iterator
+from functools import partial
+
+from forward_products import BF16, bf16_linear, products
+from goals import Goal
+from harness import Benchmark, Call, Contender, Inputs
+from sbn_kernels import planes, ternary_gemm
+from sbn_kernels import planes_gemm as ours
+from shapes import Selection
+
+DEVICE = "cuda"
+GOALS: tuple[Goal, ...] = ()
+
+
+def _ours(inputs: Inputs) -> Call:
+    packed = planes.codes_to_planes(inputs["codes"])
+    x_q, s_x, gamma = inputs["x_q"], inputs["s_x"], inputs["gamma"]
+    return lambda: ours.ternary_linear_planes(x_q, s_x, packed, gamma, None, BF16)
+
+
+def _int8(inputs: Inputs) -> Call:
+    x_q, s_x, codes, gamma = (inputs[name] for name in ("x_q", "s_x", "codes", "gamma"))
+    return lambda: ternary_gemm.ternary_linear(x_q, s_x, codes, gamma, None, BF16)
+
+
+def benchmarks(selection: Selection) -> Iterator[Benchmark]:
+    """As ternary_gemm, and at few tokens, where reading the weight is what costs."""
+    for product in products(selection, 6, 8, 64, 16384):
+        contenders = (
+            Contender("planes", _ours, product.scaled, ours=True),
+            Contender("ternary_gemm", _int8, product.scaled, ours=True),
+            bf16_linear(product),
+        )
+        case = product.case("planes_gemm", bytes_a_weight=0.25)
+        yield Benchmark(case, partial(product.inputs, selection.device), contenders)
