@@ -92,31 +92,44 @@ def copy_step(
 
 
 @gluon.jit
-def store_block(
+def store_columns(
     acc, out, row_scale, column_scale, bias, first_row, first_column, m, n,
-    M: gl.constexpr, N: gl.constexpr, PRODUCT: gl.constexpr, RESULT: gl.constexpr,
+    M: gl.constexpr, N: gl.constexpr, PART: gl.constexpr, PRODUCT: gl.constexpr, RESULT: gl.constexpr,
 ):  # fmt: skip
-    """Scale the int32 sums [M, N] and store them to out [m, n], beginning at (first_row, first_column)."""
-    rows = first_row + gl.arange(0, M, gl.SliceLayout(1, PRODUCT))
-    columns = first_column + gl.arange(0, N, gl.SliceLayout(0, PRODUCT))
-    y = acc.to(gl.float32)
-    if row_scale is not None:
-        y = y * gl.load(row_scale + rows, mask=rows < m, other=0.0)[:, None]
-        y = y * gl.load(column_scale + columns, mask=columns < n, other=0.0)[None, :]
-    if bias is not None:
-        y = y + gl.load(bias + columns, mask=columns < n, other=0.0).to(gl.float32)[None, :]
-    y = gl.convert_layout(y.to(out.dtype.element_ty), RESULT)
-    rows = first_row + gl.arange(0, M, gl.SliceLayout(1, RESULT))
-    columns = first_column + gl.arange(0, N, gl.SliceLayout(0, RESULT))
-    inside = (rows < m)[:, None] & (columns < n)[None, :]
-    gl.store(out + rows.to(gl.int64)[:, None] * n + columns[None, :], y, mask=inside)
+    """Scale the int32 sums [M, N] and store them to out [m, n], beginning at (first_row, first_column).
+
+    In parts of PART columns: the scales of all of them beside the sums would not fit the registers.
+    """
+    if N > PART:
+        left, right = gl.split(acc.reshape([M, 2, N // 2]).permute([0, 2, 1]))
+        store_columns(
+            left, out, row_scale, column_scale, bias, first_row, first_column, m, n, M, N // 2, PART, PRODUCT, RESULT
+        )
+        store_columns(
+            right, out, row_scale, column_scale, bias, first_row, first_column + N // 2, m, n,
+            M, N // 2, PART, PRODUCT, RESULT,
+        )  # fmt: skip
+    else:
+        rows = first_row + gl.arange(0, M, gl.SliceLayout(1, PRODUCT))
+        columns = first_column + gl.arange(0, N, gl.SliceLayout(0, PRODUCT))
+        y = gl.convert_layout(acc, PRODUCT).to(gl.float32)
+        if row_scale is not None:
+            y = y * gl.load(row_scale + rows, mask=rows < m, other=0.0)[:, None]
+            y = y * gl.load(column_scale + columns, mask=columns < n, other=0.0)[None, :]
+        if bias is not None:
+            y = y + gl.load(bias + columns, mask=columns < n, other=0.0).to(gl.float32)[None, :]
+        y = gl.convert_layout(y.to(out.dtype.element_ty), RESULT)
+        rows = first_row + gl.arange(0, M, gl.SliceLayout(1, RESULT))
+        columns = first_column + gl.arange(0, N, gl.SliceLayout(0, RESULT))
+        inside = (rows < m)[:, None] & (columns < n)[None, :]
+        gl.store(out + rows.to(gl.int64)[:, None] * n + columns[None, :], y, mask=inside)
 
 
 @gluon.jit(do_not_specialize=["m"])
 def wgmma_gemm_kernel(
     a, b, out, row_scale, column_scale, bias, m, n, k,
     M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    PRODUCT: gl.constexpr, HALF: gl.constexpr, RESULT: gl.constexpr,
+    PART: gl.constexpr, PRODUCT: gl.constexpr, PART_PRODUCT: gl.constexpr, RESULT: gl.constexpr,
 ):  # fmt: skip
     """out[m, n] = a[m, k] @ b[n, k]^T, scaled; a and b are descriptors of blocks [M, K] and [N, K]."""
     tiles_m = gl.cdiv(m, M)
@@ -153,16 +166,15 @@ def wgmma_gemm_kernel(
             done += 1
         acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
         done_row, done_column = grouped_tile(tile, tiles_m, tiles_n, GROUP)
-        # In halves of the columns: the scales of all of them beside the sums would not fit the registers.
-        left, right = gl.split(acc.reshape([M, 2, N // 2]).permute([0, 2, 1]))
-        store_block(
-            gl.convert_layout(left, HALF), out, row_scale, column_scale, bias, done_row * M, done_column * N, m, n,
-            M, N // 2, HALF, RESULT,
+        store_columns(
+            acc, out, row_scale, column_scale, bias, done_row * M, done_column * N, m, n,
+            M, N, PART, PART_PRODUCT, RESULT,
         )  # fmt: skip
-        store_block(
-            gl.convert_layout(right, HALF), out, row_scale, column_scale, bias, done_row * M, done_column * N + N // 2,
-            m, n, M, N // 2, HALF, RESULT,
-        )  # fmt: skip
+
+
+def part_columns(tile: Tile) -> int:
+    """Columns of a tile that are scaled and stored at one time."""
+    return min(tile.n // 2, 64)
 
 
 def product_layout(tile: Tile, columns: int) -> gl.NVMMADistributedLayout:
@@ -226,9 +238,9 @@ def _launch(tile: Tile, a: Tensor, b: Tensor, out: Tensor, scales: tuple[Tensor 
 def _constants(tile: Tile, element_bytes: int) -> dict[str, Any]:
     """The kernel's compile-time arguments."""
     sizes = {"M": tile.m, "N": tile.n, "K": tile.k, "STAGES": tile.stages, "GROUP": tile.group}
-    half = tile.n // 2
-    layouts = {"PRODUCT": product_layout(tile, tile.n), "HALF": product_layout(tile, half)}
-    return {**sizes, **layouts, "RESULT": result_layout(tile, half, element_bytes)}
+    part = part_columns(tile)
+    layouts = {"PRODUCT": product_layout(tile, tile.n), "PART_PRODUCT": product_layout(tile, part)}
+    return {**sizes, "PART": part, **layouts, "RESULT": result_layout(tile, part, element_bytes)}
 
 
 def _run(
@@ -318,7 +330,15 @@ PRODUCT_STAYS_IN_FLIGHT = (
 """What the PTX of a step must have: a wait that leaves one product running, a barrier, the copies; in this order."""
 
 
-def _build(name: str, tile: Tile, output: str, *, biased: bool = False, scaled: bool = True) -> Build:
+def _build(
+    name: str,
+    tile: Tile,
+    output: str,
+    *,
+    biased: bool = False,
+    scaled: bool = True,
+    aligned: tuple[str, ...] = ("n", "k"),
+) -> Build:
     """The build of a tile."""
     signature = {
         name: f"tensordesc<i8[{rows}, {tile.k}],{_OPERAND!r}>" for name, rows in (("a", tile.m), ("b", tile.n))
@@ -334,7 +354,7 @@ def _build(name: str, tile: Tile, output: str, *, biased: bool = False, scaled: 
         tile.warps,
         fusion=False,
         instruction={90: INT8_MMA[90]},
-        aligned=("n", "k"),
+        aligned=aligned,
         ptx=PRODUCT_STAYS_IN_FLIGHT,
     )
 
@@ -344,5 +364,6 @@ BUILDS: tuple[Build, ...] = (
     *(_build("bf16 bias", tile, "bf16", biased=True) for tile in WGMMA_TILES),
     *(_build("fp32 bias", tile, "fp32", biased=True) for tile in WGMMA_TILES),
     _build("fp32 sums", WGMMA_TILES[0], "fp32", scaled=False),
+    _build("bf16 bias, odd out", WGMMA_TILES[0], "bf16", biased=True, aligned=("k",)),
 )
 """Every tile that may be measured."""

@@ -46,14 +46,14 @@ class Run:
         for program in range(self.programs):
             machine = Machine(program, self.programs, eager_copies=self.times[0], eager_products=self.times[1])
             with self.patch.context() as patch:
-                machine.install(patch, wgmma_gemm, ["copy_step", "store_block"])
+                machine.install(patch, wgmma_gemm, ["copy_step", "store_columns"])
                 self.sabotage(machine, patch)
                 kernel(
                     Descriptor(x_q, [tile.m, tile.k]),
                     Descriptor(codes, [tile.n, tile.k]),
                     Pointer(out.view(-1), 0, writes),
                     *(*pointers, *x_q.shape[:1], *codes.shape),
-                    *(tile.m, tile.n, tile.k, tile.stages, tile.group, None, None, None),
+                    *(tile.m, tile.n, tile.k, tile.stages, tile.group, tile.n // 4, None, None, None),
                 )
             assert not machine.in_flight
         assert writes.eq(1).all(), "an element was stored twice, or never"
@@ -121,7 +121,7 @@ def spread(bases: list[list[int]]) -> torch.Tensor:
 
 @pytest.mark.parametrize("tile", wgmma_gemm.WGMMA_TILES, ids=lambda tile: tile.name)
 def test_results_stay_in_their_warp_and_group_of_four(tile: Tile) -> None:
-    columns = tile.n // 2
+    columns = wgmma_gemm.part_columns(tile)
     layout = wgmma_gemm.result_layout(tile, columns, 2)
     registers, lanes, warps = (spread(b) for b in (layout.reg_bases, layout.lane_bases, layout.warp_bases))
     assert (len(lanes), len(warps)) == (32, tile.warps)
