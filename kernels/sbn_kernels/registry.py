@@ -19,7 +19,7 @@ import torch
 BACKENDS = ("auto", "cpu", "triton", "reference")
 """What settings may name."""
 
-FORMS = ("auto", "dense", "planes", "cusparselt", "mma_sp", "sliding_cusparselt", "sliding_mma_sp")
+FORMS = ("auto", "dense", "planes", "wgmma", "cusparselt", "mma_sp", "sliding_cusparselt", "sliding_mma_sp")
 """Forms of the forward product that settings may name: see `forward_forms`; on CPU "auto" and "dense"."""
 
 _BY_DEVICE = MappingProxyType({"cpu": "cpu", "cuda": "triton"})

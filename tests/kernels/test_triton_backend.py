@@ -7,7 +7,8 @@ from sbn_kernels import forward_forms
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RUNS_HERE = ("dense", "planes") + (("mma_sp", "sliding_mma_sp") if DEVICE == "cuda" else ())
+HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+RUNS_HERE = ("dense", "planes") + (("mma_sp", "sliding_mma_sp") if DEVICE == "cuda" else ()) + ("wgmma",) * HOPPER
 
 
 def layer(n: int = 6, m: int = 8, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
