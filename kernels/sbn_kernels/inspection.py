@@ -49,6 +49,7 @@ _MODULES: tuple[str, ...] = (
     "weight_prepare",
     "ternary_gemm",
     "wgmma_gemm",
+    "transpose",
     "ternary_dgrad",
     "ternary_wgrad",
     "planes",

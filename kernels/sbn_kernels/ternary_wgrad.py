@@ -7,6 +7,10 @@ rounded to dY's type; no floating activation is ever in memory, and dY goes to s
 tiles leaves processors idle: the tokens are then cut into slices, each summed into its own fp32 matrix, which a second
 kernel adds up in order. No atomics: the same tile gives the same bits every time.
 
+On sm_90 that kernel waits for every product, since its scaled tile goes from registers to shared memory, which the
+next step overwrites. A turned tile computes dW^T = (X_q * s_x)^T @ dY from X_q^T [in, tokens]: the scaled tile is then
+wgmma's A, which may stay in registers, and products stay in flight. Its measured time includes transposing.
+
 Error of a value, with S = sum_t |dY * s_x * X_q| and u the unit roundoff of dY's type (2^-8 bf16, 2^-11 fp16, 2^-24
 fp32; fp16 adds 2^-25 |dY| a token, its smallest numbers):
 
@@ -37,20 +41,50 @@ from sbn_kernels.inspection import FLOAT16_MMA, Build
 from sbn_kernels.reference import MAX_REDUCTION
 from sbn_kernels.ternary_gemm import int8_gemm
 from sbn_kernels.tiles import FAMILIES, Tile, dot_floats, gpu_family, grouped_tile, round_to
+from sbn_kernels.transpose import transpose_int8
 from sbn_kernels.tuning import bucket_tokens, pick_tile
 
 
 @triton.jit
-def store_half(y, out, rows, columns, m, n, ADD: tl.constexpr):
-    """Store, or add, a block to out [m, n]."""
-    inside = (rows < m)[:, None] & (columns < n)[None, :]
-    pointers = out + rows.to(tl.int64)[:, None] * n + columns[None, :]
+def store_block(y, out, row, column, m, n, ADD: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Store, or add, a block [M, N] to out [m, n], beginning at (row, column)."""
+    # Offsets inside a block fit 32 bits, which saves registers; where it begins may not.
+    begin = out + tl.cast(row, tl.int64) * n
+    rows = tl.arange(0, M)
+    columns = column + tl.arange(0, N)
+    inside = (rows < m - row)[:, None] & (columns < n)[None, :]
+    pointers = begin + (rows[:, None] * n + columns[None, :])
     if ADD:
         y = tl.load(pointers, mask=inside, other=0.0) + y
     tl.store(pointers, y, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "slice_tokens"])
+@triton.jit
+def store_parts(
+    acc,
+    out,
+    row,
+    column,
+    m,
+    n,
+    ADD: tl.constexpr,
+    TURNED: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Store sums [M, N], or their transpose; at most PART columns of them fit the registers beside an output block."""
+    if N > PART:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (M, 2, N // 2)), (0, 2, 1)))
+        store_parts(left, out, row, column, m, n, ADD, TURNED, M, N // 2, PART)
+        store_parts(right, out, row, column + N // 2, m, n, ADD, TURNED, M, N // 2, PART)
+    elif TURNED:
+        store_block(tl.trans(acc), out, column, row, m, n, ADD, N, M)
+    else:
+        store_block(acc, out, row, column, m, n, ADD, M, N)
+
+
+@triton.jit(do_not_specialize=["tokens", "slice_steps"])
 def weight_gradient_kernel(
     dy,
     s_x,
@@ -59,7 +93,7 @@ def weight_gradient_kernel(
     m,
     n,
     tokens,
-    slice_tokens,
+    slice_steps,
     ADD: tl.constexpr,
     EVEN: tl.constexpr,
     M: tl.constexpr,
@@ -70,8 +104,8 @@ def weight_gradient_kernel(
     """out[slice, m, n] of dy [tokens, m], s_x [tokens] and x_q [tokens, n]; EVEN: no tile has an edge inside."""
     row, column = grouped_tile(tl.program_id(0), tl.cdiv(m, M), tl.cdiv(n, N), GROUP)
     piece = tl.program_id(1).to(tl.int64)
-    first = piece * slice_tokens
-    count = tl.minimum(slice_tokens, tokens - first).to(tl.int32)
+    first = piece * slice_steps * K
+    count = tl.minimum(slice_steps * K, tokens - first).to(tl.int32)
     rows = row * M + tl.arange(0, M)
     columns = column * N + tl.arange(0, N)
     inner = tl.arange(0, K)
@@ -95,11 +129,57 @@ def weight_gradient_kernel(
         dy_at += tl.cast(m, tl.int64) * K
         x_at += tl.cast(n, tl.int64) * K
         s_at += K
-    # In halves: an output tile beside a whole accumulator would not fit the registers.
-    left, right = tl.split(tl.permute(tl.reshape(acc, (M, 2, N // 2)), (0, 2, 1)))
-    half = column * N + tl.arange(0, N // 2)
-    store_half(left, out + piece * m * n, rows, half, m, n, ADD)
-    store_half(right, out + piece * m * n, rows, half + N // 2, m, n, ADD)
+    store_parts(acc, out + piece * m * n, row * M, column * N, m, n, ADD, False, M, N, N // 2)
+
+
+@triton.jit(do_not_specialize=["tokens", "slice_steps"])
+def turned_gradient_kernel(
+    dy,
+    s_x,
+    x_q_t,
+    out,
+    m,
+    n,
+    tokens,
+    slice_steps,
+    stride,
+    ADD: tl.constexpr,
+    EVEN: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """`weight_gradient_kernel` of x_q_t [n, stride], which has zeros from `tokens`; tiles are [M of n, N of m]."""
+    row, column = grouped_tile(tl.program_id(0), tl.cdiv(n, M), tl.cdiv(m, N), GROUP)
+    piece = tl.program_id(1).to(tl.int64)
+    first = piece * slice_steps * K
+    count = tl.minimum(slice_steps * K, tokens - first).to(tl.int32)
+    rows = row * M + tl.arange(0, M)
+    columns = column * N + tl.arange(0, N)
+    inner = tl.arange(0, K)
+    dtype: tl.constexpr = dy.dtype.element_ty
+    # Rows past the end read row 0 instead of being masked, and are not stored.
+    x_rows = tl.where(rows < n, rows, 0).to(tl.int64)
+    x_at = x_q_t + x_rows[:, None] * stride + (first + inner)[None, :]  # [M, K]
+    dy_at = dy + (first + inner)[:, None] * m + columns[None, :]  # [K, N]
+    s_at = s_x + first + inner
+    acc = tl.zeros((M, N), tl.float32)
+    for start in range(0, count, K):
+        inside = inner < count - start
+        x = tl.load(x_at)
+        if EVEN:
+            g = tl.load(dy_at)
+            s = tl.load(s_at)
+        else:
+            g = tl.load(dy_at, mask=inside[:, None] & (columns < m)[None, :], other=0.0)
+            s = tl.load(s_at, mask=inside, other=0.0)
+        scaled = round_to(x.to(tl.float32) * s[None, :], dtype)
+        acc = dot_floats(scaled, g, acc)
+        x_at += K
+        dy_at += tl.cast(m, tl.int64) * K
+        s_at += K
+    store_parts(acc, out + piece * m * n, row * M, column * N, m, n, ADD, True, M, N, 64)
 
 
 @triton.jit
@@ -115,19 +195,6 @@ def add_slices_kernel(slices, out, size, COUNT: tl.constexpr, ADD: tl.constexpr,
     tl.store(out + at, total, mask=inside)
 
 
-@triton.jit
-def transpose_int8_kernel(t, out, rows, columns, BLOCK: tl.constexpr):
-    """out[columns, rows] of int8 t [rows, columns]."""
-    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (r < rows)[:, None] & (c < columns)[None, :]
-    block = tl.load(t + r.to(tl.int64)[:, None] * columns + c[None, :], mask=inside, other=0)
-    turned = tl.trans(block)
-    tl.store(
-        out + c.to(tl.int64)[:, None] * rows + r[None, :], turned, mask=(c < columns)[:, None] & (r < rows)[None, :]
-    )
-
-
 GRADIENT_TILES: Mapping[str, tuple[Tile, ...]] = MappingProxyType(
     {
         "interpreted": (Tile(32, 64, 32, warps=4),),
@@ -135,6 +202,7 @@ GRADIENT_TILES: Mapping[str, tuple[Tile, ...]] = MappingProxyType(
             Tile(128, 128, 32, stages=3),
             Tile(64, 64, 64, warps=4),
             Tile(64, 64, 64, warps=4, slices=4),
+            Tile(128, 128, 32, stages=3, turned=True),
         ),
         "hopper": (
             Tile(128, 256, 64, stages=3),
@@ -145,24 +213,31 @@ GRADIENT_TILES: Mapping[str, tuple[Tile, ...]] = MappingProxyType(
             Tile(128, 128, 64, stages=4, slices=2),
             Tile(128, 128, 64, stages=4, slices=4),
             Tile(128, 128, 64, stages=4, slices=8),
+            Tile(128, 256, 64, stages=3, turned=True),
+            Tile(128, 256, 64, stages=4, turned=True),
+            Tile(128, 128, 64, stages=4, turned=True),
+            Tile(128, 128, 64, warps=4, stages=3, turned=True),
+            Tile(128, 128, 64, stages=4, slices=4, turned=True),
         ),
         "blackwell": (
             Tile(128, 256, 64, stages=3),
             Tile(128, 128, 64, stages=4),
             Tile(128, 128, 64, stages=4, slices=4),
+            Tile(128, 256, 64, stages=3, turned=True),
+            Tile(128, 128, 64, stages=4, turned=True),
         ),
         "blackwell_small": (
             Tile(128, 128, 32, stages=3),
             Tile(64, 64, 32, warps=4),
             Tile(64, 64, 32, warps=4, slices=4),
+            Tile(128, 128, 32, stages=3, turned=True),
         ),
     }
 )
-"""Tiles worth measuring for bf16 and fp16: m output features, n input features, k tokens."""
+"""Tiles worth measuring for bf16 and fp16: m output features, n input features (turned: the reverse), k tokens."""
 
 _FP32 = Tile(64, 64, 32, warps=4, stages=2)
 _ADD_BLOCK = 1024
-_TRANSPOSE_BLOCK = 64
 
 
 def _launch(tile: Tile, dy: Tensor, s_x: Tensor, x_q: Tensor, out: Tensor, *, add: bool) -> None:
@@ -170,25 +245,20 @@ def _launch(tile: Tile, dy: Tensor, s_x: Tensor, x_q: Tensor, out: Tensor, *, ad
     (tokens, m), n = dy.shape, x_q.shape[1]
     sliced = tile.slices > 1
     target = out.new_empty(tile.slices, m, n) if sliced else out
-    grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n), tile.slices)
-    weight_gradient_kernel[grid](
-        dy,
-        s_x,
-        x_q,
-        target,
-        m,
-        n,
-        tokens,
-        triton.cdiv(triton.cdiv(tokens, tile.k), tile.slices) * tile.k,
-        ADD=add and not sliced,
-        EVEN=tokens % tile.k == 0 and m % tile.m == 0 and n % tile.n == 0,
-        M=tile.m,
-        N=tile.n,
-        K=tile.k,
-        GROUP=tile.group,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    options: dict[str, Any] = {"M": tile.m, "N": tile.n, "K": tile.k, "GROUP": tile.group}
+    options |= {"ADD": add and not sliced, "num_warps": tile.warps, "num_stages": tile.stages}
+    slice_steps = triton.cdiv(triton.cdiv(tokens, tile.k), tile.slices)
+    whole_steps = tokens % tile.k == 0
+    if tile.turned:
+        x_q_t = transpose_int8(x_q, multiple=tile.k)
+        grid = (triton.cdiv(n, tile.m) * triton.cdiv(m, tile.n), tile.slices)
+        sizes = (m, n, tokens, slice_steps, x_q_t.shape[1])
+        even = whole_steps and m % tile.n == 0
+        turned_gradient_kernel[grid](dy, s_x, x_q_t, target, *sizes, EVEN=even, **options)
+    else:
+        grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n), tile.slices)
+        even = whole_steps and m % tile.m == 0 and n % tile.n == 0
+        weight_gradient_kernel[grid](dy, s_x, x_q, target, m, n, tokens, slice_steps, EVEN=even, **options)
     if sliced:
         add_slices_kernel[(triton.cdiv(m * n, _ADD_BLOCK),)](
             target, out, m * n, COUNT=tile.slices, ADD=add, BLOCK=_ADD_BLOCK
@@ -248,22 +318,6 @@ def _result(like: Tensor, m: int, n: int, accumulate_into: Tensor | None) -> Ten
     return accumulate_into
 
 
-def transpose_int8(t: Tensor) -> Tensor:
-    """Return the int8 matrix t [rows, columns] as contiguous [columns, rows].
-
-    Raises:
-        ValueError: not an int8 matrix.
-    """
-    if t.dtype != torch.int8 or t.dim() != 2:
-        raise ValueError(f"transpose_int8 takes an int8 matrix, got {t.dtype} {tuple(t.shape)}")
-    rows, columns = t.shape
-    out = t.new_empty(columns, rows)
-    if t.numel():
-        grid = (triton.cdiv(rows, _TRANSPOSE_BLOCK), triton.cdiv(columns, _TRANSPOSE_BLOCK))
-        transpose_int8_kernel[grid](t.contiguous(), out, rows, columns, BLOCK=_TRANSPOSE_BLOCK)
-    return out
-
-
 def weight_gradient_int8(
     h_q_t: Tensor,
     scale: Tensor,
@@ -305,19 +359,24 @@ def weight_gradient_int8(
     return out
 
 
+IN_FLIGHT = r"\A(?:(?!wait_group\.sync\.aligned\s+0).)*wait_group\.sync\.aligned\s+[1-9]"
+"""PTX whose first wait, in the loop, leaves products running: what turned tiles are for."""
+
+
 def _build(architecture: int, tile: Tile, *, add: bool, even: bool) -> Build:
     """The build of a tile on one architecture."""
     constexprs: dict[str, Any] = {"ADD": add, "EVEN": even, "M": tile.m, "N": tile.n, "K": tile.k, "GROUP": tile.group}
     return Build(
         f"ternary_wgrad[{'add ' if add else ''}{'' if even else 'edges '}{tile.name}]",
-        weight_gradient_kernel,
-        {"dy": "*bf16", "s_x": "*fp32", "x_q": "*i8", "out": "*fp32"}
-        | dict.fromkeys(("m", "n", "tokens", "slice_tokens"), "i32"),
+        turned_gradient_kernel if tile.turned else weight_gradient_kernel,
+        {"dy": "*bf16", "s_x": "*fp32", "x_q": "*i8", "x_q_t": "*i8", "out": "*fp32"}
+        | dict.fromkeys(("m", "n", "tokens", "slice_steps", "stride"), "i32"),
         constexprs,
         tile.warps,
         tile.stages,
         instruction={architecture: FLOAT16_MMA[architecture]},
-        aligned=("m", "n"),
+        aligned=("m", "n", "stride") if tile.turned else ("m", "n"),
+        ptx=IN_FLIGHT if tile.turned and architecture == 90 else "",
     )
 
 
@@ -335,13 +394,6 @@ BUILDS: tuple[Build, ...] = (
         {"slices": "*fp32", "out": "*fp32", "size": "i32"},
         {"COUNT": 8, "ADD": True, "BLOCK": _ADD_BLOCK},
         aligned=("size",),
-    ),
-    Build(
-        "ternary_wgrad[transpose]",
-        transpose_int8_kernel,
-        {"t": "*i8", "out": "*i8", "rows": "i32", "columns": "i32"},
-        {"BLOCK": _TRANSPOSE_BLOCK},
-        aligned=("rows", "columns"),
     ),
 )
 """Every tile that may be measured (cut in slices it is the same kernel), and the kernels around it."""

@@ -40,6 +40,7 @@ class Tile:
         group: rows of tiles in a group of the order (see the module).
         tma: operands come through the tensor memory accelerator, in a persistent kernel (sm_90 and up).
         slices: parts the sum is cut into, added up in order by a second kernel (`weight_gradient` only).
+        turned: computes the transposed result, from one operand transposed first (`weight_gradient` only).
     """
 
     m: int
@@ -50,11 +51,12 @@ class Tile:
     group: int = 8
     tma: bool = False
     slices: int = 1
+    turned: bool = False
 
     @cached_property
     def name(self) -> str:
         """What the table of measurements calls it: "128x256x128-w8-s3-g8"."""
-        extras = ("-tma" if self.tma else "") + (f"-x{self.slices}" if self.slices > 1 else "")
+        extras = "-tma" * self.tma + f"-x{self.slices}" * (self.slices > 1) + "-turned" * self.turned
         return f"{self.m}x{self.n}x{self.k}-w{self.warps}-s{self.stages}-g{self.group}{extras}"
 
 

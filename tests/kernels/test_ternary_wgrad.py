@@ -1,21 +1,26 @@
 """Weight gradients from saved int8 activations: within the stated bound in floats, bit for bit in integers."""
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from sbn_kernels import reference, ternary_wgrad
+from sbn_kernels import reference, ternary_wgrad, transpose
 from sbn_kernels.tiles import Tile, gpu_family
 from triton.runtime.errors import OutOfResources
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
-TILE = Tile(64, 64, 32, warps=4)  # forced, so that tests on a GPU measure nothing; one test below lets it choose
+TILE = Tile(64, 128, 32, warps=4)  # forced, so that tests on a GPU measure nothing; one test below lets it choose
 INT8_TILE = Tile(64, 64, 64, warps=4)
 SLICED = Tile(32, 32, 32, warps=4, slices=3)
+TURNED = Tile(128, 64, 32, warps=4, turned=True)
 TILES = [Tile(32, 64, 32, warps=4), SLICED, Tile(64, 32, 64, warps=4, slices=8)]
+TILES += [replace(tile, turned=True) for tile in TILES]
 SHAPES = [(96, 64, 64), (17, 33, 20), (1, 7, 896), (40, 4864, 3), (5, 3, 11008), (0, 4, 6)]
+CASES = [(shape, dtype, TILE) for shape in SHAPES for dtype in UNIT]
+CASES += [(shape, torch.bfloat16, TURNED) for shape in SHAPES] + [(SHAPES[1], dtype, TURNED) for dtype in UNIT]
 
 
 def operands(tokens: int, rows: int, features: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -41,11 +46,10 @@ def excess(
     return float(((dw.double() - exact).abs() / (bound + 1e-30)).max())
 
 
-@pytest.mark.parametrize("dtype", UNIT, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_floating_gradient_is_within_its_bound(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("shape", "dtype", "tile"), CASES)
+def test_floating_gradient_is_within_its_bound(shape: tuple[int, int, int], dtype: torch.dtype, tile: Tile) -> None:
     dy, s_x, x_q = operands(*shape, dtype)
-    dw = ternary_wgrad.weight_gradient(dy, s_x, x_q, config=TILE)
+    dw = ternary_wgrad.weight_gradient(dy, s_x, x_q, config=tile)
     assert dw.dtype == torch.float32
     assert dw.shape == shape[1:]
     assert excess(dw, dy, s_x, x_q, None) <= 1
@@ -69,8 +73,9 @@ def test_slices_are_added_in_their_order() -> None:
     dy[torch.arange(96) % 32 > 0] = 0
     x_q, s_x = torch.ones(96, 1, dtype=torch.int8, device=DEVICE), torch.ones(96, device=DEVICE)
     # (2^24 + 1) - 2^24 in fp32 is 0; any other order gives 1.
-    assert ternary_wgrad.weight_gradient(dy, s_x, x_q, config=SLICED).item() == 0
-    assert ternary_wgrad.weight_gradient(dy.roll(32, 0), s_x, x_q, config=SLICED).item() == 1
+    for tile in (SLICED, replace(SLICED, turned=True)):
+        assert ternary_wgrad.weight_gradient(dy, s_x, x_q, config=tile).item() == 0
+        assert ternary_wgrad.weight_gradient(dy.roll(32, 0), s_x, x_q, config=tile).item() == 1
 
 
 def test_small_integers_are_exact() -> None:
@@ -84,6 +89,7 @@ def test_small_integers_are_exact() -> None:
         (dy.t().contiguous().t(), s_x, x_q.t().contiguous().t()),
     ):
         assert torch.equal(ternary_wgrad.weight_gradient(*call, config=TILE), exact)
+        assert torch.equal(ternary_wgrad.weight_gradient(*call, config=TURNED), exact)
 
 
 def test_every_tile_for_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -100,10 +106,14 @@ def test_every_tile_for_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 @pytest.mark.parametrize("shape", [(1, 1), (130, 70), (3, 11008), (0, 5)], ids=str)
 def test_transpose(shape: tuple[int, int]) -> None:
     t = torch.randint(-128, 128, shape, dtype=torch.int8).to(DEVICE)
-    turned = ternary_wgrad.transpose_int8(t)
+    turned = transpose.transpose_int8(t)
     assert turned.is_contiguous()
     assert torch.equal(turned, t.t())
-    assert torch.equal(ternary_wgrad.transpose_int8(turned.t()), turned)
+    assert torch.equal(transpose.transpose_int8(turned.t()), turned)
+    filled = transpose.transpose_int8(t, multiple=96)
+    assert filled.shape == (shape[1], -(-shape[0] // 96) * 96)
+    assert torch.equal(filled[:, : shape[0]], turned)
+    assert not filled[:, shape[0] :].any()
 
 
 @pytest.mark.parametrize("shape", [(96, 40, 64), (17, 33, 20), (896, 3, 5), (0, 4, 6)], ids=str)
@@ -143,6 +153,6 @@ def test_operands_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match=r"accumulate_into must be contiguous fp32 \(4, 6\)"):
         run(dy, s_x, x_q, torch.zeros(6, 4, device=DEVICE).t())
     with pytest.raises(ValueError, match="transpose_int8 takes an int8 matrix"):
-        ternary_wgrad.transpose_int8(dy)
+        transpose.transpose_int8(dy)
     with pytest.raises(ValueError, match=r"takes scale fp32 \(6,\) and x_q \[8, in\]"):
         ternary_wgrad.weight_gradient_int8(x_q.t(), s_x, x_q)
