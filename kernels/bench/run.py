@@ -22,7 +22,7 @@ from records import RESULTS, Environment, append, environment, rows
 from shapes import MODELS, MOST_TOKENS, Selection
 
 KERNELS = (
-    *("cpu_linear", "cpu_weights"),
+    *("cpu_weights", "cpu_linear"),
     *("activation_quantize", "weight_prepare", "ternary_gemm", "layer", "decode"),
     *("rms_norm_quantize", "swiglu_quantize", "ternary_dgrad", "ternary_wgrad", "gradient_quantize"),
     *("planes_gemm", "cusparselt", "sliding_window", "sparse_gemm", "cross_entropy"),
