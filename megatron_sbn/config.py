@@ -108,6 +108,11 @@ class Phase(Section):
     activation_bits: ActivationBits | Literal["unchanged"] = "unchanged"
 
 
+ForwardForm = Literal[
+    "auto", "dense", "planes", "wgmma", "cusparselt", "mma_sp", "sliding_cusparselt", "sliding_mma_sp"
+]
+
+
 class Linear(Section):
     """What the attention and MLP projections compute (docs/method.md)."""
 
@@ -119,6 +124,9 @@ class Linear(Section):
     masked_gradient: Literal["dense", "masked"] = "dense"
     sr_ste_decay: NonNegativeFloat = 0.0
     backward: Literal["exact", "int8_dgrad", "int8"] = "exact"
+    backend: Literal["auto", "cpu", "triton", "reference"] = "auto"  # auto: cpu on CPU, triton on CUDA
+    # How the forward product reads the codes on CUDA (docs/kernels.md); auto: the fastest that was measured.
+    forward_form: ForwardForm = "auto"
     mask_interval: Positive = 1  # steps between mask updates
     mask_freeze_step: NonNegative | None = None  # masks stay as they are from this step on
     phases: Annotated[tuple[Phase, ...], BeforeValidator(_as_tuple)] = ()

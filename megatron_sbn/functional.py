@@ -17,6 +17,7 @@ exact in bf16. The int8 modes round dY with its scales to int8 instead, and mult
 `sbn_kernels.reference`, `input_gradient` and `weight_gradient`, also for their error bounds.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_sbn.producers import Direct
 from megatron_sbn.settings import (
     ActivationBits,
     Backward,
@@ -38,6 +40,7 @@ from megatron_sbn.settings import (
 
 __all__ = ["LinearSettings", "PreparedWeight", "TokenLayout", "apply_linear", "prepare_weight", "sparse_bitlinear"]
 
+DIRECT = Direct()
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -49,6 +52,8 @@ class PreparedWeight:
         codes: int8 [out, in], of ternary weights.
         codes_t: int8 [in, out], the same codes, where the backend's backward pass reads them so.
         gamma_per_row: fp32 [out], of ternary weights.
+        form, packed: how the forward product reads the codes, and what it reads beside them (`sbn_kernels.pack_form`).
+        bounds: where the runs of rows with one gamma begin, and out at the end; None if any row may have its own.
         mask: bool [out, in]; present where `LinearSettings.needs_mask`.
     """
 
@@ -56,6 +61,9 @@ class PreparedWeight:
     gamma_per_row: Tensor | None = None
     mask: Tensor | None = None
     codes_t: Tensor | None = None
+    form: str = "dense"
+    packed: tuple[Tensor, ...] = ()
+    bounds: tuple[int, ...] | None = None
 
 
 class TokenLayout:
@@ -132,44 +140,47 @@ class _QuantizedLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        gain: Tensor | None,
         prepared: PreparedWeight,
         settings: LinearSettings,
         layout: TokenLayout,
+        producer: Direct,
     ) -> Tensor:
         codes, gamma = prepared.codes, prepared.gamma_per_row
         assert codes is not None
         assert gamma is not None
-        bits, backend = settings.activation_bits or 8, settings.backend
-        abs_max = layout.token_abs_max(kernels.activation_abs_max(x)) if bits == 8 else None
-        x_q, s_x = kernels.quantize_activations(x, bits, abs_max=abs_max, backend=backend)
+        backend = settings.backend
+        x_q, s_x, saved = producer.quantize(x, gain, settings, layout.token_abs_max if layout.splits_input else None)
         mask = prepared.mask if settings.needs_mask else None
         decayed = weight if settings.sr_ste_decay > 0.0 else None
-        ctx.save_for_backward(x_q, s_x, codes, gamma, prepared.codes_t, mask, decayed)
-        ctx.settings, ctx.layout = settings, layout
+        ctx.save_for_backward(x_q, s_x, codes, gamma, prepared.codes_t, mask, decayed, *saved)
+        ctx.settings, ctx.layout, ctx.bounds, ctx.producer = settings, layout, prepared.bounds, producer
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, bias.dtype if bias is not None else None
         tokens, scales = layout.gather_input(x_q), layout.gather_input(s_x)
+        told: dict[str, Any] = {"packed": prepared.packed, "form": prepared.form, "group": settings.sparsity[1]}
         if not layout.splits_input:
-            return kernels.ternary_linear(tokens, scales, codes, gamma, bias, x.dtype, backend=backend)
-        acc = layout.reduce_accumulator(kernels.int_matmul(tokens, codes, backend=backend))  # [..., out]
+            return kernels.ternary_linear(tokens, scales, codes, gamma, bias, x.dtype, **told, backend=backend)
+        acc = layout.reduce_accumulator(kernels.int_matmul(tokens, codes, **told, backend=backend))  # [..., out]
         return kernels.scale_accumulator(acc, layout.local_tokens(scales), gamma, bias, x.dtype, backend=backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        x_q, s_x, codes, gamma, codes_t, mask, weight = ctx.saved_tensors
+        x_q, s_x, codes, gamma, codes_t, mask, weight, *saved = ctx.saved_tensors
         settings, layout = ctx.settings, ctx.layout
         mode, backend = settings.backward, settings.backend
         dy = layout.gather_grad_output(grad_output)  # [..., out]
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dx = layout.reduce_grad_input(kernels.input_gradient(dy, codes, gamma, codes_t, mode, backend=backend))
+        dx = dw = db = dgain = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+            dx = kernels.input_gradient(dy, codes, gamma, codes_t, mode, bounds=ctx.bounds, backend=backend)
+            dx, dgain = ctx.producer.backward(layout.reduce_grad_input(dx), tuple(saved), backend)
         if ctx.needs_input_grad[1]:
             tokens, scales = layout.gather_input(x_q), layout.gather_input(s_x)
             dw = kernels.weight_gradient(dy, tokens, scales, mode, backend=backend)
             dw = _weight_gradient(dw, weight, mask, settings, ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
             db = _tokens_by_features(dy).float().sum(dim=0).to(ctx.bias_dtype)
-        return dx, dw, db, None, None, None
+        return dx, dw, db, dgain, None, None, None, None
 
 
 class _FloatLinear(torch.autograd.Function):
@@ -252,7 +263,9 @@ def prepare_weight(weight: Tensor, splits: Sequence[int] | None, settings: Linea
         with_mask=settings.needs_mask,
         backend=settings.backend,
     )
-    return PreparedWeight(codes, gamma, mask)
+    form = "dense" if settings.forward_form == "auto" else settings.forward_form
+    packed = kernels.pack_form(form, codes, n, m) if form != "dense" else ()
+    return PreparedWeight(codes, gamma, mask, form=form, packed=packed, bounds=(0, *itertools.accumulate(parts)))
 
 
 def apply_linear(
@@ -262,6 +275,9 @@ def apply_linear(
     prepared: PreparedWeight,
     settings: LinearSettings,
     layout: TokenLayout,
+    *,
+    producer: Direct = DIRECT,
+    gain: Tensor | None = None,
 ) -> Tensor:
     """Return Y [..., out] in x's dtype, with the gradients of the module's docstring.
 
@@ -272,6 +288,7 @@ def apply_linear(
         prepared: of the present value of `weight`.
         settings: the arithmetic.
         layout: where the tokens lie.
+        producer, gain: what makes the layer's input of x, and its parameter; of quantised activations.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or 4-bit activations of a split input.
@@ -284,16 +301,18 @@ def apply_linear(
     if matrix is None or lacks_mask or (ternary and prepared.gamma_per_row is None):
         raise ValueError("prepared lacks codes, gamma_per_row or mask: make it with the settings it is used with")
     out_features, in_features = matrix.shape
-    if x.dim() < 1 or x.shape[-1] != in_features:
+    if x.dim() < 1 or producer.in_features(x) != in_features:
         raise ValueError(f"x has shape {tuple(x.shape)}, the weight takes [..., {in_features}]")
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, the weight gives [..., {out_features}]")
     if not settings.quantizes_activations:
+        if producer is not DIRECT:
+            raise ValueError("what makes a layer's input is fused with its rounding: activations are not rounded here")
         y: Tensor = _FloatLinear.apply(x, weight, bias, prepared, settings, layout)
         return y
     if settings.activation_bits == 4 and layout.splits_input:
         raise ValueError("linear.activation_bits: 4 scales by the mean over all of in, so a row-parallel layer takes 8")
-    y = _QuantizedLinear.apply(x, weight, bias, prepared, settings, layout)
+    y = _QuantizedLinear.apply(x, weight, bias, gain, prepared, settings, layout, producer)
     return y
 
 

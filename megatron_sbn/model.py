@@ -18,6 +18,7 @@ from megatron_sbn.config import Recipe
 from megatron_sbn.layers.activation import silu
 from megatron_sbn.layers.linear import HeadLinear, SparseBitLinear
 from megatron_sbn.layers.loss import linear_cross_entropy
+from megatron_sbn.layers.mlp import fuse_swiglu
 from megatron_sbn.layers.spec import block_spec
 from megatron_sbn.layers.ternary_state import TernaryState
 from megatron_sbn.parallel.shard import LogicalParameter, LogicalShard, initial_normal, row_shard, whole
@@ -117,7 +118,8 @@ def build_stages(recipe: Recipe, parallel: ParallelState) -> Stages:
         _initialize(logical, recipe)
     layers = {name: layer for chunk in chunks for name, layer in _sparse_layers(chunk).items()}
     micro_batches = recipe.training.global_batch_size // (recipe.training.micro_batch_size * parallel.data_size)
-    state = TernaryState(layers, recipe.linear, parallel.tensor_group, micro_batches)
+    tokens = recipe.training.micro_batch_size * recipe.model.seq_length
+    state = TernaryState(layers, recipe.linear, parallel.tensor_group, micro_batches, tokens, activation_dtype(recipe))
     return Stages(chunks.to(parallel.device), config, state, parameters)
 
 
@@ -142,6 +144,10 @@ def _build_chunk(
         pg_collection=groups,
         vp_stage=index if count > 1 else None,
     )
+    for layer in chunk.decoder.layers:
+        layer.self_attention.linear_qkv.absorb(layer.input_layernorm)
+        layer.mlp.linear_fc1.absorb(layer.pre_mlp_layernorm)
+        fuse_swiglu(layer.mlp)
     if first:
         dtype = activation_dtype(recipe)
         chunk.embedding.register_forward_hook(lambda _module, _inputs, output: output.to(dtype))

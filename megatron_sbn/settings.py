@@ -29,6 +29,7 @@ class LinearSettings:
             accumulates K micro-batches divides it by K.
         backward: "exact", "int8_dgrad" (dX from int8) or "int8" (dW too); of quantised activations.
         backend: the `sbn_kernels` backend, by name; "auto" is cpu on CPU, triton on CUDA.
+        forward_form: how the forward product reads the codes on CUDA, one of `sbn_kernels.FORMS`; "auto" is measured.
     """
 
     weight_format: WeightFormat = "ternary"
@@ -40,6 +41,7 @@ class LinearSettings:
     sr_ste_decay: float = 0.0
     backward: Backward = "exact"
     backend: str = "auto"
+    forward_form: str = "auto"
 
     def __post_init__(self) -> None:
         _one_of("weight_format", self.weight_format, ("ternary", "dense"))
@@ -49,6 +51,7 @@ class LinearSettings:
         _one_of("masked_gradient", self.masked_gradient, ("dense", "masked"))
         _one_of("backward", self.backward, ("exact", "int8_dgrad", "int8"))
         _one_of("backend", self.backend, kernels.BACKENDS)
+        _one_of("forward_form", self.forward_form, kernels.FORMS)
         if len(self.sparsity) != 2:
             raise ValueError(f"linear.sparsity: {self.sparsity} is not a pair (N, M); write for example [6, 8]")
         n, m = self.sparsity

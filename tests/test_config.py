@@ -11,7 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_sbn.config import Recipe, load_recipe
+from megatron_sbn.config import Linear, Recipe, load_recipe
 from megatron_sbn.errors import RecipeError
 
 ROOT = Path(__file__).parents[1]
@@ -377,3 +377,14 @@ def test_only_rank_0_speaks_for_all() -> None:
     environment = {"RANK": "1", "WORLD_SIZE": "3"}
     status, told, _ = run("-m", "megatron_sbn.train", "recipes/quickstart.yaml", **environment)
     assert (status, told) == (2, "")
+
+
+def test_the_recipe_knows_every_backend_and_form_of_the_kernels() -> None:
+    """config.py imports no torch, so it lists them itself."""
+    import typing
+
+    import sbn_kernels
+
+    fields = Linear.model_fields
+    assert set(typing.get_args(fields["backend"].annotation)) == set(sbn_kernels.BACKENDS)
+    assert set(typing.get_args(fields["forward_form"].annotation)) == set(sbn_kernels.FORMS)

@@ -28,10 +28,11 @@ MAY_IMPORT = {
     "megatron_sbn/config.py": {"megatron_sbn.errors", "megatron_sbn.feasibility"},
     "megatron_sbn/settings.py": set(),
     "megatron_sbn/staging.py": {"megatron_sbn.errors"},
-    "megatron_sbn/functional.py": {"megatron_sbn.settings"},
+    "megatron_sbn/producers.py": {"megatron_sbn.settings"},
+    "megatron_sbn/functional.py": {"megatron_sbn.settings", "megatron_sbn.producers"},
     "megatron_sbn/parallel/": FOUNDATION | {"megatron_sbn.parallel"},
     "megatron_sbn/layers/": FOUNDATION
-    | {"megatron_sbn.functional", "megatron_sbn.layers", "megatron_sbn.parallel.shard"},
+    | {"megatron_sbn.functional", "megatron_sbn.producers", "megatron_sbn.layers", "megatron_sbn.parallel.shard"},
     "megatron_sbn/model.py": FOUNDATION
     | {"megatron_sbn.layers", "megatron_sbn.parallel.shard", "megatron_sbn.parallel.state"},
     "megatron_sbn/data/": FOUNDATION | {"megatron_sbn.data"},

@@ -5,6 +5,7 @@
 """
 
 from sbn_kernels.dispatch import (
+    activation_abs_max,
     codes_from_gamma,
     input_gradient,
     int_matmul,
@@ -12,7 +13,12 @@ from sbn_kernels.dispatch import (
     logit_statistics,
     nm_mask,
     quantize_activations,
+    quantize_rms_norm,
+    quantize_swiglu,
+    rms_norm_backward,
     scale_accumulator,
+    swiglu_abs_max,
+    swiglu_backward,
     ternary_codes,
     ternary_linear,
     weight_gradient,
@@ -24,16 +30,31 @@ from sbn_kernels.exact_sum import (
     unit_exponent,
 )
 from sbn_kernels.packing import flip_count, pack, pack_mask, unpack, unpack_mask
-from sbn_kernels.reference import activation_abs_max, check_sparsity, check_splits, gamma_rows, weight_scales
-from sbn_kernels.registry import BACKENDS, resolve
+from sbn_kernels.preparation import (
+    Codes,
+    abs_maxima,
+    choose_form,
+    codes_of_many,
+    fixed_point_sums,
+    pack_form,
+    served_by,
+)
+from sbn_kernels.reference import check_sparsity, check_splits, gamma_rows, weight_scales
+from sbn_kernels.registry import BACKENDS, FORMS, resolve
 
 __all__ = [
     "BACKENDS",
+    "FORMS",
+    "Codes",
+    "abs_maxima",
     "activation_abs_max",
     "check_sparsity",
     "check_splits",
+    "choose_form",
     "codes_from_gamma",
+    "codes_of_many",
     "fixed_point_sum",
+    "fixed_point_sums",
     "flip_count",
     "gamma_from_fixed_point",
     "gamma_rows",
@@ -43,11 +64,18 @@ __all__ = [
     "logit_statistics",
     "nm_mask",
     "pack",
+    "pack_form",
     "pack_mask",
     "part_abs_max",
     "quantize_activations",
+    "quantize_rms_norm",
+    "quantize_swiglu",
     "resolve",
+    "rms_norm_backward",
     "scale_accumulator",
+    "served_by",
+    "swiglu_abs_max",
+    "swiglu_backward",
     "ternary_codes",
     "ternary_linear",
     "unit_exponent",

@@ -154,14 +154,16 @@ def _build(name: str, function: object, width: int, **constexprs: object) -> Bui
     )
 
 
-BUILDS: tuple[Build, ...] = tuple(
-    build
-    for width in (896, 4864, 11008, 18944)
-    for build in (
-        _build("own maximum", quantize_kernel, width, abs_max=None),
-        _build("given maximum", quantize_kernel, width),
-        _build("maximum", abs_max_kernel, width),
-        _build("4 bits", quantize4_kernel, width),
-    )
+BUILDS: tuple[Build, ...] = (
+    *(
+        build
+        for width in (896, 4864, 11008, 18944)
+        for build in (
+            _build("own maximum", quantize_kernel, width, abs_max=None),
+            _build("given maximum", quantize_kernel, width),
+            _build("maximum", abs_max_kernel, width),
+        )
+    ),
+    *(_build("4 bits", quantize4_kernel, width) for width in (896, 2048, 3584, 8192)),
 )
-"""Rows of Qwen2.5's layers: hidden 896, ffn 4864, 11008 and 18944."""
+"""Rows of Qwen2.5's layers: hidden 896 to 8192, which alone may have 4 bits, and ffn 4864, 11008 and 18944."""

@@ -28,12 +28,12 @@ from torch import Tensor
 from sbn_kernels import reference, tuning
 from sbn_kernels.exact_sum import SCALE_FLOOR
 
-_BLOCK_ELEMENTS = 1 << 20
+_BLOCK_ELEMENTS = 1 << 21
 _WORTH_MEASURING = 1 << 22
 
 
 def _blocks(rows: int, width: int) -> Iterator[slice]:
-    """Slices of `rows` rows whose blocks of `width` columns have about 2^20 elements."""
+    """Slices of `rows` rows whose blocks of `width` columns have about 2^21 elements."""
     step = max(64, _BLOCK_ELEMENTS // max(1, width))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
@@ -57,7 +57,9 @@ def quantize_activations(x: Tensor, bits: int = 8, *, abs_max: Tensor | None = N
     for rows in _blocks(*flat.shape):
         block = flat[rows].float()
         a = (row_abs_max(block) if given is None else given[rows]).clamp(min=SCALE_FLOOR)
-        _round_block(block, a, x_q[rows], s_x[rows])
+        scaled = _scaled_block(block, a, s_x[rows])
+        # Its own maximum never takes a token past 127, another's might.
+        x_q[rows] = scaled.round_() if given is None else scaled.round_().clamp_(-128.0, 127.0)
     return x_q.view(x.shape), s_x.view(x.shape[:-1])
 
 
@@ -67,8 +69,8 @@ def row_abs_max(x: Tensor) -> Tensor:
     return torch.maximum(high, low.neg_()).nan_to_num_(nan=torch.inf, posinf=torch.inf)
 
 
-def _round_block(block: Tensor, a: Tensor, codes: Tensor, scales: Tensor) -> None:
-    """codes = rint(block * (127/a)), scales = a/127; rows whose a is not finite give 0 and NaN."""
+def _scaled_block(block: Tensor, a: Tensor, scales: Tensor) -> Tensor:
+    """Return block * (127/a), and scales = a/127; rows whose a is not finite give 0 and NaN."""
     r = torch.full((), 127.0) / a
     torch.div(a, torch.full((), 127.0), out=scales)
     bad = ~(r.isfinite() & scales.isfinite())
@@ -76,7 +78,7 @@ def _round_block(block: Tensor, a: Tensor, codes: Tensor, scales: Tensor) -> Non
     if bool(bad.any()):
         scaled[bad] = 0.0
         scales[bad] = torch.nan
-    codes.copy_(scaled.round_().clamp_(-128.0, 127.0))
+    return scaled
 
 
 def _onednn(codes: Tensor) -> Callable[[Tensor], Tensor]:
@@ -142,16 +144,15 @@ def ternary_linear(
     *,
     form: str | None = None,
 ) -> Tensor:
-    """Return Y [..., out]: see `reference.ternary_linear`. Blocks of tokens are scaled while they are in cache."""
+    """Return Y [..., out]: see `reference.ternary_linear`; scaled where the product wrote it."""
     reference.check_int8(x_q, codes)
     flat, scales = _rows(x_q), s_x.reshape(-1, 1)
-    y = torch.empty(len(flat), len(codes), dtype=out_dtype)
     with torch.autocast("cpu", enabled=False):
-        product = _exact_product(len(flat), codes, form)
-        for rows in _blocks(len(flat), len(codes)):
-            block = product(flat[rows]).mul_(scales[rows]).mul_(gamma_per_row)
-            y[rows] = block if bias is None else block.add_(bias.float())
-    return y.view(*x_q.shape[:-1], len(codes))
+        y = _exact_product(len(flat), codes, form)(flat)
+    y.mul_(scales).mul_(gamma_per_row)
+    if bias is not None:
+        y.add_(bias.float())
+    return y.to(out_dtype).view(*x_q.shape[:-1], len(codes))
 
 
 def input_gradient(
@@ -159,21 +160,22 @@ def input_gradient(
 ) -> Tensor:
     """Return dX [..., in] in dY's dtype: see `reference.input_gradient`, from which "exact" differs by rounding."""
     flat = _rows(dy)
-    dx = torch.empty(len(flat), codes.shape[1], dtype=dy.dtype)
     with torch.autocast("cpu", enabled=False):
         if mode == "exact":
+            dx = torch.empty(len(flat), codes.shape[1], dtype=dy.dtype)
             matrix = codes.float().mul_(gamma_per_row.unsqueeze(1))
             if dy.dtype == torch.float32:
                 return torch.mm(flat, matrix, out=dx).view(*dy.shape[:-1], codes.shape[1])
             for rows in _blocks(*flat.shape):
                 dx[rows] = flat[rows].float() @ matrix
             return dx.view(*dy.shape[:-1], codes.shape[1])
-        product = _exact_product(len(flat), codes.t(), None)
+        g_q, s = torch.empty(flat.shape, dtype=torch.int8), torch.empty(len(flat))
         for rows in _blocks(*flat.shape):
             g = flat[rows].float() * gamma_per_row
-            g_q, s = reference.quantize_rows(g)
-            dx[rows] = product(g_q).mul_(s.unsqueeze(1))
-    return dx.view(*dy.shape[:-1], codes.shape[1])
+            a = row_abs_max(g).clamp(min=reference.ROW_FLOOR)
+            g_q[rows] = _scaled_block(g, a, s[rows]).round_()
+        y = _exact_product(len(flat), codes.t(), None)(g_q).mul_(s.unsqueeze(1))
+    return y.to(dy.dtype).view(*dy.shape[:-1], codes.shape[1])
 
 
 def weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor, mode: str = "exact") -> Tensor:
@@ -183,6 +185,7 @@ def weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor, mode: str = "exact") -
     left, right, scales = _rows(dy), _rows(x_q), s_x.reshape(-1, 1)
     dw = torch.zeros(left.shape[1], right.shape[1])
     with torch.autocast("cpu", enabled=False):
-        for rows in _blocks(len(left), max(left.shape[1], right.shape[1]) // 4):
+        width = right.shape[1] if dy.dtype == torch.float32 else max(left.shape[1], right.shape[1])
+        for rows in _blocks(len(left), width // 2):
             dw.addmm_(left[rows].float().t(), right[rows].float().mul_(scales[rows]))
     return dw

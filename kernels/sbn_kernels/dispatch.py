@@ -77,6 +77,12 @@ def codes_from_gamma(
     return codes, kept
 
 
+def activation_abs_max(x: Tensor, *, backend: str = "auto") -> Tensor:
+    """max|x| of each token, fp32 [...], NaN as +Inf: see `reference.activation_abs_max`."""
+    abs_max: Tensor = ops.activation_abs_max(x, resolve(backend, x.device))
+    return abs_max
+
+
 def quantize_activations(
     x: Tensor, bits: int = 8, *, abs_max: Tensor | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -171,4 +177,38 @@ def logit_statistics(logits: Tensor, target: Tensor, *, backend: str = "auto") -
 def logit_gradient(logits: Tensor, lse: Tensor, target: Tensor, dtype: torch.dtype, *, backend: str = "auto") -> Tensor:
     """Softmax less one at the target, [tokens, vocabulary]; consumes `logits`: see `cross_entropy.logit_gradient`."""
     gradient: Tensor = find("logit_gradient", backend, logits.device)(logits, lse, target, dtype)
+    return gradient
+
+
+def quantize_rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-5, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_q, s_x, rstd) of RMSNorm(x) * weight in one kernel: see `rms_norm_quantize.rms_norm_quantize`; CUDA."""
+    x_q, s_x, rstd = ops.rms_norm_quantize(x, weight, eps, resolve(backend, x.device))
+    return x_q, s_x, rstd
+
+
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """(dx, dweight) of the norm: see `rms_norm_quantize.rms_norm_backward`; CUDA."""
+    dx, dweight = ops.rms_norm_backward(dy, x, weight, rstd, resolve(backend, x.device))
+    return dx, dweight
+
+
+def swiglu_abs_max(gate_up: Tensor, *, backend: str = "auto") -> Tensor:
+    """max|silu(gate) * up| of each token, fp32 [...]: see `swiglu_quantize.swiglu_abs_max`; CUDA."""
+    abs_max: Tensor = ops.swiglu_abs_max(gate_up, resolve(backend, gate_up.device))
+    return abs_max
+
+
+def quantize_swiglu(gate_up: Tensor, *, abs_max: Tensor | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """(x_q, s_x) of silu(gate) * up in one kernel: see `swiglu_quantize.swiglu_quantize`; CUDA."""
+    x_q, s_x = ops.swiglu_quantize(gate_up, abs_max, resolve(backend, gate_up.device))
+    return x_q, s_x
+
+
+def swiglu_backward(dh: Tensor, gate_up: Tensor, *, backend: str = "auto") -> Tensor:
+    """Gradient of gate and up [..., 2 ffn]: see `swiglu_quantize.swiglu_backward`; CUDA."""
+    gradient: Tensor = ops.swiglu_backward(dh, gate_up, resolve(backend, gate_up.device))
     return gradient

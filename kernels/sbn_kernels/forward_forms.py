@@ -2,12 +2,13 @@
 
     dense                int8 codes on int8 tensor cores: any N:M (ternary_gemm)
     planes               codes at 2 bits, unpacked in registers: any N:M (planes_gemm)
+    wgmma                int8 codes on Hopper, products kept in flight (wgmma_gemm); never run on hardware: by name only
     cusparselt           2:4 on sparse tensor cores through NVIDIA's library (cusparselt)
     mma_sp               2:4 on sparse tensor cores by our own kernel (sparse_gemm); never run on hardware: by name only
     sliding_cusparselt   (m-2):m as 2:4 windows (sliding_window), through the library
     sliding_mma_sp       the same through our own kernel; by name only
 
-All return the same bits. "auto" measures the first two and, where they can serve, the library's, on the shape at hand,
+All return the same bits. "auto" measures dense, planes and, where they can serve, the library's, on the shape at hand,
 once per machine (tuning). A form that is named and cannot serve a layer is an error that says why.
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sbn_kernels import cusparselt, sliding_window, sparse_gemm, ternary_gemm, tuning
+from sbn_kernels import cusparselt, sliding_window, sparse_gemm, ternary_gemm, tuning, wgmma_gemm
 from sbn_kernels.cusparselt import CompressedWeight
 from sbn_kernels.planes import codes_to_planes
 from sbn_kernels.planes_gemm import int_matmul_planes, ternary_linear_planes
@@ -37,6 +38,8 @@ def why_not(form: str, n: int, m: int, out_features: int, in_features: int) -> s
     """Return why a form cannot serve an N:M layer [out_features, in_features]; None if it can."""
     if form in ("dense", "planes"):
         return None
+    if form == "wgmma":
+        return wgmma_gemm.why_not(in_features)
     columns = in_features
     if form.startswith("sliding_"):
         if not _slides(n, m):
@@ -70,7 +73,7 @@ def pack_form(form: str, codes: Tensor, n: int, m: int) -> tuple[Tensor, ...]:
         ValueError: the form cannot serve the layer.
     """
     check_form(form, n, m, *codes.shape)
-    if form == "dense":
+    if form in ("dense", "wgmma"):
         return ()
     if form == "planes":
         return (codes_to_planes(codes),)
@@ -101,6 +104,8 @@ def linear(
     """
     if form == "dense":
         return ternary_gemm.ternary_linear(x_q, s_x, codes, gamma_per_row, bias, out_dtype)
+    if form == "wgmma":
+        return wgmma_gemm.ternary_linear_wgmma(x_q, s_x, codes, gamma_per_row, bias, out_dtype)
     if form == "planes":
         return ternary_linear_planes(x_q, s_x, packed[0], gamma_per_row, bias, out_dtype)
     tokens = x_q.reshape(-1, x_q.shape[-1]).contiguous()
@@ -122,6 +127,8 @@ def int_matmul(form: str, group: int, x_q: Tensor, codes: Tensor, packed: Sequen
     """Return the integers x_q @ codes^T as fp32 [..., out] by a form: `reference.int_matmul`."""
     if form == "dense":
         return ternary_gemm.int_matmul(x_q, codes)
+    if form == "wgmma":
+        return wgmma_gemm.int_matmul_wgmma(x_q, codes)
     if form == "planes":
         return int_matmul_planes(x_q, packed[0])
     # Scales of one leave the integers as they are.

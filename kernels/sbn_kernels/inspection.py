@@ -48,6 +48,7 @@ _MODULES: tuple[str, ...] = (
     "cross_entropy",
     "weight_prepare",
     "ternary_gemm",
+    "wgmma_gemm",
     "ternary_dgrad",
     "ternary_wgrad",
     "planes",
@@ -74,6 +75,7 @@ class Build:
         instruction: architecture -> pattern that must be found in the machine code; empty for kernels that are bound
             by memory. An architecture that is missing is not compiled, unless the mapping is empty.
         aligned: arguments that are multiples of 16 (pointers always are).
+        ptx: pattern that must be found in the PTX, where `.` is also a line's end; empty: none.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Build:
     fusion: bool = True
     instruction: Mapping[int, str] = field(default_factory=dict)
     aligned: tuple[str, ...] = ()
+    ptx: str = ""
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,8 @@ def inspect_build(build: Build, architecture: int) -> Report:
         complaints.append(f"{registers} registers x {build.num_warps * 32} threads exceed {REGISTER_FILE}")
     if wanted is not None and not any(re.search(wanted, name) for name in found):
         complaints.append(f"no {wanted}")
+    if not re.search(build.ptx, compiled.asm["ptx"], re.DOTALL):
+        complaints.append(f"PTX without {build.ptx}")
     return Report(build, architecture, registers, shared, spills, stack, found, tuple(complaints))
 
 

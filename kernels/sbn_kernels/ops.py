@@ -14,6 +14,18 @@ from torch import Tensor
 from sbn_kernels.registry import find
 
 
+@torch.library.custom_op("sbn::activation_abs_max", mutates_args=())
+def activation_abs_max(x: Tensor, backend: str) -> Tensor:
+    """See `reference.activation_abs_max`."""
+    abs_max: Tensor = find("activation_abs_max", backend, x.device)(x)
+    return abs_max
+
+
+@activation_abs_max.register_fake
+def _(x: Tensor, backend: str) -> Tensor:
+    return x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
 @torch.library.custom_op("sbn::quantize_activations", mutates_args=())
 def quantize_activations(x: Tensor, bits: int, abs_max: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     """See `reference.quantize_activations`."""
@@ -139,3 +151,70 @@ def weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor, mode: str, backend: st
 @weight_gradient.register_fake
 def _(dy: Tensor, x_q: Tensor, s_x: Tensor, mode: str, backend: str) -> Tensor:
     return dy.new_empty((dy.shape[-1], x_q.shape[-1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("sbn::rms_norm_quantize", mutates_args=())
+def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """See `rms_norm_quantize.rms_norm_quantize`."""
+    x_q, s_x, rstd, _ = find("rms_norm_quantize", backend, x.device)(x, weight, eps)
+    return x_q, s_x, rstd
+
+
+@rms_norm_quantize.register_fake
+def _(x: Tensor, weight: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = x.shape[:-1]
+    return (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty(tokens, dtype=torch.float32),
+        x.new_empty(tokens, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("sbn::rms_norm_backward", mutates_args=())
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """See `rms_norm_quantize.rms_norm_backward`."""
+    dx, dweight = find("rms_norm_backward", backend, x.device)(dy, x, weight, rstd)
+    return dx, dweight
+
+
+@rms_norm_backward.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[-1:], dtype=torch.float32)
+
+
+@torch.library.custom_op("sbn::swiglu_abs_max", mutates_args=())
+def swiglu_abs_max(gate_up: Tensor, backend: str) -> Tensor:
+    """See `swiglu_quantize.swiglu_abs_max`."""
+    abs_max: Tensor = find("swiglu_abs_max", backend, gate_up.device)(gate_up)
+    return abs_max
+
+
+@swiglu_abs_max.register_fake
+def _(gate_up: Tensor, backend: str) -> Tensor:
+    return gate_up.new_empty(gate_up.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("sbn::swiglu_quantize", mutates_args=())
+def swiglu_quantize(gate_up: Tensor, abs_max: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    """See `swiglu_quantize.swiglu_quantize`."""
+    x_q, s_x, _ = find("swiglu_quantize", backend, gate_up.device)(gate_up, abs_max=abs_max)
+    return x_q, s_x
+
+
+@swiglu_quantize.register_fake
+def _(gate_up: Tensor, abs_max: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    tokens, width = gate_up.shape[:-1], gate_up.shape[-1] // 2
+    x_q = gate_up.new_empty((*tokens, width), dtype=torch.int8)
+    return x_q, gate_up.new_empty(tokens, dtype=torch.float32)
+
+
+@torch.library.custom_op("sbn::swiglu_backward", mutates_args=())
+def swiglu_backward(dh: Tensor, gate_up: Tensor, backend: str) -> Tensor:
+    """See `swiglu_quantize.swiglu_backward`."""
+    gradient: Tensor = find("swiglu_backward", backend, gate_up.device)(dh, gate_up)
+    return gradient
+
+
+@swiglu_backward.register_fake
+def _(dh: Tensor, gate_up: Tensor, backend: str) -> Tensor:
+    return gate_up.new_empty(gate_up.shape)

@@ -43,7 +43,8 @@ MAX_REDUCTION = 131072
 """Longest exact integer dot product: 128 * 131072 = 2^24, the end of fp32's consecutive integers."""
 
 _INT8_CHUNK = 1024
-_ROW_FLOOR = 1e-30
+ROW_FLOOR = 1e-30
+"""Lower bound of a gradient row's magnitude."""
 
 
 def check_sparsity(n: int, m: int, in_features: int) -> None:
@@ -249,7 +250,7 @@ def quantize_rows(t: Tensor) -> tuple[Tensor, Tensor]:
 
     As the 8-bit activations, but with a floor of 1e-30 under max|t|, since gradients are legitimately tiny.
     """
-    a = activation_abs_max(t).clamp(min=_ROW_FLOOR)
+    a = activation_abs_max(t).clamp(min=ROW_FLOOR)
     return _round_rows(t, _divide(127.0, a), a / a.new_full((), 127.0), -127, 127)
 
 

@@ -19,7 +19,7 @@ import torch
 BACKENDS = ("auto", "cpu", "triton", "reference")
 """What settings may name."""
 
-FORMS = ("auto", "dense", "planes", "cusparselt", "mma_sp", "sliding_cusparselt", "sliding_mma_sp")
+FORMS = ("auto", "dense", "planes", "wgmma", "cusparselt", "mma_sp", "sliding_cusparselt", "sliding_mma_sp")
 """Forms of the forward product that settings may name: see `forward_forms`; on CPU "auto" and "dense"."""
 
 _BY_DEVICE = MappingProxyType({"cpu": "cpu", "cuda": "triton"})
@@ -30,6 +30,7 @@ _MODULES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             {
                 "nm_mask": "reference",
                 "codes_from_gamma": "reference",
+                "activation_abs_max": "reference",
                 "quantize_activations": "reference",
                 "int_matmul": "reference",
                 "scale_accumulator": "reference",
@@ -44,6 +45,7 @@ _MODULES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             {
                 "nm_mask": "cpu_weights",
                 "codes_from_gamma": "cpu_weights",
+                "activation_abs_max": "reference",
                 "quantize_activations": "cpu_linear",
                 "int_matmul": "cpu_linear",
                 "scale_accumulator": "reference",
@@ -58,12 +60,18 @@ _MODULES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             {
                 "nm_mask": "weight_prepare",
                 "codes_from_gamma": "weight_prepare",
+                "activation_abs_max": "activation_quantize",
                 "quantize_activations": "activation_quantize",
                 "int_matmul": "triton_linear",
                 "scale_accumulator": "accumulator_scale",
                 "ternary_linear": "triton_linear",
                 "input_gradient": "triton_linear",
                 "weight_gradient": "triton_linear",
+                "rms_norm_quantize": "rms_norm_quantize",
+                "rms_norm_backward": "rms_norm_quantize",
+                "swiglu_quantize": "swiglu_quantize",
+                "swiglu_abs_max": "swiglu_quantize",
+                "swiglu_backward": "swiglu_quantize",
                 "logit_statistics": "cross_entropy",
                 "logit_gradient": "cross_entropy",
             }
@@ -91,9 +99,10 @@ def resolve(backend: str, device: torch.device) -> str:
 
 @lru_cache(maxsize=128)
 def _load(operation: str, backend: str) -> Callable[..., Any]:
-    implementation: Callable[..., Any] = getattr(
-        importlib.import_module(f"sbn_kernels.{_MODULES[backend][operation]}"), operation
-    )
+    module = _MODULES[backend].get(operation)
+    if module is None:
+        raise ValueError(f"backend {backend!r} has no {operation}: that is one kernel on CUDA alone (triton)")
+    implementation: Callable[..., Any] = getattr(importlib.import_module(f"sbn_kernels.{module}"), operation)
     return implementation
 
 

@@ -101,7 +101,7 @@ def codes_kernel(
     TRANSPOSE: tl.constexpr,
     COUNT_FLIPS: tl.constexpr,
 ):
-    """Codes of one tile; `tiles` [tiles, 3]: matrix, first row, first group; `table` [matrices, 8]: see `_table`."""
+    """Codes of one tile; `tiles` [tiles, 3]: matrix, first row and group; `table` [matrices, 8]: of `_launch_codes`."""
     tile = tl.program_id(0).to(tl.int64)
     matrix = tl.load(tiles + 3 * tile)
     entry = table + 8 * matrix
@@ -265,35 +265,51 @@ def codes_of_many(
     made = masks
     if masks is None and with_mask:
         made = [torch.empty(w.shape, dtype=torch.bool, device=device) for w in weights]
+    flips = None if previous is None else torch.zeros(len(weights), dtype=torch.int64, device=device)
     rows_of = [gamma.float().contiguous() for gamma in gammas]
     columns = (weights, rows_of, codes, made, turned, previous)
+    _launch_codes(columns, flips, n, m, from_codes=mask_source == "quantized", read_mask=masks is not None)
+    return codes, list(made) if with_mask and made is not None else None, turned, flips
+
+
+def _launch_codes(
+    columns: tuple[Sequence[Tensor] | None, ...],
+    flips: Tensor | None,
+    n: int,
+    m: int,
+    *,
+    from_codes: bool,
+    read_mask: bool,
+) -> None:
+    """Run `codes_kernel` on a table of addresses: weights, gammas, codes, masks, transposed codes, packed masks."""
+    weights, _, _, masks, turned, previous = columns
+    assert weights is not None
     addresses = [
         [0 if column is None else column[i].data_ptr() for column in columns] + list(w.shape)
         for i, w in enumerate(weights)
     ]
-    flips = None if previous is None else torch.zeros(len(weights), dtype=torch.int64, device=device)
-    lanes = triton.next_power_of_2(m)
+    device, lanes = weights[0].device, triton.next_power_of_2(m)
     groups = max(_COLUMNS // lanes, 1)
     tiles = _tiles(weights, m, _ROWS, groups).to(device)
-    if len(tiles):
-        codes_kernel[(len(tiles),)](
-            tiles,
-            torch.tensor(addresses, device=device),
-            flips,
-            W=_element_type(weights),
-            N=n,
-            M=m,
-            LANES=lanes,
-            GROUPS=groups,
-            ROWS=_ROWS,
-            FROM_CODES=mask_source == "quantized",
-            READ_MASK=masks is not None,
-            WRITE_MASK=masks is None and with_mask,
-            TRANSPOSE=transpose,
-            COUNT_FLIPS=previous is not None,
-            num_warps=_WARPS,
-        )
-    return codes, list(made) if with_mask and made is not None else None, turned, flips
+    if not len(tiles):
+        return
+    codes_kernel[(len(tiles),)](
+        tiles,
+        torch.tensor(addresses, device=device),
+        flips,
+        W=_element_type(weights),
+        N=n,
+        M=m,
+        LANES=lanes,
+        GROUPS=groups,
+        ROWS=_ROWS,
+        FROM_CODES=from_codes,
+        READ_MASK=read_mask,
+        WRITE_MASK=masks is not None and not read_mask,
+        TRANSPOSE=turned is not None,
+        COUNT_FLIPS=previous is not None,
+        num_warps=_WARPS,
+    )
 
 
 def codes_from_gamma(

@@ -20,8 +20,10 @@ import torch.distributed as dist
 from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor, nn
 
-from megatron_sbn.functional import LinearSettings, PreparedWeight, TokenLayout, apply_linear
+from megatron_sbn.functional import DIRECT, LinearSettings, PreparedWeight, TokenLayout, apply_linear
+from megatron_sbn.layers.norm import RMSNorm
 from megatron_sbn.parallel.shard import LogicalShard, column_shard, gated_shard, row_shard, whole
+from megatron_sbn.producers import Direct, RmsNorm, fusible
 
 DENSE = LinearSettings(weight_format="dense", sparsity=(8, 8))
 NOT_PREPARED = PreparedWeight()
@@ -111,6 +113,17 @@ class SparseBitLinear(nn.Module):
         self.prepared = NOT_PREPARED
         self.narrow_input = False  # whether the 4-bit activation option applies (QKV and FC1 inputs)
         self.bias: nn.Parameter | None = None
+        self._norm: tuple[RMSNorm, ...] = ()  # a tuple, so that the norm is no part of this module
+
+    @property
+    def fuses_producer(self) -> bool:
+        """Whether what makes this layer's input is done by its own kernel, as things stand at this step."""
+        return self.prepared.codes is not None and fusible(self.settings, self.prepared.codes.device)
+
+    def absorb(self, norm: RMSNorm) -> None:
+        """Lets this layer apply the norm before it, whose output nothing else reads, wherever one kernel does both."""
+        self._norm = (norm,)
+        norm.consumer = lambda: self.fuses_producer
 
     def _allocate(self, weight_shape: tuple[int, int], bias_size: int | None) -> None:
         device = torch.get_default_device() if not torch.cuda.is_available() else torch.cuda.current_device()
@@ -133,11 +146,16 @@ class SparseBitLinear(nn.Module):
         self.prepared = NOT_PREPARED  # moved or converted weights need new codes
         return super()._apply(fn, recurse)
 
-    def forward(self, x: Tensor, weight: Tensor | None = None, **_: object) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, weight: Tensor | None = None, *, producer: Direct = DIRECT, **_: object
+    ) -> tuple[Tensor, Tensor | None]:
         """[tokens, batch, in] -> ([tokens, batch, out], bias where the caller adds it, else None)."""
         own_bias = None if self.skip_bias_add else self.bias
         used = self.weight if weight is None else weight
-        y = apply_linear(x, used, own_bias, self.prepared, self.settings, self.layout)
+        gain = None
+        if self._norm and self.fuses_producer:
+            producer, gain = RmsNorm(self._norm[0].eps), self._norm[0].weight
+        y = apply_linear(x, used, own_bias, self.prepared, self.settings, self.layout, producer=producer, gain=gain)
         return y, self.bias if self.skip_bias_add else None
 
 

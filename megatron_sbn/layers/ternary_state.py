@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sbn.config import Linear, Phase
-from megatron_sbn.errors import NumericalError
+from megatron_sbn.errors import InputError, NumericalError
 from megatron_sbn.functional import LinearSettings, PreparedWeight
 from megatron_sbn.layers.linear import NOT_PREPARED, SparseBitLinear
 
@@ -54,8 +54,12 @@ class _Part:
     """One logical matrix within a layer's weight: this rank's rows of it, and its global number of terms."""
 
     layer: str
-    rows: Tensor  # int64 [rows]
+    ranges: tuple[tuple[int, int], ...]  # (start, length)
     count: int
+
+    def views(self, t: Tensor) -> tuple[Tensor, ...]:
+        """The part's rows of a tensor [rows, ...]."""
+        return tuple(t[start : start + length] for start, length in self.ranges)
 
 
 class TernaryState:
@@ -66,15 +70,23 @@ class TernaryState:
         linear: the recipe's section.
         group: the tensor-parallel group.
         micro_batches: backward passes of this rank in one optimizer step.
+        tokens: of one micro-batch, for which the form of the forward product is measured; dtype: of its activations.
     """
 
     def __init__(
-        self, layers: Mapping[str, SparseBitLinear], linear: Linear, group: dist.ProcessGroup, micro_batches: int = 1
+        self,
+        layers: Mapping[str, SparseBitLinear],
+        linear: Linear,
+        group: dist.ProcessGroup,
+        micro_batches: int = 1,
+        tokens: int = 1,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.layers = dict(layers)
         self.linear = linear
         self.group = group
         self.micro_batches = micro_batches
+        self.tokens, self.dtype = tokens, dtype
         self.preparations = 0
         self._masks: dict[str, Tensor] = {}
         self._mask_sparsity: tuple[int, int] | None = None
@@ -93,13 +105,30 @@ class TernaryState:
                 layer.prepared = NOT_PREPARED
             return
         self.preparations += 1
-        gammas = self._gammas(settings, masks) if settings.weight_format == "ternary" else {}
+        prepared = (
+            self._ternary(settings, masks) if settings.weight_format == "ternary" else self._dense(settings, masks)
+        )
         for name, layer in self.layers.items():
-            layer.prepared = self._prepare_layer(layer, settings, gammas.get(name), masks.get(name))
+            layer.prepared = prepared[name]
             if self._keeps_masks(settings):
                 mask = layer.prepared.mask
                 assert mask is not None
                 self._masks[name] = mask
+
+    def kernels(self) -> dict[str, str]:
+        """Which kernels serve the layers in force: "linear_qkv 1152 x 896" -> "cpu: forward ..."."""
+        described = {}
+        for name, layer in self.layers.items():
+            settings, (out_features, in_features) = layer.settings, layer.weight.shape
+            if settings.quantizes_activations:
+                form, mode = layer.prepared.form, settings.backward
+                served = sbn_kernels.served_by(
+                    settings.backend, form, mode, out_features, in_features, self.tokens, layer.weight.device
+                )
+            else:
+                served = "torch: floating products"
+            described[f"{name.rpartition('.')[2]} {out_features} x {in_features}"] = served
+        return described
 
     def mask_state(self) -> dict[str, Tensor]:
         """Packed masks by layer name, when they are not a function of the current weights; else empty."""
@@ -129,33 +158,68 @@ class TernaryState:
             self._mask_sparsity = settings.sparsity
         return dict(self._masks)
 
-    def _prepare_layer(
-        self, layer: SparseBitLinear, settings: LinearSettings, gamma: Tensor | None, mask: Tensor | None
-    ) -> PreparedWeight:
+    def _dense(self, settings: LinearSettings, masks: Mapping[str, Tensor]) -> dict[str, PreparedWeight]:
+        """Masks of float weights."""
         n, m = settings.sparsity
-        weight = layer.weight.detach()
-        needs_mask = settings.needs_mask or self._keeps_masks(settings)
-        if gamma is None:
+        prepared = {}
+        for name, layer in self.layers.items():
+            mask = masks.get(name)
             if mask is None:
-                mask = sbn_kernels.nm_mask(weight, n, m, backend=settings.backend)
-            return PreparedWeight(mask=mask)
-        codes, kept = sbn_kernels.codes_from_gamma(
-            weight,
-            gamma,
+                mask = sbn_kernels.nm_mask(layer.weight.detach(), n, m, backend=settings.backend)
+            prepared[name] = PreparedWeight(mask=mask)
+        return prepared
+
+    def _ternary(self, settings: LinearSettings, masks: Mapping[str, Tensor]) -> dict[str, PreparedWeight]:
+        """Codes of all layers, in one go, and the form that the forward product of each reads."""
+        n, m = settings.sparsity
+        gammas = self._gammas(settings, masks)
+        made = sbn_kernels.codes_of_many(
+            [layer.weight.detach() for layer in self.layers.values()],
+            [gammas[name] for name in self.layers],
             n,
             m,
             mask_source=settings.mask_source,
-            mask=mask,
-            with_mask=needs_mask,
+            masks=[masks[name] for name in self.layers] if masks else None,
+            with_mask=settings.needs_mask or self._keeps_masks(settings),
             backend=settings.backend,
         )
-        return PreparedWeight(codes=codes, gamma_per_row=gamma, mask=kept)
+        prepared = {}
+        for (name, layer), codes in zip(self.layers.items(), made, strict=True):
+            form = self._form(layer, settings)
+            prepared[name] = PreparedWeight(
+                codes=codes.codes,
+                gamma_per_row=gammas[name],
+                mask=codes.mask,
+                codes_t=codes.codes_t,
+                form=form,
+                packed=() if form == "dense" else sbn_kernels.pack_form(form, codes.codes, n, m),
+                bounds=_bounds(layer),
+            )
+        return prepared
+
+    def _form(self, layer: SparseBitLinear, settings: LinearSettings) -> str:
+        """How the layer's forward product reads its codes."""
+        if not settings.quantizes_activations:
+            return "dense"
+        if sbn_kernels.resolve(settings.backend, layer.weight.device) != "triton":
+            if settings.forward_form not in ("auto", "dense"):
+                form = settings.forward_form
+                raise InputError(f"linear.forward_form: {form!r} needs the triton backend; set it to 'auto'")
+            return "dense"
+        out_features, in_features = layer.weight.shape
+        shape, device = (out_features, in_features), layer.weight.device
+        try:
+            return sbn_kernels.choose_form(
+                settings.forward_form, settings.sparsity, shape, self.tokens, self.dtype, device
+            )
+        except ValueError as error:
+            raise InputError(f"linear.forward_form: {error}; choose another, or 'auto'") from None
 
     def _gammas(self, settings: LinearSettings, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """gamma of every row of every layer, fp32 [out], from one MAX and one SUM over the group."""
         parts = [part for name, layer in self.layers.items() for part in _parts(name, layer, self.group.size())]
-        pieces = [self.layers[part.layer].weight.detach()[part.rows] for part in parts]
-        maxima = torch.stack([sbn_kernels.part_abs_max(piece) for piece in pieces])
+        pieces = [part.views(self.layers[part.layer].weight.detach()) for part in parts]
+        maxima = sbn_kernels.abs_maxima(pieces, backend=settings.backend)
         dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self.group)
         for part, finite in zip(parts, maxima.isfinite().tolist(), strict=True):
             if not finite:
@@ -167,32 +231,35 @@ class TernaryState:
         counts = [part.count * n // m if survivors else part.count for part in parts]
         count = torch.tensor(counts, dtype=torch.int64, device=maxima.device)
         units = sbn_kernels.unit_exponent(maxima, count)
-        totals = torch.stack(
-            [
-                sbn_kernels.fixed_point_sum(
-                    piece, unit, self._survivors(part, piece, masks, n, m) if survivors else None
-                )
-                for part, piece, unit in zip(parts, pieces, units, strict=True)
-            ]
-        )
+        kept = None
+        if survivors:
+            kept = [part.views(self._survivors(part.layer, settings, masks)) for part in parts]
+        totals = sbn_kernels.fixed_point_sums(pieces, units, kept, backend=settings.backend)
         dist.all_reduce(totals, dist.ReduceOp.SUM, group=self.group)
         gammas = sbn_kernels.gamma_from_fixed_point(totals, units, count)
         per_row = {name: torch.empty(len(layer.weight), device=maxima.device) for name, layer in self.layers.items()}
         for part, gamma in zip(parts, gammas, strict=True):
-            per_row[part.layer][part.rows] = gamma
+            for view in part.views(per_row[part.layer]):
+                view.copy_(gamma)
         return per_row
 
-    @staticmethod
-    def _survivors(part: _Part, piece: Tensor, masks: Mapping[str, Tensor], n: int, m: int) -> Tensor:
-        kept = masks.get(part.layer)
-        return kept[part.rows] if kept is not None else sbn_kernels.nm_mask(piece, n, m)
+    def _survivors(self, name: str, settings: LinearSettings, masks: Mapping[str, Tensor]) -> Tensor:
+        """The mask of a layer over which its scales are taken."""
+        if name in masks:
+            return masks[name]
+        weight = self.layers[name].weight.detach()
+        return sbn_kernels.nm_mask(weight, *settings.sparsity, backend=settings.backend)
 
 
 def _parts(name: str, layer: SparseBitLinear, group_size: int) -> list[_Part]:
     """The parts of a layer. Rows or columns are cut equally, so a part's global count is its local one times tp."""
     columns = layer.weight.shape[1]
-    parts = []
-    for ranges in layer.part_rows:
-        rows = torch.cat([torch.arange(start, start + length) for start, length in ranges])
-        parts.append(_Part(name, rows.to(layer.weight.device), len(rows) * columns * group_size))
-    return parts
+    return [
+        _Part(name, ranges, sum(length for _, length in ranges) * columns * group_size) for ranges in layer.part_rows
+    ]
+
+
+def _bounds(layer: SparseBitLinear) -> tuple[int, ...]:
+    """Where the runs of rows with one gamma begin, and the number of rows."""
+    starts = sorted(start for ranges in layer.part_rows for start, length in ranges if length)
+    return (*starts, layer.weight.shape[0])

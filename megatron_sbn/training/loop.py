@@ -76,6 +76,8 @@ class Loop:
         training = self.recipe.training
         console = Console(self.folder.log, self.first, training.steps, self.parallel.rank == 0)
         console.say(self._introduction())
+        for layer, served in self.trainer.stages.state.kernels().items():
+            console.say(f"kernels: {layer}: {served}")
         with self._tracked():
             if self.first == 0:
                 self._measure(console, 0)

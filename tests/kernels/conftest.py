@@ -1,3 +1,5 @@
+"""The backends that tests of the reference's contract run on."""
+
 from collections.abc import Iterator
 from types import MappingProxyType
 
