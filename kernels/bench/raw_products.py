@@ -101,11 +101,10 @@ def contenders() -> tuple[Contender, ...]:
     """All raw products of a step, named "raw SIDE FORM"."""
     made = []
     for name in ("forward", "dgrad"):
-        side = _Side(name)
-        expected = side.expected
+        product = _Side(name)
         for form in INTEGER_FORMS:
-            prepare = partial(side.prepare, form)
-            made.append(Contender(f"raw {name} {form}", prepare, expected, raw=True, view=_as_floats))
+            prepare = partial(product.prepare, form)
+            made.append(Contender(f"raw {name} {form}", prepare, product.expected, raw=True, view=_as_floats))
     for side in ("dgrad", "wgrad"):
         expected = partial(_expected_floats, side)
         rounding = ROUNDING[torch.float32]
