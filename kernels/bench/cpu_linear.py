@@ -36,7 +36,7 @@ def benchmarks(selection: Selection) -> Iterator[Benchmark]:
                 *(ours(step, mode) for mode in ("exact", "int8_dgrad")),
                 *(dense(step, dtype) for dtype in (fp32, bf16)),
                 *(fake_quant(step, dtype) for dtype in (fp32, bf16)),
-                *raw_products.contenders(step),
+                *raw_products.contenders(),
             )
             yield benchmark(step, "cpu_linear", "fp32", selection.device, contenders, 30.0)
 

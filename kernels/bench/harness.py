@@ -37,7 +37,7 @@ _MOST_COPIES = 256
 _CHECKED_ROWS = 64
 _PATIENCE = 10e3
 _CHECKED_OPERATIONS = 1 << 36
-_SAMPLES = MappingProxyType({"cpu": (3, 40), "cuda": (10, 200)})
+_SAMPLES = MappingProxyType({"cpu": (5, 40), "cuda": (10, 200)})
 _SECONDS = MappingProxyType({"cpu": 5.0, "cuda": 1.0})
 
 
@@ -356,10 +356,12 @@ def measure(benchmark: Benchmark, device: torch.device) -> Result:
         )
         for runner, samples in zip(runners, times, strict=True)
     }
-    return Result(benchmark.case, _with_additions(runners, measured), absent, wrong)
+    return Result(benchmark.case, _with_additions(runners, measured, absent), absent, wrong)
 
 
-def _with_additions(runners: Sequence[_Runner], measured: Mapping[str, Measurement]) -> dict[str, Measurement]:
+def _with_additions(
+    runners: Sequence[_Runner], measured: Mapping[str, Measurement], absent: dict[str, str]
+) -> dict[str, Measurement]:
     """Measurements with what `Contender.plus` adds; without the other there is none of this one either."""
     complete = {}
     for runner in runners:
@@ -370,4 +372,6 @@ def _with_additions(runners: Sequence[_Runner], measured: Mapping[str, Measureme
             other, weight = runner.contender.plus
             extra = weight * measured[other].median
             complete[runner.contender.name] = Measurement(tuple(t + extra for t in own.samples), own.enqueue, own.role)
+        else:
+            absent[runner.contender.name] = f"{runner.contender.plus[0]!r}, a part of it, was not measured"
     return complete

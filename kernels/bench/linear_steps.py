@@ -65,23 +65,28 @@ class Step:
         return Case(kernel, self.layer.name, *sizes, moved, 3 * self.operations, ceiling)
 
     def inputs(self, device: torch.device) -> Inputs:
-        """x, dy in `dtype`, and latent weights in fp32."""
+        """x and dy in `dtype`, latent weights in fp32, and their codes and gamma by the reference."""
         generator = torch.Generator(device=device).manual_seed(0)
         make = partial(torch.randn, device=device, generator=generator)
-        return {
-            "x": make(self.tokens, self.layer.in_features).to(self.dtype),
-            "w": make(self.layer.out_features, self.layer.in_features).mul_(0.02),
-            "dy": make(self.tokens, self.layer.out_features).to(self.dtype),
-        }
+        w = make(self.layer.out_features, self.layer.in_features).mul_(0.02)
+        codes, gamma = self.prepared(w)
+        x = make(self.tokens, self.layer.in_features).to(self.dtype)
+        dy = make(self.tokens, self.layer.out_features).to(self.dtype)
+        return {"x": x, "w": w, "dy": dy, "codes": codes, "gamma": gamma}
 
     # --- what results should be ---------------------------------------------------------------------------------
 
     def quantised(
-        self, inputs: Inputs, mode: str, dtype: torch.dtype, latent: torch.dtype = torch.float32
+        self, inputs: Inputs, mode: str, dtype: torch.dtype, latent: torch.dtype | None = None
     ) -> tuple[Tensor, ...]:
-        """(y, dx, dw) by the reference, of x and dy in `dtype` and weights in `latent`; first rows if it is slow."""
+        """(y, dx, dw) by the reference of x and dy in `dtype`; their first rows where it would be slow.
+
+        `latent`: the type that weights are rounded to before they are quantised; None for the codes of the inputs.
+        """
         x, dy = inputs["x"].to(dtype), inputs["dy"].to(dtype)
-        codes, gamma = self.prepared(inputs["w"].to(latent))
+        codes, gamma = inputs["codes"], inputs["gamma"]
+        if latent is not None:
+            codes, gamma = self.prepared(inputs["w"].to(latent))
         x_q, s_x = reference.quantize_activations(x)
         few = slice(0, self.rows)
         return (
@@ -116,7 +121,7 @@ def prepare_weight(w: Tensor, step: Step) -> tuple[Tensor, ...]:
 def _ours(step: Step, mode: str, inputs: Inputs) -> Call:
     """Our forward and backward; on CUDA in the form of the product that is fastest, as "auto" chooses it."""
     x, dy = inputs["x"], inputs["dy"]
-    codes, gamma = step.prepared(inputs["w"])
+    codes, gamma = inputs["codes"], inputs["gamma"]
     codes_t: Tensor | None = None
     form, packed = "dense", tuple[Tensor, ...]()
     if x.is_cuda:
@@ -152,7 +157,7 @@ def preparation(step: Step) -> Contender:
         return lambda: prepare_weight(inputs["w"], step)
 
     def expected(inputs: Inputs) -> tuple[Tensor, Tensor]:
-        return step.prepared(inputs["w"])
+        return inputs["codes"], inputs["gamma"]
 
     return Contender("preparation", prepare, expected, ours=True, view=lambda result: result[:2])
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from harness import Call, Contender, Inputs, UnavailableError
-from linear_steps import ROUNDING, Step
+from linear_steps import ROUNDING
 from sbn_kernels import reference
 from torch import Tensor
 
@@ -54,29 +54,33 @@ def _milliseconds(call: Call) -> float:
     return (time.perf_counter() - before) * 1e3
 
 
-def _fast_enough(form: str, x_q: Tensor, codes: Tensor) -> Call:
-    """The call of a form; `UnavailableError` if another is more than three times as fast on 64 tokens."""
-    few = {name: _milliseconds(make(x_q[:_FEW], codes)) for name, make in INTEGER_FORMS.items()}
-    behind = few[form] / min(few.values())
-    if behind > _TOO_SLOW:
-        raise UnavailableError(f"{behind:.0f} times slower than another exact form on {_FEW} tokens")
-    return INTEGER_FORMS[form](x_q, codes)
-
-
-def _operands(step: Step, side: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
+def _operands(side: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Int8 operands of the forward product, or of the int8 input gradient."""
-    codes, gamma = step.prepared(inputs["w"])
     if side == "forward":
-        return reference.quantize_activations(inputs["x"])[0], codes
-    return reference.quantize_rows(inputs["dy"].float() * gamma)[0], codes.t().contiguous()
+        return reference.quantize_activations(inputs["x"])[0], inputs["codes"]
+    return reference.quantize_rows(inputs["dy"].float() * inputs["gamma"])[0], inputs["codes"].t().contiguous()
 
 
-def _integers(step: Step, side: str, form: str, inputs: Inputs) -> Call:
-    return _fast_enough(form, *_operands(step, side, inputs))
+class _Side:
+    """One of the integer products of a step, in each form."""
 
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.few: dict[str, float] = {}  # milliseconds of each form on few tokens
 
-def _expected_integers(step: Step, side: str, inputs: Inputs) -> tuple[Tensor]:
-    return (reference.int_matmul(*_operands(step, side, inputs)),)
+    def prepare(self, form: str, inputs: Inputs) -> Call:
+        """The call of a form; raises `UnavailableError` if another is more than three times as fast on 64 tokens."""
+        x_q, codes = _operands(self.name, inputs)
+        if not self.few:
+            self.few = {name: _milliseconds(make(x_q[:_FEW], codes)) for name, make in INTEGER_FORMS.items()}
+        behind = self.few[form] / min(self.few.values())
+        if behind > _TOO_SLOW:
+            raise UnavailableError(f"{behind:.0f} times slower than another exact form on {_FEW} tokens")
+        return INTEGER_FORMS[form](x_q, codes)
+
+    def expected(self, inputs: Inputs) -> tuple[Tensor]:
+        """The product by the reference."""
+        return (reference.int_matmul(*_operands(self.name, inputs)),)
 
 
 def _floats(side: str, inputs: Inputs) -> Call:
@@ -89,16 +93,18 @@ def _expected_floats(side: str, inputs: Inputs) -> tuple[Tensor]:
     return (dy @ w if side == "dgrad" else dy.t() @ x,)
 
 
-def contenders(step: Step) -> tuple[Contender, ...]:
+def _as_floats(product: Tensor) -> tuple[Tensor]:
+    return (product.float(),)
+
+
+def contenders() -> tuple[Contender, ...]:
     """All raw products of a step, named "raw SIDE FORM"."""
     made = []
-    for side in ("forward", "dgrad"):
-        expected = partial(_expected_integers, step, side)
+    for name in ("forward", "dgrad"):
+        product = _Side(name)
         for form in INTEGER_FORMS:
-            prepare = partial(_integers, step, side, form)
-            made.append(
-                Contender(f"raw {side} {form}", prepare, expected, raw=True, view=lambda product: (product.float(),))
-            )
+            prepare = partial(product.prepare, form)
+            made.append(Contender(f"raw {name} {form}", prepare, product.expected, raw=True, view=_as_floats))
     for side in ("dgrad", "wgrad"):
         expected = partial(_expected_floats, side)
         rounding = ROUNDING[torch.float32]

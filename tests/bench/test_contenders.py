@@ -10,7 +10,7 @@ from shapes import Model, Selection
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = Model("tiny", hidden=64, ffn=96, heads=2, kv_heads=1, head_size=32)
-NEEDS_CUDA = {"mma_sp", "cusparselt", "sliding_mma_sp", "sliding_cusparselt"}
+NEEDS_CUDA = {"wgmma", "mma_sp", "cusparselt", "sliding_mma_sp", "sliding_cusparselt"}
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -146,6 +146,7 @@ def test_what_is_added_is_part_of_the_time() -> None:
     assert result.milliseconds("step") > 0.25 * 20
     without = measured(step)
     assert not without.measured, "a time that lacks a part is no time"
+    assert "'preparation', a part of it" in without.absent["step"]
 
 
 def test_raw_parts_are_no_peers() -> None:
