@@ -18,6 +18,7 @@ from sbn_kernels.gradient_quantize import quantize_gradient, quantize_gradient_c
 from sbn_kernels.launch import check_device
 from sbn_kernels.ternary_dgrad import ternary_dgrad
 from sbn_kernels.ternary_gemm import ternary_linear as dense_linear
+from sbn_kernels.transpose import transpose_int8
 
 
 def int_matmul(
@@ -61,7 +62,7 @@ def input_gradient(
         bounds: where the runs of rows with one gamma begin, and out; None: any row may have its own.
     """
     check_device(dy, codes, gamma_per_row, codes_t)
-    turned = ternary_wgrad.transpose_int8(codes) if codes_t is None else codes_t
+    turned = transpose_int8(codes) if codes_t is None else codes_t
     if mode == "exact":
         return ternary_dgrad(dy, gamma_per_row, turned, _runs(bounds, dy.shape[-1]))
     g_q, s = quantize_gradient(dy, gamma_per_row)

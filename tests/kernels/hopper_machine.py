@@ -166,7 +166,7 @@ class Machine:
         replaced = {"gl": self.language(), "mbarrier": barriers, "start_copy": self.copy}
         replaced |= {"warpgroup_mma": self.multiply, "warpgroup_mma_wait": self.wait_products}
         replaced |= {"fence_async_shared": lambda: None, "grouped_tile": tiles.grouped_tile.fn}
-        replaced |= {name: getattr(module, name).fn for name in functions if hasattr(getattr(module, name), "fn")}
+        replaced |= {name: getattr(module, name).fn for name in functions}
         for name, value in replaced.items():
             monkeypatch.setattr(module, name, value)
         monkeypatch.setattr(tiles, "tl", SimpleNamespace(minimum=min))

@@ -13,7 +13,7 @@ from hopper_machine import Barrier, DeadlockError, Descriptor, Machine, Pointer
 from sbn_kernels import forward_forms, reference, wgmma_gemm
 from sbn_kernels.tiles import Tile
 
-ROOT = Path(__file__).parents[2]
+KERNELS = Path(__file__).parents[2] / "kernels"
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 TIMES = list(itertools.product((True, False), repeat=2))
 
@@ -135,10 +135,11 @@ def test_results_stay_in_their_warp_and_group_of_four(tile: Tile) -> None:
 
 
 def test_machine_code_keeps_products_in_flight() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(KERNELS))))
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
     command = [sys.executable, "-m", "sbn_kernels.inspection", "--architectures", "90", "--kernel"]
     done = subprocess.run(
-        [*command, "wgmma_gemm[bf16 128x"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [*command, "wgmma_gemm[bf16 128x"], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("IGMMA") == sum(tile.m == 128 for tile in wgmma_gemm.WGMMA_TILES)
