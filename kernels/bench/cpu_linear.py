@@ -38,7 +38,7 @@ def benchmarks(selection: Selection) -> Iterator[Benchmark]:
                 *(fake_quant(step, dtype) for dtype in (fp32, bf16)),
                 *raw_products.contenders(),
             )
-            yield benchmark(step, "cpu_linear", "fp32", selection.device, contenders, 30.0)
+            yield benchmark(step, "cpu_linear", "fp32", selection.device, contenders, 45.0)
 
 
 def predicted(result: Result, mode: str) -> float | None:

@@ -28,12 +28,12 @@ from torch import Tensor
 from sbn_kernels import reference, tuning
 from sbn_kernels.exact_sum import SCALE_FLOOR
 
-_BLOCK_ELEMENTS = 1 << 21
+_BLOCK_ELEMENTS = 1 << 19
 _WORTH_MEASURING = 1 << 22
 
 
 def _blocks(rows: int, width: int) -> Iterator[slice]:
-    """Slices of `rows` rows whose blocks of `width` columns have about 2^21 elements."""
+    """Slices of `rows` rows whose blocks of `width` columns have about 2^19 elements."""
     step = max(64, _BLOCK_ELEMENTS // max(1, width))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
@@ -54,12 +54,13 @@ def quantize_activations(x: Tensor, bits: int = 8, *, abs_max: Tensor | None = N
     given = None if abs_max is None else abs_max.reshape(-1)
     x_q = torch.empty(flat.shape, dtype=torch.int8)
     s_x = torch.empty(len(flat))
+    scaled = _block_buffer(flat)
     for rows in _blocks(*flat.shape):
         block = flat[rows].float()
         a = (row_abs_max(block) if given is None else given[rows]).clamp(min=SCALE_FLOOR)
-        scaled = _scaled_block(block, a, s_x[rows])
+        rounded = _scale_block(scaled[: len(block)], block, a, s_x[rows]).round_()
         # Its own maximum never takes a token past 127, another's might.
-        x_q[rows] = scaled.round_() if given is None else scaled.round_().clamp_(-128.0, 127.0)
+        x_q[rows] = rounded if given is None else rounded.clamp_(-128.0, 127.0)
     return x_q.view(x.shape), s_x.view(x.shape[:-1])
 
 
@@ -69,12 +70,18 @@ def row_abs_max(x: Tensor) -> Tensor:
     return torch.maximum(high, low.neg_()).nan_to_num_(nan=torch.inf, posinf=torch.inf)
 
 
-def _scaled_block(block: Tensor, a: Tensor, scales: Tensor) -> Tensor:
-    """Return block * (127/a), and scales = a/127; rows whose a is not finite give 0 and NaN."""
+def _block_buffer(t: Tensor) -> Tensor:
+    """fp32 memory for the largest of `_blocks`, used again by every one of them."""
+    first = next(_blocks(*t.shape), slice(0, 0))
+    return torch.empty(first.stop, t.shape[1])
+
+
+def _scale_block(scaled: Tensor, block: Tensor, a: Tensor, scales: Tensor) -> Tensor:
+    """Return scaled = block * (127/a), and scales = a/127; rows whose a is not finite give 0 and NaN."""
     r = torch.full((), 127.0) / a
     torch.div(a, torch.full((), 127.0), out=scales)
     bad = ~(r.isfinite() & scales.isfinite())
-    scaled = block * r.unsqueeze(1)
+    torch.mul(block, r.unsqueeze(1), out=scaled)
     if bool(bad.any()):
         scaled[bad] = 0.0
         scales[bad] = torch.nan
@@ -170,10 +177,12 @@ def input_gradient(
                 dx[rows] = flat[rows].float() @ matrix
             return dx.view(*dy.shape[:-1], codes.shape[1])
         g_q, s = torch.empty(flat.shape, dtype=torch.int8), torch.empty(len(flat))
+        g = _block_buffer(flat)
         for rows in _blocks(*flat.shape):
-            g = flat[rows].float() * gamma_per_row
-            a = row_abs_max(g).clamp(min=reference.ROW_FLOOR)
-            g_q[rows] = _scaled_block(g, a, s[rows]).round_()
+            torch.mul(flat[rows], gamma_per_row, out=g[: rows.stop - rows.start])
+            block = g[: rows.stop - rows.start]
+            a = row_abs_max(block).clamp(min=reference.ROW_FLOOR)
+            g_q[rows] = _scale_block(block, block, a, s[rows]).round_()
         y = _exact_product(len(flat), codes.t(), None)(g_q).mul_(s.unsqueeze(1))
     return y.to(dy.dtype).view(*dy.shape[:-1], codes.shape[1])
 
@@ -186,6 +195,6 @@ def weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor, mode: str = "exact") -
     dw = torch.zeros(left.shape[1], right.shape[1])
     with torch.autocast("cpu", enabled=False):
         width = right.shape[1] if dy.dtype == torch.float32 else max(left.shape[1], right.shape[1])
-        for rows in _blocks(len(left), width // 2):
+        for rows in _blocks(len(left), width // 8):
             dw.addmm_(left[rows].float().t(), right[rows].float().mul_(scales[rows]))
     return dw
