@@ -66,8 +66,8 @@ def quantize_activations(x: Tensor, bits: int = 8, *, abs_max: Tensor | None = N
 
 def row_abs_max(x: Tensor) -> Tensor:
     """max|x| of each row of fp32 [rows, k], NaN as +Inf; [rows]."""
-    low, high = x.aminmax(dim=1)
-    return torch.maximum(high, low.neg_()).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    # Not aminmax, which is not vectorised along a row and ten times slower.
+    return torch.maximum(x.amax(dim=1), x.amin(dim=1).neg_()).nan_to_num_(nan=torch.inf, posinf=torch.inf)
 
 
 def _block_buffer(t: Tensor) -> Tensor:
@@ -183,7 +183,8 @@ def input_gradient(
             block = g[: rows.stop - rows.start]
             a = row_abs_max(block).clamp(min=reference.ROW_FLOOR)
             g_q[rows] = _scale_block(block, block, a, s[rows]).round_()
-        y = _exact_product(len(flat), codes.t(), None)(g_q).mul_(s.unsqueeze(1))
+        turned = codes.t() if codes_t is None else codes_t
+        y = _exact_product(len(flat), turned, None)(g_q).mul_(s.unsqueeze(1))
     return y.to(dy.dtype).view(*dy.shape[:-1], codes.shape[1])
 
 

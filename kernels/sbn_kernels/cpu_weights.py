@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sbn_kernels import reference
 
-_BLOCK_ELEMENTS = 1 << 19
+_BLOCK_ELEMENTS = 1 << 20
 
 
 @lru_cache(maxsize=64)
@@ -92,6 +92,7 @@ class _Cutter:
         self.network = selection_network(m, (m - n - 1, m - n))
         self.columns = torch.empty(m, groups)
         self.spare = [torch.empty(groups) for _ in range(m + 2)]
+        self.spread = torch.empty(groups, m)
 
     def cut(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """[groups, m] -> (lowest survivor fp32 [groups], whether it equals the largest loser bool [groups])."""
@@ -113,7 +114,7 @@ class _Cutter:
 
 
 def _blocks(w: Tensor) -> Iterator[slice]:
-    """Slices of whole rows with about 2^19 elements."""
+    """Slices of whole rows with about 2^20 elements."""
     step = max(1, _BLOCK_ELEMENTS // max(1, w.shape[1]))
     for start in range(0, w.shape[0] if w.numel() else 0, step):
         yield slice(start, min(start + step, w.shape[0]))
@@ -183,7 +184,8 @@ def codes_from_gamma(
         if made is not None:
             _mask_block(groups, made[rows].view(-1, m), lowest, tied, n)
         cuts = torch.maximum(lowest.view(len(block), -1), least[rows]).view(-1, 1)
-        _ternary(groups, cuts, codes[rows].view(-1, m))
+        # Comparisons of short rows with one value each are not vectorised, those with a value for each weight are.
+        _ternary(groups, cutter.spread[: len(groups)].copy_(cuts), codes[rows].view(-1, m))
         where = tied.nonzero().squeeze(1)
         if len(where):
             kept = reference.keep_largest(groups[where].abs(), n, m)

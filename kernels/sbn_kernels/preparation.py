@@ -72,6 +72,7 @@ def codes_of_many(
     mask_source: str = "latent",
     masks: Sequence[Tensor] | None = None,
     with_mask: bool = False,
+    transpose: bool = False,
     backend: str = "auto",
 ) -> list[Codes]:
     """Return the codes of each weight: `reference.codes_from_gamma`.
@@ -81,7 +82,8 @@ def codes_of_many(
         gammas: fp32 [out] each.
         n, m, mask_source: sparsity, and where masks come from.
         masks: bool [out, in] each, used as they are if given.
-        with_mask: whether masks are wanted.
+        with_mask: whether masks are wanted. transpose: whether transposed codes are, for dX from int8; the triton
+            backend makes them in any case.
         backend: by name.
     """
     if weights and resolve(backend, weights[0].device) == "triton":
@@ -97,7 +99,7 @@ def codes_of_many(
         run = find("codes_from_gamma", backend, w.device)
         mask = None if masks is None else masks[i]
         made_codes, kept = run(w, gamma, n, m, mask_source=mask_source, mask=mask, with_mask=with_mask)
-        results.append(Codes(made_codes, kept, None))
+        results.append(Codes(made_codes, kept, made_codes.t().contiguous() if transpose else None))
     return results
 
 

@@ -181,6 +181,7 @@ class TernaryState:
             mask_source=settings.mask_source,
             masks=[masks[name] for name in self.layers] if masks else None,
             with_mask=settings.needs_mask or self._keeps_masks(settings),
+            transpose=settings.backward != "exact",
             backend=settings.backend,
         )
         prepared = {}
