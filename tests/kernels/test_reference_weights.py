@@ -168,7 +168,7 @@ def test_shards_of_rows_and_of_columns_have_the_codes_of_the_whole(shards: int) 
 
 
 def test_a_given_mask_is_used_as_it_is() -> None:
-    w = torch.randn(8, 32)
+    w = torch.randn(8, 32).sign() * (torch.rand(8, 32) + 0.1)  # none of which rounds to zero
     kept = torch.rand(8, 32) < 0.3
     codes, mask = kernels.codes_from_gamma(w, torch.full((8,), 1e-3), 2, 4, mask=kept)
     assert mask is kept
