@@ -91,7 +91,8 @@ class Contender:
         ours: whether it is of sbn_kernels; the first one that is stands for us in ratios.
         view: result -> tensors to compare.
         plus: (contender, weight): added to each of its times is so much of the other's median.
-        raw: a part of the work, timed to know what is possible: neither ours nor a peer, compared as ours is.
+        raw: it does a part of the case's work, and is timed to know what the whole is made of: no rate or share of the
+            case goes with its time, and it stands neither for us nor for a peer.
     """
 
     name: str
@@ -106,7 +107,7 @@ class Contender:
     @property
     def role(self) -> str:
         """What a row of it is: "ours", "raw" or "peer"."""
-        return "ours" if self.ours else "raw" if self.raw else "peer"
+        return "raw" if self.raw else "ours" if self.ours else "peer"
 
 
 @dataclass(frozen=True)

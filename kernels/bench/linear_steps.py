@@ -159,7 +159,7 @@ def preparation(step: Step) -> Contender:
     def expected(inputs: Inputs) -> tuple[Tensor, Tensor]:
         return inputs["codes"], inputs["gamma"]
 
-    return Contender("preparation", prepare, expected, ours=True, view=lambda result: result[:2])
+    return Contender("preparation", prepare, expected, ours=True, raw=True, view=lambda result: result[:2])
 
 
 def _cast(function: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, inputs: Inputs) -> Call:

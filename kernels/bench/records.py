@@ -80,7 +80,8 @@ def rows(result: Result, where: Environment, ceilings: Ceilings) -> Iterator[dic
     now = datetime.now(UTC).isoformat(timespec="seconds")
     for name, measured in result.measured.items():
         seconds = measured.median * 1e-3
-        part = share(case, measured.median, ceilings)
+        whole = measured.role != "raw"
+        part = share(case, measured.median, ceilings) if whole else None
         values = {
             **{"timestamp": now, "device": where.device, "torch": where.torch, "triton": where.triton},
             **{"commit": where.commit, "kernel": case.kernel, "contender": name, "role": measured.role},
@@ -88,8 +89,8 @@ def rows(result: Result, where: Environment, ceilings: Ceilings) -> Iterator[dic
             **{"in": str(case.in_features), "sparsity": case.sparsity, "dtype": case.dtype},
             **{"samples": str(len(measured.samples)), "enqueue_ms": f"{measured.enqueue:.4f}"},
             **{f"p{percent}_ms": f"{measured.percentile(percent):.4f}" for percent in (20, 50, 80)},
-            "gb_per_s": f"{case.bytes_moved / seconds / 1e9:.2f}",
-            "tflop_per_s": f"{case.operations / seconds / 1e12:.4f}" if case.operations else "",
+            "gb_per_s": f"{case.bytes_moved / seconds / 1e9:.2f}" if whole else "",
+            "tflop_per_s": f"{case.operations / seconds / 1e12:.4f}" if whole and case.operations else "",
             "times_ours": f"{measured.median / ours:.3f}" if ours else "",
             "ceiling": case.ceiling,
             "share": "" if part is None else f"{part:.3f}",

@@ -153,6 +153,14 @@ def test_raw_parts_are_no_peers() -> None:
     result = measured(doubles(ours=True, name="ours"), doubles(name="bare product", raw=True))
     assert result.best_peer is None
     assert result.measured["bare product"].role == "raw"
+    rows = {row["contender"]: row for row in records.rows(result, WHERE, {"copy": 1e6})}
+    assert all(rows["ours"][column] for column in ("gb_per_s", "tflop_per_s", "share"))
+    assert not any(rows["bare product"][column] for column in ("gb_per_s", "tflop_per_s", "share"))
+
+
+def test_a_part_of_ours_may_not_fail() -> None:
+    result = measured(Contender("part", refusing, lambda given: (given["x"],), ours=True, raw=True))
+    assert "part" in result.wrong
 
 
 def test_a_very_slow_peer_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
