@@ -57,6 +57,8 @@ def test_defaults_are_the_methods(minimal: Path) -> None:
         "masked_gradient": "dense",
         "sr_ste_decay": 0.0,
         "backward": "exact",
+        "backend": "auto",
+        "forward_form": "auto",
         "mask_interval": 1,
         "mask_freeze_step": None,
         "phases": (),
