@@ -1,7 +1,7 @@
 """2:4 linear layers through cuSPARSELt, NVIDIA's library, as PyTorch brings it along: wgmma and tcgen05 of its kind.
 
     acc [tokens, out] = X_q @ C^T                                by the library, int8 in, int32 out
-    Y = ((float(acc) * s_x[token]) * gamma[row]) + bias          by the kernel below, rounded once
+    Y = ((float(acc) * s_x[token]) * gamma[row]) + bias          by `accumulator_scale`, rounded once
 
 The sparse matrix stands left in the library, so it computes C [out, in] @ X_q^T [in, tokens], in, out and tokens in
 multiples of 32: X_q^T is X_q read column by column, without a copy, and `transpose_result` has the result written as
@@ -10,27 +10,18 @@ one, hence integers out and a second kernel. Codes are compressed once per optim
 `sliding_window`.
 """
 
-# Triton reads the annotations of kernels itself, so these have none.
-# ruff: noqa: ANN001, ANN201
-# mypy: disable-error-code="no-untyped-def"
-
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sbn_kernels.inspection import Build
+from sbn_kernels.accumulator_scale import scale_accumulator
 from sbn_kernels.reference import MAX_REDUCTION
-from sbn_kernels.tiles import round_to
 from sbn_kernels.two_four import is_two_four
 
 MULTIPLE = 32
 """Of which out and in have to be multiples; tokens are padded to one."""
-
-_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -76,55 +67,6 @@ def compress(codes: Tensor) -> CompressedWeight:
     return CompressedWeight(torch._cslt_compress(codes.contiguous()), out_features, in_features)
 
 
-@triton.jit
-def scale_kernel(acc, s_x, gamma, bias, Y, out_features, BLOCK: tl.constexpr):
-    """Y [tokens, out] of acc int32 [tokens or more, out]; one program a token and block of columns."""
-    token = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < out_features
-    place = token.to(tl.int64) * out_features + column
-    y = tl.load(acc + place, mask=inside, other=0).to(tl.float32) * tl.load(s_x + token)
-    y = y * tl.load(gamma + column, mask=inside, other=0.0)
-    if bias is not None:
-        y = y + tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(Y + place, round_to(y, Y.dtype.element_ty), mask=inside)
-
-
-def scale_integers(
-    acc: Tensor,
-    s_x: Tensor,
-    gamma_per_row: Tensor,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Return ((acc * s_x) * gamma) + bias for the first tokens of acc, by one kernel, in the bits of the reference.
-
-    Args:
-        acc: int32 [tokens or more, out], contiguous.
-        s_x: fp32 [tokens].
-        gamma_per_row: fp32 [out].
-        bias: [out] of any float dtype, or None.
-        out_dtype: fp32, bf16 or fp16.
-
-    Raises:
-        ValueError: other shapes or dtypes.
-    """
-    tokens = s_x.shape[0] if s_x.dim() == 1 else -1
-    if acc.dtype != torch.int32 or acc.dim() != 2 or not acc.is_contiguous() or not 0 <= tokens <= acc.shape[0]:
-        raise ValueError(f"acc must be contiguous int32 [>= {tokens}, out], got {acc.dtype} {tuple(acc.shape)}")
-    if s_x.dtype != torch.float32 or gamma_per_row.dtype != torch.float32:
-        raise ValueError(f"scales must be fp32, got {s_x.dtype} and {gamma_per_row.dtype}")
-    out_features = acc.shape[1]
-    if gamma_per_row.shape != (out_features,) or (bias is not None and bias.shape != (out_features,)):
-        raise ValueError(f"gamma_per_row and bias must be [{out_features}], got {tuple(gamma_per_row.shape)}")
-    y = torch.empty(tokens, out_features, dtype=out_dtype, device=acc.device)
-    if y.numel():
-        scale_kernel[(tokens, triton.cdiv(out_features, _BLOCK))](
-            acc, s_x, gamma_per_row, bias, y, out_features, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False
-        )
-    return y
-
-
 def cusparselt_linear(
     x_q: Tensor,
     s_x: Tensor,
@@ -158,17 +100,4 @@ def cusparselt_linear(
         return torch.empty(0, weight.out_features, dtype=out_dtype, device=x_q.device)
     padded = pad(x_q, (0, 0, 0, -tokens % MULTIPLE)) if tokens % MULTIPLE else x_q
     acc = torch._cslt_sparse_mm(weight.data, padded.t(), out_dtype=torch.int32, transpose_result=True)
-    return scale_integers(acc, s_x, gamma_per_row, bias, out_dtype)
-
-
-BUILDS = (
-    Build(
-        "cusparselt[scale]",
-        scale_kernel,
-        {"acc": "*i32", "s_x": "*fp32", "gamma": "*fp32", "bias": "*bf16", "Y": "*bf16", "out_features": "i32"},
-        {"BLOCK": _BLOCK},
-        fusion=False,
-        aligned=("out_features",),
-    ),
-)
-"""What `sbn_kernels.inspection` compiles."""
+    return scale_accumulator(acc[:tokens], s_x, gamma_per_row, bias, out_dtype)

@@ -57,7 +57,6 @@ _MODULES: tuple[str, ...] = (
     "two_four",
     "sparse_gemm",
     "sliding_window",
-    "cusparselt",
     "decode",
 )
 

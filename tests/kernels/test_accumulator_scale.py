@@ -23,6 +23,17 @@ def test_scales_have_the_references_bits(
     assert torch.equal(scale_accumulator(*arguments), reference.scale_accumulator(*arguments))
 
 
+@pytest.mark.parametrize(("tokens", "out"), [(0, 5), (1, 1), (17, 896), (3, 4864), (2, 11008)])
+def test_the_largest_integers_of_awkward_widths(tokens: int, out: int) -> None:
+    generator = torch.Generator().manual_seed(out)
+    acc = torch.randint(-(2**24), 2**24 + 1, (tokens + 3, out), dtype=torch.int32, generator=generator).to(DEVICE)
+    s_x = torch.rand(tokens, generator=generator).to(DEVICE)
+    gamma, bias = torch.rand(2, out, generator=generator).to(DEVICE)
+    for added, dtype in ((None, torch.float32), (bias, torch.float32), (bias.half(), torch.bfloat16)):
+        expected = reference.scale_accumulator(acc[:tokens], s_x, gamma, added, dtype)
+        assert torch.equal(scale_accumulator(acc[:tokens], s_x, gamma, added, dtype), expected)
+
+
 def test_other_types_are_refused() -> None:
     acc, one = torch.ones(2, 3, device=DEVICE), torch.ones(2, device=DEVICE)
     with pytest.raises(ValueError, match="must be int32 or fp32"):

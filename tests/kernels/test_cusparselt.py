@@ -48,17 +48,6 @@ def test_layouts_and_scales(stand_in: list[tuple[int, ...]], tokens: int, dtype:
     assert set(stand_in) == ({(896, -(-tokens // 32) * 32)} if tokens else set())
 
 
-@pytest.mark.parametrize(("tokens", "out"), [(0, 5), (1, 1), (17, 896), (3, 4864), (2, 11008)])
-def test_scales_are_applied_in_order(tokens: int, out: int) -> None:
-    generator = torch.Generator().manual_seed(out)
-    acc = torch.randint(-(2**24), 2**24 + 1, (tokens + 3, out), dtype=torch.int32, generator=generator).to(DEVICE)
-    s_x = torch.rand(tokens, generator=generator).to(DEVICE)
-    gamma, bias = torch.rand(2, out, generator=generator).to(DEVICE)
-    for added, dtype in ((None, torch.float32), (bias, torch.float32), (bias.half(), torch.bfloat16)):
-        expected = reference.scale_accumulator(acc[:tokens], s_x, gamma, added, dtype)
-        assert torch.equal(cusparselt.scale_integers(acc, s_x, gamma, added, dtype), expected)
-
-
 def test_result_shape_is_what_pytorch_declares() -> None:
     """PyTorch's shape function of the operator: transpose_result gives [tokens, out]."""
     codes = torch.empty(64, 128, dtype=torch.int8, device="meta")
@@ -99,8 +88,6 @@ def test_what_does_not_fit_is_refused(stand_in: list[tuple[int, ...]]) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             cusparselt.cusparselt_linear(*arguments)
-    with pytest.raises(ValueError, match="acc must be contiguous int32"):
-        cusparselt.scale_integers(x_q, s_x, gamma)
 
 
 @pytest.mark.gpu
