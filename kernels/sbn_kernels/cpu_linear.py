@@ -120,9 +120,13 @@ def product_form(tokens: int, codes: Tensor) -> str:
     """Return the name of the fastest form for [tokens, in] x [out, in], measured once on at most 64 tokens."""
     if tokens * codes.numel() < _WORTH_MEASURING:
         return "float"  # also for empty operands, which oneDNN refuses
-    sample = torch.ones(min(tokens, 64), codes.shape[1], dtype=torch.int8)
-    key = {"tokens": tuning.bucket_tokens(len(sample)), "out": codes.shape[0], "in": codes.shape[1]}
-    candidates = {name: partial(make(codes), sample) for name, make in _FORMS.items()}
+    few = min(tokens, 64)
+    key = {"tokens": tuning.bucket_tokens(few), "out": codes.shape[0], "in": codes.shape[1]}
+
+    def run(name: str) -> Tensor:
+        return _FORMS[name](codes)(torch.ones(few, codes.shape[1], dtype=torch.int8))
+
+    candidates = {name: partial(run, name) for name in _FORMS}  # nothing is made unless it is measured
     return tuning.choose("cpu_product", key | {"threads": torch.get_num_threads()}, candidates, device=codes.device)
 
 

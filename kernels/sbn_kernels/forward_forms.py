@@ -13,6 +13,7 @@ once per machine (tuning). A form that is named and cannot serve a layer is an e
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -137,10 +138,14 @@ def int_matmul(form: str, group: int, x_q: Tensor, codes: Tensor, packed: Sequen
     return linear(form, group, x_q, s_x, codes, packed, ones, None, torch.float32)
 
 
+@lru_cache(maxsize=256)
 def choose_form(
     n: int, m: int, out_features: int, in_features: int, tokens: int, out_dtype: torch.dtype, device: torch.device
 ) -> str:
-    """Return the form that is fastest for a layer and number of tokens, measured once per machine (tuning)."""
+    """Return the form that is fastest for a layer and number of tokens, measured once per machine (tuning).
+
+    Remembered in the process as well: it is asked for every layer after every optimizer step.
+    """
     generator = torch.Generator(device=device).manual_seed(0)
     shape = (out_features, in_features)
     codes = torch.randint(-1, 2, shape, dtype=torch.int8, device=device, generator=generator)
