@@ -12,9 +12,11 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
+from sbn_kernels import tuning
 from torch import Tensor, nn
 
 from megatron_sbn.config import Recipe
+from megatron_sbn.errors import InputError
 from megatron_sbn.layers.activation import silu
 from megatron_sbn.layers.linear import HeadLinear, SparseBitLinear
 from megatron_sbn.layers.loss import linear_cross_entropy
@@ -109,7 +111,14 @@ def activation_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def build_stages(recipe: Recipe, parallel: ParallelState) -> Stages:
-    """This rank's chunks with their initial weights; `state.prepare(step)` comes before the first forward pass."""
+    """This rank's chunks with their initial weights; `state.prepare(step)` comes before the first forward pass.
+
+    Raises InputError if the table of measured kernels is damaged or cannot be written.
+    """
+    try:
+        tuning.check_table()
+    except (OSError, ValueError) as error:
+        raise InputError(str(error)) from None
     config = transformer_config(recipe)
     count = recipe.parallel.virtual_pipeline or 1
     chunks = nn.ModuleList(_build_chunk(recipe, config, parallel, index, count) for index in range(count))

@@ -84,10 +84,12 @@ def resolve(backend: str, device: torch.device) -> str:
     """Return the backend that serves a call: `backend` itself, or what "auto" stands for on `device`.
 
     Raises:
-        ValueError: not one of `BACKENDS`, or "auto" on a device that is neither CPU nor CUDA.
+        ValueError: not one of `BACKENDS`, "cpu" for other tensors, or "auto" on a device that is neither CPU nor CUDA.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not one of: {', '.join(BACKENDS)}")
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend 'cpu' needs CPU tensors, got {device.type}; use backend 'auto'")
     if backend != "auto":
         return backend
     if device.type not in _BY_DEVICE:

@@ -41,6 +41,13 @@ def table_path() -> Path:
     return Path(folder).expanduser() / "tuning.json"
 
 
+def check_table() -> None:
+    """Raise ValueError if the table is damaged, or OSError if it cannot be written: to be asked before work begins."""
+    path = table_path()
+    _read(path)
+    _write(path, {})
+
+
 def choose(
     operation: str,
     key: Mapping[str, int | str],

@@ -84,8 +84,8 @@ def _fp32_product(a: Tensor, b: Tensor) -> Tensor:
 def _add_block(head: _Head, hidden: Tensor, dz: Tensor, dh: Tensor, dw: Tensor) -> None:
     """dh = dz W, and dw += dz^T h by slices of the vocabulary, so that no second matrix of dw's size is made."""
     dh.copy_(dz @ head.matrix if dz.device.type == "cuda" else dz.float() @ head.matrix.float())
-    for rows in torch.arange(len(dw)).split(_VOCABULARY_ROWS):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
+    for first in range(0, len(dw), _VOCABULARY_ROWS):
+        part = slice(first, first + _VOCABULARY_ROWS)
         dw[part] += _fp32_product(dz[:, part].t(), hidden)
 
 

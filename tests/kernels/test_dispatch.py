@@ -61,5 +61,7 @@ def test_auto_knows_the_devices_there_are_kernels_for() -> None:
     assert registry.resolve("auto", torch.device("cpu")) == "cpu"
     assert registry.resolve("auto", torch.device("cuda", 0)) == "triton"
     assert registry.resolve("reference", torch.device("cuda")) == "reference"
+    with pytest.raises(ValueError, match="backend 'cpu' needs CPU tensors, got cuda"):
+        registry.resolve("cpu", torch.device("cuda"))
     with pytest.raises(ValueError, match="knows CPU and CUDA, not mps"):
         registry.resolve("auto", torch.device("mps"))

@@ -168,3 +168,17 @@ def test_names_of_candidates_are_unique() -> None:
         assert set(table) == set(FAMILIES)
         for tiles in table.values():
             assert len({tile.name for tile in tiles}) == len(tiles)
+
+
+def test_the_table_can_be_checked_before_work_begins(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuning.check_table()
+    assert json.loads((folder / "tuning.json").read_text()) == {}
+    (folder / "tuning.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged .* delete it"):
+        tuning.check_table()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SBN_KERNELS_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError, match=r"cannot be (read|written)|Not a directory"):
+        tuning.check_table()
