@@ -180,5 +180,5 @@ def test_the_table_can_be_checked_before_work_begins(
         tuning.check_table()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SBN_KERNELS_CACHE", str(tmp_path / "file"))
-    with pytest.raises(OSError, match=r"cannot be (read|written)|Not a directory"):
+    with pytest.raises(OSError, match="cannot be written .*: set SBN_KERNELS_CACHE"):
         tuning.check_table()
