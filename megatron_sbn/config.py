@@ -141,7 +141,7 @@ class Parallel(Section):
     virtual_pipeline: Positive | None = None  # model chunks per pipeline rank (interleaved 1F1B)
     expert: Positive = 1
     sequence: bool = True  # sequence parallelism inside the tensor-parallel group; no effect at tensor=1
-    zero_stage: Literal[1, 2] = 1
+    zero_stage: Literal[1, 2, 3] = 1
 
 
 class Shard(Section):

@@ -84,6 +84,11 @@ def _check_parallel(recipe: "Recipe") -> None:
         )
     name = "parallel.pipeline" if chunks == pipeline else "parallel.pipeline x parallel.virtual_pipeline"
     _divisible(model.num_layers, "model.num_layers", chunks, name)
+    if parallel.zero_stage == 3 and pipeline > 1:
+        raise RecipeError(
+            f"parallel.zero_stage = 3 with parallel.pipeline = {pipeline}: stages would wait for each other's gathers "
+            "for ever; use parallel.zero_stage = 1 or 2, or parallel.pipeline = 1"
+        )
     if parallel.expert != 1:
         raise RecipeError(f"parallel.expert = {parallel.expert}: the model has no experts; use 1")
 

@@ -17,8 +17,9 @@ exact in bf16. The int8 modes round dY with its scales to int8 instead, and mult
 `sbn_kernels.reference`, `input_gradient` and `weight_gradient`, also for their error bounds.
 """
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,7 @@ from megatron_sbn.settings import (
     Order,
     WeightFormat,
 )
+from megatron_sbn.weight_store import ResidentWeight
 
 __all__ = ["LinearSettings", "PreparedWeight", "TokenLayout", "apply_linear", "prepare_weight", "sparse_bitlinear"]
 
@@ -120,15 +122,14 @@ def _tokens_by_features(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
-def _weight_gradient(
-    dw: Tensor, weight: Tensor | None, mask: Tensor | None, settings: LinearSettings, dtype: torch.dtype
-) -> Tensor:
-    """Apply the mask to the dense fp32 gradient and add SR-STE's decay, where asked for."""
+def _weight_gradient(dw: Tensor, store: ResidentWeight, mask: Tensor | None, settings: LinearSettings) -> Tensor | None:
+    """Apply the mask to the dense fp32 gradient, add SR-STE's decay, where asked for; hand the result over."""
     if mask is not None and settings.masked_gradient == "masked":
         dw = dw * mask
-    if mask is not None and weight is not None and settings.sr_ste_decay > 0.0:
-        dw = dw + settings.sr_ste_decay * (~mask * weight.float())
-    return dw.to(dtype)
+    if mask is not None and settings.sr_ste_decay > 0.0:
+        with store.whole() as weight:
+            dw = dw + settings.sr_ste_decay * (~mask * weight.float())
+    return store.accumulate(dw.to(store.dtype))
 
 
 class _QuantizedLinear(torch.autograd.Function):
@@ -138,9 +139,10 @@ class _QuantizedLinear(torch.autograd.Function):
     def forward(
         ctx: Any,  # noqa: ANN401
         x: Tensor,
-        weight: Tensor,
+        _anchor: Tensor,
         bias: Tensor | None,
         gain: Tensor | None,
+        store: ResidentWeight,
         prepared: PreparedWeight,
         settings: LinearSettings,
         layout: TokenLayout,
@@ -152,10 +154,9 @@ class _QuantizedLinear(torch.autograd.Function):
         backend = settings.backend
         x_q, s_x, saved = producer.quantize(x, gain, settings, layout.token_abs_max if layout.splits_input else None)
         mask = prepared.mask if settings.needs_mask else None
-        decayed = weight if settings.sr_ste_decay > 0.0 else None
-        ctx.save_for_backward(x_q, s_x, codes, gamma, prepared.codes_t, mask, decayed, *saved)
+        ctx.save_for_backward(x_q, s_x, codes, gamma, prepared.codes_t, mask, *saved)
         ctx.settings, ctx.layout, ctx.bounds, ctx.producer = settings, layout, prepared.bounds, producer
-        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, bias.dtype if bias is not None else None
+        ctx.store, ctx.bias_dtype = store, bias.dtype if bias is not None else None
         tokens, scales = layout.gather_input(x_q), layout.gather_input(s_x)
         told: dict[str, Any] = {"packed": prepared.packed, "form": prepared.form, "group": settings.sparsity[1]}
         if not layout.splits_input:
@@ -166,7 +167,7 @@ class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        x_q, s_x, codes, gamma, codes_t, mask, weight, *saved = ctx.saved_tensors
+        x_q, s_x, codes, gamma, codes_t, mask, *saved = ctx.saved_tensors
         settings, layout = ctx.settings, ctx.layout
         mode, backend = settings.backward, settings.backend
         dy = layout.gather_grad_output(grad_output)  # [..., out]
@@ -177,10 +178,10 @@ class _QuantizedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             tokens, scales = layout.gather_input(x_q), layout.gather_input(s_x)
             dw = kernels.weight_gradient(dy, tokens, scales, mode, backend=backend)
-            dw = _weight_gradient(dw, weight, mask, settings, ctx.weight_dtype)
+            dw = _weight_gradient(dw, ctx.store, mask, settings)
         if ctx.needs_input_grad[2]:
             db = _tokens_by_features(dy).float().sum(dim=0).to(ctx.bias_dtype)
-        return dx, dw, db, dgain, None, None, None, None
+        return dx, dw, db, dgain, None, None, None, None, None
 
 
 class _FloatLinear(torch.autograd.Function):
@@ -193,45 +194,50 @@ class _FloatLinear(torch.autograd.Function):
     def forward(
         ctx: Any,  # noqa: ANN401
         x: Tensor,
-        weight: Tensor,
+        _anchor: Tensor,
         bias: Tensor | None,
+        store: ResidentWeight,
         prepared: PreparedWeight,
         settings: LinearSettings,
         layout: TokenLayout,
     ) -> Tensor:
         # Partial sums and biases are added before the only rounding; otherwise the product may round by itself.
         product_dtype = torch.float32 if layout.splits_input or bias is not None else x.dtype
-        wf = _float_weight(weight, prepared, x.dtype)
-        y = layout.reduce_accumulator(_product(layout.gather_input(x), wf.t(), product_dtype))
-        ctx.save_for_backward(x, weight, prepared.codes, prepared.gamma_per_row, prepared.mask)
-        ctx.settings, ctx.layout = settings, layout
+        with _float_weight(store, prepared, x.dtype) as wf:
+            y = layout.reduce_accumulator(_product(layout.gather_input(x), wf.t(), product_dtype))
+        ctx.save_for_backward(x, prepared.codes, prepared.gamma_per_row, prepared.mask)
+        ctx.settings, ctx.layout, ctx.store = settings, layout, store
         ctx.bias_dtype = bias.dtype if bias is not None else None
         return (y if bias is None else y + bias.float()).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        x, weight, codes, gamma, mask = ctx.saved_tensors
+        x, codes, gamma, mask = ctx.saved_tensors
         layout = ctx.layout
         dy = layout.gather_grad_output(grad_output)  # [..., out]
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            wf = _float_weight(weight, PreparedWeight(codes, gamma, mask), dy.dtype)
-            dx = layout.reduce_grad_input(_product(dy, wf, dy.dtype))
+            with _float_weight(ctx.store, PreparedWeight(codes, gamma, mask), dy.dtype) as wf:
+                dx = _product(dy, wf, dy.dtype)
+            dx = layout.reduce_grad_input(dx)
         if ctx.needs_input_grad[1]:
             gathered = _tokens_by_features(layout.gather_input(x))
             dw = _product(_tokens_by_features(dy).t(), gathered, torch.float32)
-            dw = _weight_gradient(dw, weight, mask, ctx.settings, weight.dtype)
+            dw = _weight_gradient(dw, ctx.store, mask, ctx.settings)
         if ctx.needs_input_grad[2]:
             db = _tokens_by_features(dy).float().sum(dim=0).to(ctx.bias_dtype)
-        return dx, dw, db, None, None, None
+        return dx, dw, db, None, None, None, None
 
 
-def _float_weight(weight: Tensor, prepared: PreparedWeight, dtype: torch.dtype) -> Tensor:
-    """Return Wf [out, in] in `dtype`: gamma * C, mask * W or W."""
+@contextlib.contextmanager
+def _float_weight(store: ResidentWeight, prepared: PreparedWeight, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Wf [out, in] in `dtype` for the length of the block: gamma * C, mask * W or W."""
     if prepared.codes is not None and prepared.gamma_per_row is not None:
-        return (prepared.codes * prepared.gamma_per_row.unsqueeze(-1)).to(dtype)
-    return (weight if prepared.mask is None else weight * prepared.mask).to(dtype)
+        yield (prepared.codes * prepared.gamma_per_row.unsqueeze(-1)).to(dtype)
+        return
+    with store.whole() as weight:
+        yield (weight if prepared.mask is None else weight * prepared.mask).to(dtype)
 
 
 def prepare_weight(weight: Tensor, splits: Sequence[int] | None, settings: LinearSettings) -> PreparedWeight:
@@ -270,7 +276,7 @@ def prepare_weight(weight: Tensor, splits: Sequence[int] | None, settings: Linea
 
 def apply_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | ResidentWeight,
     bias: Tensor | None,
     prepared: PreparedWeight,
     settings: LinearSettings,
@@ -283,7 +289,7 @@ def apply_linear(
 
     Args:
         x: [..., in], fp32, bf16 or fp16; the dtype of the products, too.
-        weight: [out, in]; receives dW, in its dtype (fp32 as a rule).
+        weight: [out, in], or the store of one; receives dW, in its dtype (fp32 as a rule).
         bias: [out] or None; under tensor parallelism the rows that this rank returns.
         prepared: of the present value of `weight`.
         settings: the arithmetic.
@@ -295,12 +301,11 @@ def apply_linear(
     """
     if x.dtype not in COMPUTE_DTYPES:
         raise ValueError(f"x has dtype {x.dtype}: convert it to float32, bfloat16 or float16")
-    ternary = settings.weight_format == "ternary"
-    matrix = prepared.codes if ternary else weight
-    lacks_mask = settings.needs_mask and prepared.mask is None
-    if matrix is None or lacks_mask or (ternary and prepared.gamma_per_row is None):
+    store = weight if isinstance(weight, ResidentWeight) else ResidentWeight(weight)
+    lacks_codes = settings.weight_format == "ternary" and (prepared.codes is None or prepared.gamma_per_row is None)
+    if lacks_codes or (settings.needs_mask and prepared.mask is None):
         raise ValueError("prepared lacks codes, gamma_per_row or mask: make it with the settings it is used with")
-    out_features, in_features = matrix.shape
+    out_features, in_features = store.shape
     if x.dim() < 1 or producer.in_features(x) != in_features:
         raise ValueError(f"x has shape {tuple(x.shape)}, the weight takes [..., {in_features}]")
     if bias is not None and bias.shape != (out_features,):
@@ -308,11 +313,11 @@ def apply_linear(
     if not settings.quantizes_activations:
         if producer is not DIRECT:
             raise ValueError("what makes a layer's input is fused with its rounding: activations are not rounded here")
-        y: Tensor = _FloatLinear.apply(x, weight, bias, prepared, settings, layout)
+        y: Tensor = _FloatLinear.apply(x, store.anchor, bias, store, prepared, settings, layout)
         return y
     if settings.activation_bits == 4 and layout.splits_input:
         raise ValueError("linear.activation_bits: 4 scales by the mean over all of in, so a row-parallel layer takes 8")
-    y = _QuantizedLinear.apply(x, weight, bias, gain, prepared, settings, layout, producer)
+    y = _QuantizedLinear.apply(x, store.anchor, bias, gain, store, prepared, settings, layout, producer)
     return y
 
 

@@ -19,7 +19,6 @@ from megatron_sbn.config import Recipe
 from megatron_sbn.errors import InputError
 from megatron_sbn.layers.activation import silu
 from megatron_sbn.layers.linear import HeadLinear, SparseBitLinear
-from megatron_sbn.layers.loss import linear_cross_entropy
 from megatron_sbn.layers.mlp import fuse_swiglu
 from megatron_sbn.layers.spec import block_spec
 from megatron_sbn.layers.ternary_state import TernaryState
@@ -37,13 +36,10 @@ class SparseBitModel(GPTModel):
         if labels is None or not self.post_process:
             output: Tensor = super()._postprocess(hidden_states, labels=labels, **rest)
             return output
-        head = self.output_layer
         tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else head.weight
-        losses = linear_cross_entropy(
-            hidden_states, weight, labels.t(), group=head.layout.group, layout=head.layout
-        )  # [tokens * batch]
-        return losses.view(labels.shape[1], labels.shape[0]).t()
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        losses: Tensor = self.output_layer(hidden_states, weight, labels=labels.t())[0]
+        return losses.t()
 
 
 @dataclass(frozen=True)

@@ -243,7 +243,7 @@ def test_values_are_read_as_people_write_them(override: str, value: object, mini
         ("linear.weight_format=int4", "linear.weight_format = 'int4': Input should be 'ternary' or 'dense'"),
         ("linear.phases=[{step: 1, sparsiti: 6:8}]", "linear.phases.0.sparsiti is not a recipe key"),
         ("linear.phases=7", "linear.phases = 7"),
-        ("parallel.zero_stage=3", "parallel.zero_stage = 3"),
+        ("parallel.zero_stage=4", "parallel.zero_stage = 4"),
         ("data.train=[]", "data.train = []"),
         ("data.train=[{weight: 1}]", "data.train.0.path is missing"),
         ("data.train=[{path: a, weight: 0}]", "data.train.0.weight = 0"),

@@ -40,18 +40,19 @@ def polarisation(layer: SparseBitLinear, group: dist.ProcessGroup, bins: int = 1
     if bins < 1 or not limit > 0:
         raise ValueError(f"bins = {bins}, limit = {limit}: both must be positive")
     edges = np.linspace(-limit, limit, bins + 1)
-    scaled = layer.weight.detach().double() / _scales(layer, group).unsqueeze(-1)  # [out, in]
+    with layer.store.whole() as weight:
+        scaled = weight.double() / _scales(layer, weight, group).unsqueeze(-1)  # [out, in]
     counts = torch.stack([_histogram(scaled, edges), _histogram(_thresholds(scaled, layer.settings.sparsity), edges)])
     dist.all_reduce(counts, group=group)
     weights, thresholds = counts.cpu().numpy()
     return Polarisation(edges, weights, thresholds)
 
 
-def _scales(layer: SparseBitLinear, group: dist.ProcessGroup) -> Tensor:
+def _scales(layer: SparseBitLinear, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
     """gamma of every row, fp64 [out]."""
     if layer.prepared.gamma_per_row is not None:
         return layer.prepared.gamma_per_row.double()
-    magnitudes = layer.weight.detach().double().abs()
+    magnitudes = weight.double().abs()
     rows = [torch.cat([torch.arange(start, start + count) for start, count in part]) for part in layer.part_rows]
     sums = torch.stack([magnitudes[part.to(magnitudes.device)].sum() for part in rows])
     dist.all_reduce(sums, group=group)

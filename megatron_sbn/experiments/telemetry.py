@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_sbn.errors import CheckpointError
 from megatron_sbn.layers.linear import SparseBitLinear
-from megatron_sbn.layers.ternary_state import TernaryState
+from megatron_sbn.layers.ternary_state import TernaryState, layer_mask
 from megatron_sbn.parallel.state import ParallelState
 
 _COUNTERS, _MASKS = "counters", "masks."
@@ -107,7 +107,7 @@ class Telemetry:
         if _COUNTERS not in state or (masks and masks.keys() != self.state.layers.keys()):
             raise CheckpointError("telemetry: counters or masks of some layers are missing; use another checkpoint")
         for name, mask in masks.items():
-            rows, columns = self.state.layers[name].weight.shape
+            rows, columns = self.state.layers[name].store.shape
             if mask.dtype != torch.uint8 or mask.shape != (rows, -(-columns // 8)):
                 raise CheckpointError(f"telemetry: mask of {name} is {tuple(mask.shape)}; use another checkpoint")
         self._step, self._flips, n, m = (int(value) for value in state[_COUNTERS].tolist())
@@ -144,19 +144,20 @@ def _mask(layer: SparseBitLinear) -> Tensor | None:
         return None
     if prepared.mask is not None:
         return prepared.mask
-    weight = layer.weight.detach()
     if settings.mask_source == "latent":
-        return sbn_kernels.nm_mask(weight, n, m, backend=settings.backend)
+        return layer_mask(layer, n, m)
     gamma = prepared.gamma_per_row
     assert gamma is not None
-    return sbn_kernels.codes_from_gamma(weight, gamma, n, m, mask_source="quantized", backend=settings.backend)[1]
+    with layer.store.whole() as weight:
+        return sbn_kernels.codes_from_gamma(weight, gamma, n, m, mask_source="quantized", backend=settings.backend)[1]
 
 
 def _used(layer: SparseBitLinear, mask: Tensor | None) -> Tensor:
     """Where the weight that forward multiplies by is not zero: C of ternary weights, mask * W of dense ones."""
     if layer.prepared.codes is not None:
         return layer.prepared.codes != 0
-    nonzero = layer.weight.detach() != 0
+    with layer.store.whole() as weight:
+        nonzero = weight != 0
     return nonzero if mask is None else nonzero & mask
 
 
@@ -164,5 +165,6 @@ def _natural_zeros(layer: SparseBitLinear) -> Tensor:
     """How many weights round to zero, masked or not."""
     gamma, (_, m) = layer.prepared.gamma_per_row, layer.settings.sparsity
     assert gamma is not None
-    codes, _ = sbn_kernels.codes_from_gamma(layer.weight.detach(), gamma, m, m, backend=layer.settings.backend)
+    with layer.store.whole() as weight:
+        codes, _ = sbn_kernels.codes_from_gamma(weight, gamma, m, m, backend=layer.settings.backend)
     return (codes == 0).sum()

@@ -21,9 +21,11 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor, nn
 
 from megatron_sbn.functional import DIRECT, LinearSettings, PreparedWeight, TokenLayout, apply_linear
+from megatron_sbn.layers.loss import linear_cross_entropy
 from megatron_sbn.layers.norm import RMSNorm
 from megatron_sbn.parallel.shard import LogicalShard, column_shard, gated_shard, row_shard, whole
 from megatron_sbn.producers import Direct, RmsNorm, fusible
+from megatron_sbn.weight_store import ResidentWeight
 
 DENSE = LinearSettings(weight_format="dense", sparsity=(8, 8))
 NOT_PREPARED = PreparedWeight()
@@ -113,6 +115,7 @@ class SparseBitLinear(nn.Module):
         self.prepared = NOT_PREPARED
         self.narrow_input = False  # whether the 4-bit activation option applies (QKV and FC1 inputs)
         self.bias: nn.Parameter | None = None
+        self._entrusted: ResidentWeight | None = None
         self._norm: tuple[RMSNorm, ...] = ()  # a tuple, so that the norm is no part of this module
 
     @property
@@ -132,10 +135,24 @@ class SparseBitLinear(nn.Module):
         if bias_size is not None:
             self.bias = nn.Parameter(torch.zeros(bias_size, **make))
 
+    def entrust(self, store: ResidentWeight) -> None:
+        """Leaves the weight to `store`, and takes it off the module's list: ZeRO-3 gathers what is on it for forward.
+
+        The parameter itself stays where optimizer and checkpoints know it, and readable as `weight`.
+        """
+        weight = self._parameters.pop("weight")
+        object.__setattr__(self, "weight", weight)
+        self._entrusted = store
+
+    @property
+    def store(self) -> ResidentWeight:
+        """The weight as its readers see it, whole or cut over data parallelism; its shape is the true one."""
+        return self._entrusted or ResidentWeight(self.weight)
+
     @property
     def part_rows(self) -> tuple[tuple[tuple[int, int], ...], ...]:
         """For each part, the (start, length) ranges of this rank's rows that belong to it."""
-        return (((0, self.weight.shape[0]),),)
+        return (((0, self.store.shape[0]),),)
 
     def shards(self) -> dict[str, LogicalShard]:
         """The logical place of every parameter, by its name in this module."""
@@ -151,7 +168,7 @@ class SparseBitLinear(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """[tokens, batch, in] -> ([tokens, batch, out], bias where the caller adds it, else None)."""
         own_bias = None if self.skip_bias_add else self.bias
-        used = self.weight if weight is None else weight
+        used = self.store if weight is None else weight
         gain = None
         if self._norm and self.fuses_producer:
             producer, gain = RmsNorm(self._norm[0].eps), self._norm[0].weight
@@ -214,7 +231,7 @@ class QkvLinear(ColumnParallelLinear):
         """Rows of q, k and v."""
         widths = (self.heads_per_group * self.head_dim, self.head_dim, self.head_dim)
         offsets = (0, widths[0], widths[0] + widths[1])
-        groups = range(0, self.weight.shape[0], sum(widths))
+        groups = range(0, self.store.shape[0], sum(widths))
         return tuple(tuple((g + o, w) for g in groups) for o, w in zip(offsets, widths, strict=True))
 
 
@@ -228,7 +245,7 @@ class GatedLinear(ColumnParallelLinear):
     @property
     def part_rows(self) -> tuple[tuple[tuple[int, int], ...], ...]:
         """Rows of gate and up."""
-        half = self.weight.shape[0] // 2
+        half = self.store.shape[0] // 2
         return (((0, half),), ((half, half),))
 
     def _cut(self, shape: tuple[int, ...], rank: int, size: int) -> LogicalShard:
@@ -268,3 +285,14 @@ class RowParallelLinear(SparseBitLinear):
 
 class HeadLinear(ColumnParallelLinear):
     """The language-model head: column-parallel, always dense; a tied head is given the embedding's weight."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, weight: Tensor | None = None, *, labels: Tensor | None = None, **_: object
+    ) -> tuple[Tensor, Tensor | None]:
+        """(logits, None) of x [tokens, batch, hidden]; with labels [tokens, batch], (loss of every token, None)."""
+        if labels is None:
+            return super().forward(x, weight)
+        used = self.weight if weight is None else weight
+        assert isinstance(self.layout, ColumnLayout)
+        losses = linear_cross_entropy(x, used, labels, group=self.layout.group, layout=self.layout)
+        return losses.view(labels.shape), None

@@ -1,23 +1,26 @@
 """gamma, masks and codes of all layers, once per optimizer step (docs/method.md, section 4).
 
 W changes only in the optimizer step, so what is derived from it is made right after, and serves every micro-batch,
-recomputation and evaluation until the next. All layers share one MAX and one SUM all-reduce over the tensor-parallel
-group: the maxima of all parts in one vector, then their fixed-point sums in another, which makes every gamma
-independent of how its rows or columns are cut.
+recomputation and evaluation until the next. All layers share one MAX and one SUM all-reduce over the ranks that hold
+pieces of them: the maxima of all parts in one vector, then their fixed-point sums in another, which makes every gamma
+independent of how its weight is cut. Those ranks are the tensor-parallel group, and under ZeRO-3 its data-parallel
+replicas too: scales come from the fragments, and whole weights are gathered one layer at a time, for their codes.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import sbn_kernels
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_sbn.config import Linear, Phase
 from megatron_sbn.errors import InputError, NumericalError
 from megatron_sbn.functional import LinearSettings, PreparedWeight
 from megatron_sbn.layers.linear import NOT_PREPARED, SparseBitLinear
+from megatron_sbn.weight_store import ResidentWeight
 
 
 def settings_at(linear: Linear, step: int, micro_batches: int = 1) -> LinearSettings:
@@ -61,6 +64,15 @@ class _Part:
         """The part's rows of a tensor [rows, ...]."""
         return tuple(t[start : start + length] for start, length in self.ranges)
 
+    def pieces(self, first: int, flat: Tensor, columns: int) -> tuple[Tensor, ...]:
+        """The part's elements among those from `first` on of the flattened weight; maybe none, as one empty piece."""
+        cut = []
+        for start, length in self.ranges:
+            low, high = max(start * columns - first, 0), min((start + length) * columns - first, len(flat))
+            if low < high:
+                cut.append(flat[low:high])
+        return tuple(cut) or (flat[:0],)
+
 
 class TernaryState:
     """Prepares every layer of one pipeline stage.
@@ -88,8 +100,15 @@ class TernaryState:
         self.micro_batches = micro_batches
         self.tokens, self.dtype = tokens, dtype
         self.preparations = 0
+        self._holders = group  # ranks that together hold each weight once
         self._masks: dict[str, Tensor] = {}
         self._mask_sparsity: tuple[int, int] | None = None
+
+    def entrust(self, store: Callable[[nn.Parameter], ResidentWeight], holders: dist.ProcessGroup) -> None:
+        """Cuts the weights further: `store` gives each its new place, `holders` together hold each weight once."""
+        for layer in self.layers.values():
+            layer.entrust(store(layer.weight))
+        self._holders = holders
 
     def prepare(self, step: int) -> None:
         """Makes gamma, mask and codes of every layer for optimizer step `step`. Raises NumericalError on NaN or Inf."""
@@ -119,11 +138,11 @@ class TernaryState:
         """Which kernels serve the layers in force: "linear_qkv 1152 x 896" -> "cpu: forward ..."."""
         described = {}
         for name, layer in self.layers.items():
-            settings, (out_features, in_features) = layer.settings, layer.weight.shape
+            settings, (out_features, in_features) = layer.settings, layer.store.shape
             if settings.quantizes_activations:
                 form, mode = layer.prepared.form, settings.backward
                 served = sbn_kernels.served_by(
-                    settings.backend, form, mode, out_features, in_features, self.tokens, layer.weight.device
+                    settings.backend, form, mode, out_features, in_features, self.tokens, layer.store.device
                 )
             else:
                 served = "torch: floating products"
@@ -137,8 +156,8 @@ class TernaryState:
     def load_mask_state(self, state: Mapping[str, Tensor], step: int) -> None:
         """Takes back what `mask_state` gave after `step` steps."""
         for name, packed in state.items():
-            weight = self.layers[name].weight
-            self._masks[name] = sbn_kernels.unpack_mask(packed, weight.shape[1]).to(weight.device)
+            store = self.layers[name].store
+            self._masks[name] = sbn_kernels.unpack_mask(packed, store.shape[1]).to(store.device)
         self._mask_sparsity = settings_at(self.linear, step).sparsity if state else None
 
     @property
@@ -165,25 +184,28 @@ class TernaryState:
         for name, layer in self.layers.items():
             mask = masks.get(name)
             if mask is None:
-                mask = sbn_kernels.nm_mask(layer.weight.detach(), n, m, backend=settings.backend)
+                mask = layer_mask(layer, n, m)
             prepared[name] = PreparedWeight(mask=mask)
         return prepared
 
     def _ternary(self, settings: LinearSettings, masks: Mapping[str, Tensor]) -> dict[str, PreparedWeight]:
-        """Codes of all layers, in one go, and the form that the forward product of each reads."""
+        """Codes of all layers, and the form that the forward product of each reads."""
         n, m = settings.sparsity
         gammas = self._gammas(settings, masks)
-        made = sbn_kernels.codes_of_many(
-            [layer.weight.detach() for layer in self.layers.values()],
-            [gammas[name] for name in self.layers],
-            n,
-            m,
-            mask_source=settings.mask_source,
-            masks=[masks[name] for name in self.layers] if masks else None,
-            with_mask=settings.needs_mask or self._keeps_masks(settings),
-            transpose=settings.backward != "exact",
-            backend=settings.backend,
-        )
+        made: list[sbn_kernels.Codes] = []
+        for names in self._batches():
+            with contextlib.ExitStack() as gathered:
+                made += sbn_kernels.codes_of_many(
+                    [gathered.enter_context(self.layers[name].store.whole()) for name in names],
+                    [gammas[name] for name in names],
+                    n,
+                    m,
+                    mask_source=settings.mask_source,
+                    masks=[masks[name] for name in names] if masks else None,
+                    with_mask=settings.needs_mask or self._keeps_masks(settings),
+                    transpose=settings.backward != "exact",
+                    backend=settings.backend,
+                )
         prepared = {}
         for (name, layer), codes in zip(self.layers.items(), made, strict=True):
             form = self._form(layer, settings)
@@ -198,30 +220,38 @@ class TernaryState:
             )
         return prepared
 
+    def _batches(self) -> list[list[str]]:
+        """Layers whose weights may be in memory together: all of them, or one where they have to be gathered."""
+        names = list(self.layers)
+        return [names] if self._holders is self.group else [[name] for name in names]
+
     def _form(self, layer: SparseBitLinear, settings: LinearSettings) -> str:
         """How the layer's forward product reads its codes."""
         if not settings.quantizes_activations:
             return "dense"
-        if sbn_kernels.resolve(settings.backend, layer.weight.device) != "triton":
+        if sbn_kernels.resolve(settings.backend, layer.store.device) != "triton":
             if settings.forward_form not in ("auto", "dense"):
                 form = settings.forward_form
                 raise InputError(f"linear.forward_form: {form!r} needs the triton backend; set it to 'auto'")
             return "dense"
-        out_features, in_features = layer.weight.shape
-        shape, device = (out_features, in_features), layer.weight.device
         try:
             return sbn_kernels.choose_form(
-                settings.forward_form, settings.sparsity, shape, self.tokens, self.dtype, device
+                settings.forward_form,
+                settings.sparsity,
+                layer.store.shape,
+                self.tokens,
+                self.dtype,
+                layer.store.device,
             )
         except ValueError as error:
             raise InputError(f"linear.forward_form: {error}; choose another, or 'auto'") from None
 
     def _gammas(self, settings: LinearSettings, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """gamma of every row of every layer, fp32 [out], from one MAX and one SUM over the group."""
+        """gamma of every row of every layer, fp32 [out], from one MAX and one SUM over the ranks that hold them."""
         parts = [part for name, layer in self.layers.items() for part in _parts(name, layer, self.group.size())]
-        pieces = [part.views(self.layers[part.layer].weight.detach()) for part in parts]
+        pieces = [self._pieces(part) for part in parts]
         maxima = sbn_kernels.abs_maxima(pieces, backend=settings.backend)
-        dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self.group)
+        dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self._holders)
         for part, finite in zip(parts, maxima.isfinite().tolist(), strict=True):
             if not finite:
                 error = NumericalError(f"{part.layer}.weight holds NaN or Inf; resume from the last good checkpoint")
@@ -234,27 +264,41 @@ class TernaryState:
         units = sbn_kernels.unit_exponent(maxima, count)
         kept = None
         if survivors:
-            kept = [part.views(self._survivors(part.layer, settings, masks)) for part in parts]
+            survivors_of = {name: self._survivors(name, settings, masks) for name in self.layers}
+            kept = [self._pieces(part, survivors_of[part.layer]) for part in parts]
         totals = sbn_kernels.fixed_point_sums(pieces, units, kept, backend=settings.backend)
-        dist.all_reduce(totals, dist.ReduceOp.SUM, group=self.group)
+        dist.all_reduce(totals, dist.ReduceOp.SUM, group=self._holders)
         gammas = sbn_kernels.gamma_from_fixed_point(totals, units, count)
-        per_row = {name: torch.empty(len(layer.weight), device=maxima.device) for name, layer in self.layers.items()}
+        per_row = {name: torch.empty(layer.store.shape[0], device=maxima.device) for name, layer in self.layers.items()}
         for part, gamma in zip(parts, gammas, strict=True):
             for view in part.views(per_row[part.layer]):
                 view.copy_(gamma)
         return per_row
 
+    def _pieces(self, part: _Part, whole: Tensor | None = None) -> tuple[Tensor, ...]:
+        """This rank's elements of a part: of its weight, or of a tensor [out, in] that it has whole."""
+        store = self.layers[part.layer].store
+        first, flat = store.fragment()
+        if whole is not None:
+            flat = whole.reshape(-1)[first : first + len(flat)]
+        return part.pieces(first, flat, store.shape[1])
+
     def _survivors(self, name: str, settings: LinearSettings, masks: Mapping[str, Tensor]) -> Tensor:
         """The mask of a layer over which its scales are taken."""
         if name in masks:
             return masks[name]
-        weight = self.layers[name].weight.detach()
-        return sbn_kernels.nm_mask(weight, *settings.sparsity, backend=settings.backend)
+        return layer_mask(self.layers[name], *settings.sparsity)
+
+
+def layer_mask(layer: SparseBitLinear, n: int, m: int) -> Tensor:
+    """The N:M mask of a layer's present weight, bool [out, in]."""
+    with layer.store.whole() as weight:
+        return sbn_kernels.nm_mask(weight, n, m, backend=layer.settings.backend)
 
 
 def _parts(name: str, layer: SparseBitLinear, group_size: int) -> list[_Part]:
     """The parts of a layer. Rows or columns are cut equally, so a part's global count is its local one times tp."""
-    columns = layer.weight.shape[1]
+    columns = layer.store.shape[1]
     return [
         _Part(name, ranges, sum(length for _, length in ranges) * columns * group_size) for ranges in layer.part_rows
     ]
@@ -263,4 +307,4 @@ def _parts(name: str, layer: SparseBitLinear, group_size: int) -> list[_Part]:
 def _bounds(layer: SparseBitLinear) -> tuple[int, ...]:
     """Where the runs of rows with one gamma begin, and the number of rows."""
     starts = sorted(start for ranges in layer.part_rows for start, length in ranges if length)
-    return (*starts, layer.weight.shape[0])
+    return (*starts, layer.store.shape[0])

@@ -23,7 +23,11 @@ TIMEOUT = datetime.timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class ParallelState:
-    """Where this process stands. `model` is the group of all ranks that hold one replica (tensor x pipeline)."""
+    """Where this process stands.
+
+    `model` is the group of all ranks that hold one replica (tensor x pipeline),
+    `tensor_data` that of all ranks of one pipeline stage.
+    """
 
     rank: int
     world_size: int
@@ -38,6 +42,7 @@ class ParallelState:
     pipeline_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
     model_group: dist.ProcessGroup
+    tensor_data_group: dist.ProcessGroup
     sequence_parallel: bool
 
     @property
@@ -82,6 +87,7 @@ def initialize(recipe: Recipe) -> ParallelState:
         pipeline_group=megatron_state.get_pipeline_model_parallel_group(),
         data_group=megatron_state.get_data_parallel_group(),
         model_group=megatron_state.get_model_parallel_group(),
+        tensor_data_group=megatron_state.get_tensor_and_data_parallel_group(),
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
     )
 

@@ -3,6 +3,10 @@
 Parameters are fp32 and so are their gradients, summed over micro-batches in place; ZeRO cuts the fp32 masters and Adam
 moments over the data-parallel group. DeepSpeed's own pipeline engine is not used: Megatron-Core's schedule runs on the
 engine's module inside `coalesce_grad_reduction()`, and one reduction follows it.
+
+Under ZeRO-3 parameters are cut too. DeepSpeed's hooks gather those of embeddings, head and norms around their modules;
+a Sparse-BitNet layer works from its codes, so its weight is taken from the hooks' sight (`CutWeight`) and gathered once
+a step, for the codes.
 """
 
 import contextlib
@@ -11,6 +15,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +24,7 @@ from torch import Tensor, nn
 from megatron_sbn.config import Recipe
 from megatron_sbn.errors import CheckpointError
 from megatron_sbn.parallel.state import ParallelState
+from megatron_sbn.weight_store import ResidentWeight
 
 # Said before its import, or DeepSpeed warns that it found no GPU.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -26,6 +32,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 import deepspeed.ops
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import safe_set_full_fp32_param
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,54 @@ class _GroupsForDeepSpeed:
         return self.state.data_size
 
 
+class CutWeight(ResidentWeight):
+    """A weight of which this rank keeps 1/dp under ZeRO-3; whole ones exist for the length of a block."""
+
+    _parameter: Any  # an nn.Parameter with the attributes that DeepSpeed gives it
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__(weight)
+        self._parameter = weight
+        self._anchor = torch.zeros((), dtype=weight.dtype, device=weight.device, requires_grad=True)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the whole weight of this tensor-parallel rank."""
+        rows, columns = self._parameter.ds_shape
+        return rows, columns
+
+    @property
+    def anchor(self) -> Tensor:
+        """A scalar: the gradient goes past autograd, because the parameter has no elements most of the time."""
+        return self._anchor
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[Tensor]:
+        """The weight, gathered from the data-parallel replicas, all of which take part."""
+        with deepspeed.zero.GatheredParameters([self._parameter]):
+            yield self._parameter.detach()
+
+    def fragment(self) -> tuple[int, Tensor]:
+        """This rank's run of the flattened weight; DeepSpeed pads the last one, which is cut off."""
+        kept: Tensor = self._parameter.ds_tensor
+        first = dist.get_rank(self._parameter.ds_process_group) * kept.numel()
+        return first, kept.detach()[: max(0, min(kept.numel(), self._parameter.ds_numel - first))]
+
+    def accumulate(self, dw: Tensor) -> Tensor | None:
+        """Adds to the parameter's whole gradient, which ZeRO reduces at the end of the step."""
+        parameter = self._parameter
+        if parameter.grad is not None:
+            parameter.grad.add_(dw)
+            return None
+        # A gradient is only taken in the shape of its parameter.
+        kept, parameter.data = parameter.data, dw
+        parameter.grad = dw
+        parameter.data = kept
+        return None
+
+
 class ZeroOptimizer:
-    """AdamW with fp32 masters and moments, cut over data parallelism by DeepSpeed ZeRO-1 or -2.
+    """AdamW with fp32 masters and moments, cut over data parallelism by DeepSpeed ZeRO-1, -2 or -3.
 
     Attributes:
         module: the model to run schedules on.
@@ -96,10 +149,11 @@ class ZeroOptimizer:
             betas=(optimizer.adam_beta1, optimizer.adam_beta2),
             eps=optimizer.adam_eps,
         )
+        self.stage = recipe.parallel.zero_stage
         self.engine, *_ = deepspeed.initialize(
             model=chunks,
             optimizer=base,
-            config=_engine_config(recipe, parallel),
+            config=_engine_config(recipe, parallel, chunks),
             mpu=_GroupsForDeepSpeed(parallel),
             dist_init_required=False,
         )
@@ -124,10 +178,42 @@ class ZeroOptimizer:
         norm = float(self.engine.get_global_grad_norm())
         return norm if math.isfinite(norm) and norm >= 0 else math.inf
 
+    @contextlib.contextmanager
+    def whole(self, parameters: Sequence[nn.Parameter], *, write: bool = False) -> Iterator[None]:
+        """Parameters have all their elements for the length of the block; what was written is kept, with `write`.
+
+        All data-parallel replicas take part, and write the same.
+        """
+        if self.stage < 3:
+            yield
+            return
+        with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if write else None):
+            yield
+
+    def read_by(self, module: nn.Module, parameter: nn.Parameter) -> None:
+        """Says that `module` reads a parameter of another module, so that ZeRO-3 gathers it for both."""
+        if self.stage == 3:
+            deepspeed.zero.register_external_parameter(module, parameter)
+
+    def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Sets a parameter, and the master that this rank keeps of it, to `value` [its shape on this rank]."""
+        with self.whole([parameter], write=True), torch.no_grad():
+            parameter.copy_(value)
+        safe_set_full_fp32_param(parameter, value)
+
+    @property
+    def _masters(self) -> list[Tensor]:
+        """fp32 masters of this rank, one flat tensor for each of ZeRO's groups."""
+        zero = self._zero
+        masters: list[Tensor] = (
+            zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat
+        )
+        return masters
+
     def state_tensors(self) -> dict[str, Tensor]:
         """This rank's fp32 masters and Adam state, by stable names; the tensors themselves, not copies."""
         tensors = {}
-        for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
+        for index, master in enumerate(self._masters):
             tensors[f"group{index}.master"] = master.data
             for key, value in self._zero.optimizer.state[master].items():
                 tensors[f"group{index}.{key}"] = value
@@ -138,7 +224,7 @@ class ZeroOptimizer:
 
         Raises CheckpointError where the masters are missing or of another size.
         """
-        for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
+        for index, master in enumerate(self._masters):
             prefix = f"group{index}."
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             saved = own.pop("master", None)
@@ -165,7 +251,8 @@ def decay_groups(chunks: nn.ModuleList, weight_decay: float) -> list[dict[str, o
     ]
 
 
-def _engine_config(recipe: Recipe, parallel: ParallelState) -> dict[str, object]:
+def _engine_config(recipe: Recipe, parallel: ParallelState, chunks: nn.ModuleList) -> dict[str, object]:
+    longest_vector = max((p.numel() for p in chunks.parameters() if p.dim() <= 1), default=0)
     return {
         # DeepSpeed sees one accumulated batch a step: Megatron-Core's schedule owns the micro-batches.
         "train_micro_batch_size_per_gpu": recipe.training.global_batch_size // parallel.data_size,
@@ -180,5 +267,7 @@ def _engine_config(recipe: Recipe, parallel: ParallelState) -> dict[str, object]
             "overlap_comm": False,
             "contiguous_gradients": False,
             "reduce_scatter": True,
+            # Norms and biases stay whole, for layers that do a norm's work beside their own; matrices are all cut.
+            "stage3_param_persistence_threshold": longest_vector,
         },
     }

@@ -144,7 +144,11 @@ class Loop:
 
     def _save(self, done: int) -> Path:
         stages = self.trainer.stages
-        weights = {logical.name: logical.parameter.data for logical in stages.parameters}
+        weights = {}
+        for logical in stages.parameters:
+            with self.trainer.zero.whole([logical.parameter]):
+                whole = logical.parameter.data
+                weights[logical.name] = whole if self.trainer.zero.stage < 3 else whole.cpu().clone()
         weights |= {f"masks.{name}": mask for name, mask in stages.state.mask_state().items()}
         weights |= {f"telemetry.{name}": tensor for name, tensor in self.telemetry.state_tensors().items()}
         snapshot = checkpoint.Snapshot(weights, self.trainer.zero.state_tensors())
@@ -158,7 +162,8 @@ class Loop:
         step, snapshot = checkpoint.load(self.folder.resume_from, self.layout, self.parallel)
         stages = self.trainer.stages
         for logical in stages.parameters:
-            checkpoint.restore(logical.parameter.data, snapshot.weights, logical.name, self.folder.resume_from)
+            with self.trainer.zero.whole([logical.parameter], write=True):
+                checkpoint.restore(logical.parameter.data, snapshot.weights, logical.name, self.folder.resume_from)
         self.trainer.zero.load_state_tensors(snapshot.optimizer)
         stages.state.load_mask_state(checkpoint.section(snapshot.weights, "masks."), step)
         self.telemetry.load_state_tensors(checkpoint.section(snapshot.weights, "telemetry."))

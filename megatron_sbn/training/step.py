@@ -22,7 +22,7 @@ from megatron_sbn.errors import NumericalError
 from megatron_sbn.model import Stages, language_model_loss
 from megatron_sbn.parallel.gradients import make_finalizer
 from megatron_sbn.parallel.state import ParallelState
-from megatron_sbn.parallel.zero import ZeroOptimizer
+from megatron_sbn.parallel.zero import CutWeight, ZeroOptimizer
 from megatron_sbn.training.schedule import learning_rate, weight_decay
 
 
@@ -46,6 +46,11 @@ class Trainer:
         parameters = [logical.parameter for logical in stages.parameters]
         stages.config.finalize_model_grads_func = make_finalizer(parameters, parallel, stages.tied_embedding)
         self.zero = ZeroOptimizer(stages.chunks, recipe, parallel)
+        if self.zero.stage == 3:
+            stages.state.entrust(CutWeight, parallel.tensor_data_group)
+        for chunk in stages.chunks:
+            if stages.tied_embedding is not None and chunk.post_process:
+                self.zero.read_by(chunk.get_submodule("output_layer"), stages.tied_embedding)
         self._schedule = get_forward_backward_func()
 
     def rows(self) -> list[int]:

@@ -11,6 +11,7 @@ from training_runs import Run, relative, run_of, small_recipe
 
 NO_SEQUENCE = "parallel.sequence=false"
 TENSOR2, TENSOR4, PIPELINE2 = "parallel.tensor=2", "parallel.tensor=4", "parallel.pipeline=2"
+ZERO3 = "parallel.zero_stage=3"
 INTERLEAVED = "parallel.virtual_pipeline=2"
 LAYOUTS = {
     "tensor2": (2, (TENSOR2,)),
@@ -21,6 +22,9 @@ LAYOUTS = {
     "pipeline2-interleaved": (2, (PIPELINE2, INTERLEAVED)),
     "data2": (2, ()),
     "data2-zero2": (2, ("parallel.zero_stage=2",)),
+    "data2-zero3": (2, (ZERO3,)),
+    "tensor2-data2-zero3": (4, (TENSOR2, ZERO3)),
+    "tensor2-data2-zero3-recomputed": (4, (TENSOR2, ZERO3, "model.recompute_granularity=full")),
     "tensor2-pipeline2": (4, (TENSOR2, PIPELINE2)),
     "tensor2-pipeline2-whole-sequence": (4, (TENSOR2, PIPELINE2, NO_SEQUENCE)),
     "tensor2-pipeline2-interleaved": (4, (TENSOR2, PIPELINE2, INTERLEAVED)),

@@ -38,11 +38,11 @@ def poisoned_step(overrides: tuple[str, ...], poison: str, bad_rank: int) -> tup
         train_step(trainer, 0)
         if trainer.parallel.rank == bad_rank:
             POISONS[poison](trainer)
-        before = [p.value for p in weight_pieces(trainer.stages).values()]
+        before = [p.value for p in weight_pieces(trainer).values()]
         before += [t.clone() for t in trainer.zero.state_tensors().values()]
         with pytest.raises(NumericalError) as told:
             train_step(trainer, 1)
-        after = [p.value for p in weight_pieces(trainer.stages).values()]
+        after = [p.value for p in weight_pieces(trainer).values()]
         after += list(trainer.zero.state_tensors().values())
         untouched = all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(after, before, strict=True))
     return str(told.value), untouched

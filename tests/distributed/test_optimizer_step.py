@@ -10,6 +10,7 @@ from megatron_sbn.model import EMBEDDING
 from megatron_sbn.training.schedule import learning_rate, weight_decay
 
 TENSOR2, PIPELINE2, ZERO2 = "parallel.tensor=2", "parallel.pipeline=2", "parallel.zero_stage=2"
+ZERO3 = "parallel.zero_stage=3"
 TIED = "model.share_embeddings_and_output_weights=true"
 BIASES = ("model.add_bias_linear=true", "model.add_qkv_bias=true")
 STEPS = 5
@@ -28,6 +29,10 @@ CASES = {
     "tensor2-pipeline2-tied-biases": (4, (TENSOR2, PIPELINE2, TIED, *BIASES)),
     "tensor2-data2-zero2": (4, (TENSOR2, ZERO2)),
     "pipeline2-data2-zero2-tied": (4, (PIPELINE2, ZERO2, TIED)),
+    "single-zero3": (1, (ZERO3,)),
+    "data2-zero3": (2, (ZERO3,)),
+    "data2-zero3-unclipped-tied": (2, (ZERO3, TIED, "optimizer.clip_grad=0")),
+    "tensor2-data2-zero3-biases": (4, (TENSOR2, ZERO3, *BIASES)),
 }
 each_case = pytest.mark.parametrize("case", CASES)
 

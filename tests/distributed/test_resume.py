@@ -64,7 +64,7 @@ def read(trainer: Trainer, folder: Path) -> int:
 
 def everything(trainer: Trainer) -> Pieces:
     """Copies of weights, masters, moments and codes."""
-    pieces = weight_pieces(trainer.stages)
+    pieces = weight_pieces(trainer)
     extra = dict(trainer.zero.state_tensors())
     for name, layer in trainer.stages.state.layers.items():
         kept = layer.prepared.codes if layer.prepared.codes is not None else layer.prepared.mask

@@ -168,7 +168,7 @@ def masks_and_weights(overrides: tuple[str, ...], steps: int) -> list[tuple[bool
         before = None
         for step in range(steps):
             mask = prepared_pieces(trainer.stages)["decoder.layers.1.mlp.linear_fc1.mask"].value
-            weight = weight_pieces(trainer.stages)["decoder.layers.1.mlp.linear_fc1.weight"].value
+            weight = weight_pieces(trainer)["decoder.layers.1.mlp.linear_fc1.weight"].value
             threshold = weight.abs().unflatten(1, (-1, 8)).kthvalue(3, dim=-1).values  # the smallest of 6 kept
             fresh = torch.equal(mask, (weight.abs().unflatten(1, (-1, 8)) >= threshold.unsqueeze(-1)).flatten(1))
             moved = 0.0 if before is None else float((mask ^ before).float().mean())
@@ -206,7 +206,7 @@ def mask_round_trip(overrides: tuple[str, ...], done: int) -> tuple[int, bool]:
     with trainer_of(recipe) as trainer:
         for step in range(done):
             train_step(trainer, step)
-        weights, expected = weight_pieces(trainer.stages), prepared_pieces(trainer.stages)
+        weights, expected = weight_pieces(trainer), prepared_pieces(trainer.stages)
         masks = {name: mask.clone() for name, mask in trainer.stages.state.mask_state().items()}
     with trainer_of(recipe) as other:
         for logical in other.stages.parameters:
@@ -263,9 +263,9 @@ def evaluation_of(overrides: tuple[str, ...]) -> tuple[float, float, bool]:
     with trainer_of(recipe) as trainer:
         train_step(trainer, 0)
         mine = samples[trainer.rows()]
-        before = weight_pieces(trainer.stages)
+        before = weight_pieces(trainer)
         values = trainer.evaluate(mine), trainer.evaluate(mine)
-        same = all(torch.equal(p.value, before[n].value) for n, p in weight_pieces(trainer.stages).items())
+        same = all(torch.equal(p.value, before[n].value) for n, p in weight_pieces(trainer).items())
         return (*values, same and all(chunk.training for chunk in trainer.stages.chunks))
 
 

@@ -69,9 +69,11 @@ class Piece:
 Pieces = dict[str, Piece]
 
 
-def weight_pieces(stages: Stages) -> Pieces:
+def weight_pieces(trainer: Trainer) -> Pieces:
     """Copies of this rank's parameters."""
-    return {p.name: Piece(p.shard, p.parameter.detach().clone(), p.counts) for p in stages.parameters}
+    parameters = trainer.stages.parameters
+    with trainer.zero.whole([p.parameter for p in parameters]):
+        return {p.name: Piece(p.shard, p.parameter.detach().clone(), p.counts) for p in parameters}
 
 
 def gradient_pieces(stages: Stages) -> Pieces:
@@ -148,11 +150,11 @@ def train(overrides: Sequence[str], steps: int, recorded: int) -> RankRun:
                 run.gradients.append(gradient_pieces(stages))
 
         stages.config.finalize_model_grads_func = finalize_and_record
-        run.weights.append(weight_pieces(stages))
+        run.weights.append(weight_pieces(trainer))
         for step in range(steps):
             run.steps.append(train_step(trainer, step))
             if step < recorded:
-                run.weights.append(weight_pieces(stages))
+                run.weights.append(weight_pieces(trainer))
         run.preparations = stages.state.preparations
     return run
 

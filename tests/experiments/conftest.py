@@ -28,6 +28,7 @@ def parallel():
         pipeline_group=group,
         data_group=group,
         model_group=group,
+        tensor_data_group=group,
         sequence_parallel=False,
     )
 
