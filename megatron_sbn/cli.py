@@ -82,6 +82,14 @@ def sync(options: argparse.Namespace) -> int:
     return 0
 
 
+def doctor(options: argparse.Namespace) -> int:
+    """Checks a recipe, and what its layout computes."""
+    from megatron_sbn.doctor import command
+
+    json_file = Path(options.json) if options.json else None
+    return command.run(options.recipe, options.overrides, options.ranks, options.layouts, options.steps, json_file)
+
+
 def quickstart(options: argparse.Namespace) -> int:
     """The main job of the README."""
     from megatron_sbn import quickstart as job
@@ -95,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_prepare(commands)
+    _add_doctor(commands)
     command = _add(commands, "sync", sync, "deliver a run folder's metrics to MLflow, each once")
     command.add_argument("run", nargs="+", metavar="RUN", help="run folder")
     command.add_argument("--uri", help="MLflow server (default: the one of the run's recipe)")
@@ -130,6 +139,27 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="ranks to start (default: parallel.tensor x parallel.pipeline)",
     )
     command.epilog = "example: sbn train recipes/quickstart.yaml training.steps=20 run_dir=runs/first"
+
+
+def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = _add(commands, "doctor", doctor, "check a recipe and its layout before a job is paid for")
+    command.add_argument("recipe", metavar="RECIPE", help="path of a recipe")
+    _add_overrides(command)
+    command.add_argument(
+        "--ranks",
+        type=_positive,
+        nargs="?",
+        const=0,
+        metavar="N",
+        help="run one step of a tiny model on N local ranks (default: one replica) and compare it with a single rank",
+    )
+    command.add_argument("--layouts", action="store_true", help="do so for every layout of up to four ranks: a table")
+    command.add_argument("--steps", type=_positive, default=50, metavar="N", help="steps of --layouts (default: 50)")
+    command.add_argument("--json", metavar="FILE", help="write the comparison, tensor by tensor")
+    command.epilog = (
+        "example: sbn doctor recipes/quickstart.yaml parallel.pipeline=2 --ranks\n"
+        "exit status: 0 equal, 1 different, 2 a bad recipe"
+    )
 
 
 def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -32,6 +32,11 @@ def check_recipe(recipe: "Recipe") -> None:
         )
 
 
+def model_ranks(recipe: "Recipe") -> int:
+    """The fewest ranks that fill the layout: a replica, and as many of them as its experts are spread over."""
+    return recipe.parallel.tensor * recipe.parallel.pipeline
+
+
 def check_world(recipe: "Recipe", world_size: int) -> None:
     """Raises RecipeError unless `world_size` ranks fill the layout exactly."""
     parallel, training = recipe.parallel, recipe.training

@@ -20,20 +20,25 @@ GRACE_SECONDS = 15.0
 _POLL_SECONDS = 0.1
 
 
-def launch(arguments: list[str], ranks: int) -> int:
-    """Runs `python -m megatron_sbn.train ARGUMENTS` on `ranks` local ranks; returns the first failing rank's status.
+def launch(
+    arguments: list[str], ranks: int, *, module: str = "megatron_sbn.train", seconds: float | None = None
+) -> int:
+    """Runs `python -m MODULE ARGUMENTS` on `ranks` local ranks; returns the first failing rank's status.
 
-    When one rank fails the others are asked to end (SIGTERM), then killed. SIGINT and SIGTERM are passed on.
+    When one rank fails the others are asked to end (SIGTERM), then killed. SIGINT and SIGTERM are passed on. After
+    `seconds`, if given, ranks that have not finished are ended, and TimeoutError names them.
     """
-    processes = [_start(arguments, rank, ranks, port) for port in [_free_port()] for rank in range(ranks)]
+    deadline = time.monotonic() + seconds if seconds is not None else None
+    port = _free_port()
+    processes = [_start([module, *arguments], rank, ranks, port) for rank in range(ranks)]
     with _forward_signals(processes):
         try:
-            return _wait(processes)
+            return _wait(processes, deadline)
         finally:
             _end(processes)
 
 
-def _start(arguments: list[str], rank: int, ranks: int, port: int) -> "subprocess.Popen[bytes]":
+def _start(command: list[str], rank: int, ranks: int, port: int) -> "subprocess.Popen[bytes]":
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     environment = {"OMP_NUM_THREADS": threads} | os.environ
     environment |= {
@@ -45,11 +50,14 @@ def _start(arguments: list[str], rank: int, ranks: int, port: int) -> "subproces
         "MASTER_PORT": str(port),
         LAUNCHED: "1",
     }
-    return subprocess.Popen([sys.executable, "-m", "megatron_sbn.train", *arguments], env=environment)
+    return subprocess.Popen([sys.executable, "-m", *command], env=environment)
 
 
-def _wait(processes: "list[subprocess.Popen[bytes]]") -> int:
+def _wait(processes: "list[subprocess.Popen[bytes]]", deadline: float | None) -> int:
     while True:
+        if deadline is not None and time.monotonic() > deadline:
+            waiting = [str(rank) for rank, process in enumerate(processes) if process.poll() is None]
+            raise TimeoutError(f"rank {', '.join(waiting)} did not finish")
         statuses = [process.poll() for process in processes]
         failed = [status for status in statuses if status]
         if failed:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from training_runs import Run, relative, run_of, small_recipe
+from training_runs import Run, run_of, small_recipe
+
+from megatron_sbn.parallel.pieces import relative
 
 NO_SEQUENCE = "parallel.sequence=false"
 TENSOR2, TENSOR4, PIPELINE2 = "parallel.tensor=2", "parallel.tensor=4", "parallel.pipeline=2"

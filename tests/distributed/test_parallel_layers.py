@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor
-from training_runs import Piece, join, relative, small_recipe, train_step, trainer_of
+from training_runs import small_recipe, train_step, trainer_of
 
 from megatron_sbn.functional import sparse_bitlinear
 from megatron_sbn.layers.linear import (
@@ -23,6 +23,7 @@ from megatron_sbn.layers.ternary_state import TernaryState
 from megatron_sbn.model import transformer_config
 from megatron_sbn.parallel import state as parallel_state
 from megatron_sbn.parallel.cpu import without_cuda
+from megatron_sbn.parallel.pieces import Piece, join, relative
 from megatron_sbn.parallel.shard import LogicalShard
 
 TOKENS, BATCH, WIDTH, ROWS = 12, 2, 64, 128

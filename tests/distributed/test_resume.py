@@ -8,12 +8,14 @@ from unittest import mock
 import pytest
 import torch
 from ranks import run_ranks
-from training_runs import Piece, Pieces, join, small_recipe, train_step, trainer_of, weight_pieces
+from training_runs import small_recipe, train_step, trainer_of
 
 from megatron_sbn.errors import CheckpointError
+from megatron_sbn.parallel.pieces import Piece, Pieces, join
 from megatron_sbn.parallel.shard import LogicalShard
 from megatron_sbn.training import checkpoint
 from megatron_sbn.training.step import Trainer
+from megatron_sbn.training.witness import weight_pieces
 
 TENSOR2, PIPELINE2 = "parallel.tensor=2", "parallel.pipeline=2"
 LAYOUTS = {

@@ -3,19 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from training_runs import (
-    prepared_pieces,
-    relative,
-    run_of,
-    run_ranks,
-    samples_of,
-    small_recipe,
-    train_step,
-    trainer_of,
-    weight_pieces,
-)
+from training_runs import run_of, run_ranks, samples_of, small_recipe, train_step, trainer_of
 
 from megatron_sbn.layers.ternary_state import settings_at
+from megatron_sbn.parallel.pieces import relative
+from megatron_sbn.training.witness import prepared_pieces, weight_pieces
 
 TENSOR2, TENSOR4, PIPELINE2 = "parallel.tensor=2", "parallel.tensor=4", "parallel.pipeline=2"
 DENSE = "linear.weight_format=dense"

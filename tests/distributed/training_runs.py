@@ -18,11 +18,12 @@ from torch import Tensor
 
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.feasibility import check_world
-from megatron_sbn.model import Stages, build_stages
+from megatron_sbn.model import build_stages
 from megatron_sbn.parallel import state as parallel_state
 from megatron_sbn.parallel.cpu import without_cuda
-from megatron_sbn.parallel.shard import LogicalShard
+from megatron_sbn.parallel.pieces import Pieces, join
 from megatron_sbn.training.step import StepResult, Trainer
+from megatron_sbn.training.witness import gradient_pieces, prepared_pieces, recorded_hidden_states, weight_pieces
 
 SMALL = Path(__file__).with_name("small.yaml")
 
@@ -55,69 +56,6 @@ def trainer_of(recipe: Recipe) -> Iterator[Trainer]:
 def train_step(trainer: Trainer, step: int) -> StepResult:
     """One step on this rank's share of the step's samples."""
     return trainer.step(step, samples_of(trainer.recipe, step)[trainer.rows()])
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A rank's part of a logical tensor; `counts` is False for the replica of a tied embedding."""
-
-    shard: LogicalShard
-    value: Tensor
-    counts: bool = True
-
-
-Pieces = dict[str, Piece]
-
-
-def weight_pieces(trainer: Trainer) -> Pieces:
-    """Copies of this rank's parameters."""
-    parameters = trainer.stages.parameters
-    with trainer.zero.whole([p.parameter for p in parameters]):
-        return {p.name: Piece(p.shard, p.parameter.detach().clone(), p.counts) for p in parameters}
-
-
-def gradient_pieces(stages: Stages) -> Pieces:
-    """Copies of this rank's gradients (0 where there is none)."""
-    return {
-        p.name: Piece(
-            p.shard, torch.zeros_like(p.parameter) if p.parameter.grad is None else p.parameter.grad.clone(), p.counts
-        )
-        for p in stages.parameters
-    }
-
-
-def prepared_pieces(stages: Stages) -> Pieces:
-    """gamma per row and codes of this rank's layers."""
-    pieces = {}
-    for name, layer in stages.state.layers.items():
-        prepared, shard = layer.prepared, layer.weight_shard
-        if prepared.codes is not None and prepared.gamma_per_row is not None:
-            pieces[f"{name}.codes"] = Piece(shard, prepared.codes.clone())
-            pieces[f"{name}.gamma"] = Piece(LogicalShard(shard.shape[:1], shard.rows), prepared.gamma_per_row.clone())
-        if prepared.mask is not None:
-            pieces[f"{name}.mask"] = Piece(shard, prepared.mask.clone())
-    return pieces
-
-
-@contextmanager
-def recorded_hidden_states(trainer: Trainer) -> Iterator[Pieces]:
-    """Fills what it yields with this rank's part of the last norm's input, [global batch, tokens, hidden]."""
-    pieces: Pieces = {}
-    seen: list[Tensor] = []  # [tokens (/tp), micro-batch, hidden]
-    last = list(trainer.stages.chunks)[-1]
-    if not trainer.parallel.is_last_stage:
-        yield pieces
-        return
-    hook = last.decoder.final_layernorm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
-    yield pieces
-    hook.remove()
-    parallel, model = trainer.parallel, trainer.recipe.model
-    local = torch.cat([t.transpose(0, 1) for t in seen])
-    rows = ((parallel.data_rank * len(local), len(local)),)
-    share = local.shape[1]
-    columns = (parallel.tensor_rank * share, share) if parallel.sequence_parallel else (0, share)
-    shape = (trainer.recipe.training.global_batch_size, model.seq_length, model.hidden_size)
-    pieces["hidden"] = Piece(LogicalShard(shape, rows, columns), local)
 
 
 @dataclass
@@ -203,33 +141,6 @@ class Run:
 def run_of(world_size: int, overrides: tuple[str, ...] = (), steps: int = 1, recorded: int = 1) -> Run:
     """Trains once a session for every set of arguments."""
     return Run(run_ranks(train, world_size, overrides, steps, recorded))
-
-
-def join(ranks: Sequence[Pieces]) -> dict[str, Tensor]:
-    """Logical tensors from all ranks' pieces. AssertionError where replicas differ in a bit or a part is missing."""
-    joined: dict[str, Tensor] = {}
-    for name in sorted({name for pieces in ranks for name in pieces}):
-        distinct: dict[LogicalShard, Tensor] = {}
-        for piece in (pieces[name] for pieces in ranks if name in pieces):
-            known = distinct.setdefault(piece.shard, piece.value)
-            assert torch.equal(known, piece.value), f"replicas of {name} differ by {(known - piece.value).abs().max()}"
-        shape = next(iter(distinct)).shape
-        logical = torch.zeros(shape, dtype=next(iter(distinct.values())).dtype)
-        covered = torch.zeros(shape, dtype=torch.int32)
-        for shard, value in distinct.items():
-            shard.put(logical, value)
-            once = torch.zeros(shape, dtype=torch.int32)
-            shard.put(once, torch.ones(value.shape, dtype=torch.int32))
-            covered += once
-        assert (covered == 1).all(), f"{name}: pieces do not cover the logical tensor exactly once"
-        joined[name] = logical
-    return joined
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    """Largest difference over the largest magnitude of b."""
-    a, b = a.detach(), b.detach()
-    return float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30))
 
 
 def _same(values: list[float]) -> float:

@@ -1,0 +1,165 @@
+"""`sbn doctor RECIPE`: checks a recipe against its layout, and with --ranks against what the ranks really compute.
+
+Without ranks nothing is started: the recipe is read, every combination that cannot be right is refused, and what it
+needs is told. With them, one step of a tiny model of that very layout (`tiny`) is compared with a single rank's,
+tensor by tensor; with --layouts, every layout of up to four ranks is.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_sbn.config import Recipe, load_recipe
+from megatron_sbn.doctor.layouts import SPREAD, candidates, reference
+from megatron_sbn.doctor.tiny import one_rank, tiny_recipe
+from megatron_sbn.errors import RecipeError, SbnError
+from megatron_sbn.feasibility import check_world, model_ranks
+from megatron_sbn.launch import launch
+
+if TYPE_CHECKING:
+    from megatron_sbn.doctor.report import Trial
+
+SECONDS = 600.0
+_RANK = "megatron_sbn.doctor.rank"
+
+
+class TrialError(SbnError):
+    """Ranks of a trial failed or did not finish."""
+
+
+def check(recipe: Recipe, ranks: int | None = None) -> None:
+    """Prints what the recipe needs. Raises RecipeError unless `ranks` ranks, if given, fill its layout."""
+    smallest = model_ranks(recipe)
+    if ranks is not None:
+        check_world(recipe, ranks)
+    parallel = recipe.parallel
+    print(
+        f"{recipe.name}: tensor {parallel.tensor} x pipeline {parallel.pipeline} x expert {parallel.expert}, "
+        f"ZeRO-{parallel.zero_stage}; a replica takes {parallel.tensor * parallel.pipeline} ranks"
+    )
+    print(f"ranks that its batch of {recipe.training.global_batch_size} fills: {_counts(recipe, smallest)}")
+    shards = [*recipe.data.train, *(recipe.data.validation or ())]
+    for missing in sorted({shard.path for shard in shards if not Path(f"{shard.path}.bin").is_file()}):
+        print(f"not there yet: {missing}.bin; sbn prepare writes it")
+
+
+def _counts(recipe: Recipe, smallest: int) -> str:
+    """The numbers of ranks that can train the recipe, smallest first."""
+    counts = []
+    for ranks in range(smallest, smallest * recipe.training.global_batch_size + 1, smallest):
+        try:
+            check_world(recipe, ranks)
+        except RecipeError:
+            continue
+        counts.append(str(ranks))
+    if not counts:
+        check_world(recipe, smallest)
+    return ", ".join(counts[:8]) + (", ..." if len(counts) > 8 else "")
+
+
+def check_ranks(recipe: Recipe, ranks: int, json_file: Path | None = None) -> bool:
+    """Runs a step on `ranks` ranks and on one, prints the comparison; returns whether all is equal."""
+    from megatron_sbn.doctor import report
+
+    data_size = ranks // (recipe.parallel.tensor * recipe.parallel.pipeline)
+    tiny = tiny_recipe(recipe, data_size)
+    trials = _try({"layout": (ranks, tiny), "single": (1, one_rank(tiny))}, steps=1)
+    lines = report.compare(tiny, trials["layout"], trials["single"])
+    print(f"{'':<8}{'tensors':>8}  {'largest difference':<20}sha256 of the first, on {ranks} ranks and on one")
+    for kind in report.KINDS:
+        worst = report.worst(lines, kind)
+        if worst is not None:
+            count = sum(line.name.rpartition(".")[2] == kind for line in lines)
+            print(f"{kind:<8}{count:>8}  {report.verdict(worst):<20}{worst.ours[:16]}  {worst.theirs[:16]}")
+    for line in lines[-2:]:
+        print(f"{line.name:<18}{report.verdict(line):<20}{line.ours}  {line.theirs}")
+    for line in lines:
+        if not line.equal:
+            print(f"differs: {line.name} by {line.difference:.2e}, at most {line.limit:g} is expected")
+    for name, sent in trials["layout"].bytes_sent.items():
+        if sent:
+            group, kind = name.split(".")
+            print(f"sent by all ranks in a step: {sent:>12,.0f} bytes  {group:<9}{kind}")
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.as_json(lines, trials["layout"]), indent=2) + "\n", encoding="utf-8")
+    return all(line.equal for line in lines)
+
+
+def check_layouts(recipe: Recipe, steps: int, json_file: Path | None = None) -> bool:
+    """Prints the table layout x {codes, tokens, hidden states, loss, gradient norm, bytes} beside one rank."""
+    from megatron_sbn.doctor import report
+
+    wide = reference(recipe)
+    cuts = candidates(recipe)
+    trials = _try({"single": (1, wide), **cuts}, steps)
+    single = trials.pop("single")
+    print(f"{recipe.name}: a tiny model under every layout of up to four ranks, {steps} steps, beside one rank")
+    print(
+        f"{'layout':<32}{'codes':<8}{'x_q':<10}{'hidden':<10}{'loss at 1':<11}{'grad norm':<11}"
+        f"{f'loss at {steps}':<12}{'from one rank':<15}bytes a step"
+    )
+    print(f"{'one rank':<73}{'':<9}{single.losses[-1]:<12.6f}")
+    told, equal = {}, True
+    for name, trial in trials.items():
+        lines = report.compare(cuts[name][1], trial, single)
+        columns = [report.verdict(report.worst(lines, kind)) for kind in ("codes", "x_q", "hidden")]
+        columns += [report.verdict(line) for line in lines[-2:]]
+        sent = sum(trial.bytes_sent.values())
+        print(
+            f"{name:<32}{columns[0]:<8}{columns[1]:<10}{columns[2]:<10}{columns[3]:<11}{columns[4]:<11}"
+            f"{trial.losses[-1]:<12.6f}{abs(trial.losses[-1] - single.losses[-1]):<15.1e}{sent:>12,.0f}"
+        )
+        equal = equal and all(line.equal for line in lines)
+        told[name] = report.as_json(lines, trial) | {"losses": trial.losses, "grad_norms": trial.grad_norms}
+    print(f"({SPREAD}: what rounding alone does to a run; codes, x_q and hidden states are those of the first step)")
+    if json_file is not None:
+        json_file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    return equal
+
+
+def _try(cuts: Mapping[str, tuple[int, Recipe]], steps: int) -> "dict[str, Trial]":
+    """Trains every recipe; one start of the ranks for all layouts of one size."""
+    trials = {}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        files = {name: root / f"{index}.yaml" for index, name in enumerate(cuts)}
+        for name, (_, recipe) in cuts.items():
+            files[name].write_text(recipe.to_yaml(), encoding="utf-8")
+        for ranks in sorted({ranks for ranks, _ in cuts.values()}):
+            names = [name for name, (size, _) in cuts.items() if size == ranks]
+            arguments = [str(steps), folder, *(str(files[name]) for name in names)]
+            try:
+                status = launch(arguments, ranks, module=_RANK, seconds=SECONDS)
+            except TimeoutError as error:
+                raise TrialError(f"{', '.join(names)}: {error} within {SECONDS:.0f} s") from None
+            if status:
+                raise TrialError(f"{', '.join(names)}: a rank ended with status {status}, see above")
+            for name in names:
+                trials[name] = _read(root / files[name].stem, ranks, name)
+    return {name: trials[name] for name in cuts}
+
+
+def _read(folder: Path, ranks: int, name: str) -> "Trial":
+    from megatron_sbn.doctor.report import read_trial
+
+    try:
+        return read_trial(folder, ranks)
+    except ValueError as error:
+        raise TrialError(f"{name}: {error}") from None
+
+
+def run(path: str, overrides: list[str], ranks: int | None, layouts: bool, steps: int, json_file: Path | None) -> int:
+    """The command; returns its exit status: 0 equal, 1 different, 2 a bad recipe."""
+    recipe = load_recipe(path, overrides)
+    count = None if ranks is None else ranks or model_ranks(recipe)
+    check(recipe, count)
+    equal = True
+    if count is not None:
+        equal = check_ranks(recipe, count, json_file)
+    if layouts:
+        equal = check_layouts(recipe, steps, json_file) and equal
+    if count is not None or layouts:
+        print("equal" if equal else "DIFFERENT")
+    return 0 if equal else 1

@@ -1,0 +1,125 @@
+"""Compares what the ranks of a layout computed with what one rank did, tensor by tensor.
+
+Codes, gamma and masks are functions of the weights alone: equal to the bit, or something is wrong. So are int8 tokens,
+their scales and the hidden states of ternary models without experts (docs/method.md, section 2). What floating sums
+enter is compared by its largest relative difference.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_sbn.config import Recipe
+from megatron_sbn.parallel.pieces import fingerprint, join, read_pieces, relative
+
+KINDS = ("gamma", "mask", "codes", "x_q", "s_x", "hidden")
+_OF_WEIGHTS = ("gamma", "mask", "codes")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A tiny model's steps under one layout: logical tensors of the first, loss and norm of each, bytes of a rank."""
+
+    tensors: Mapping[str, Tensor]
+    losses: list[float]
+    grad_norms: list[float]
+    sent: list[dict[str, float]]  # by rank, then GROUP.KIND
+
+    @property
+    def bytes_sent(self) -> dict[str, float]:
+        """Bytes of the first step by group and kind, over all ranks."""
+        names = sorted({name for rank in self.sent for name in rank})
+        return {name: math.fsum(rank.get(name, 0.0) for rank in self.sent) for name in names}
+
+
+def read_trial(folder: Path, ranks: int) -> Trial:
+    """What `ranks` ranks left in a folder. Raises ValueError where replicas differ in a bit."""
+    told = [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
+    tensors = join([read_pieces(folder / f"rank-{rank}.safetensors") for rank in range(ranks)])
+    for key in ("losses", "grad_norms"):
+        if any(other[key] != told[0][key] for other in told):
+            raise ValueError(f"{key}: ranks do not agree")
+    return Trial(tensors, told[0]["losses"], told[0]["grad_norms"], [rank["bytes"] for rank in told])
+
+
+@dataclass(frozen=True)
+class Line:
+    """One compared quantity; `limit` is the largest difference that counts as equal, 0 for bits."""
+
+    name: str
+    difference: float
+    limit: float
+    ours: str
+    theirs: str
+
+    @property
+    def equal(self) -> bool:
+        """Whether it is within its limit."""
+        return self.difference <= self.limit
+
+
+def compare(recipe: Recipe, ours: Trial, theirs: Trial) -> list[Line]:
+    """Every tensor, the first loss and the first gradient norm of `ours` beside those of a single rank."""
+    lines = []
+    for name in sorted(ours.tensors.keys() | theirs.tensors.keys()):
+        lines.append(_line(recipe, name, ours.tensors.get(name), theirs.tensors.get(name)))
+    lines.append(_number("loss", ours.losses[0], theirs.losses[0], 1e-5 if recipe.model.bf16 else 1e-6))
+    lines.append(_number("grad norm", ours.grad_norms[0], theirs.grad_norms[0], _norm_limit(recipe)))
+    return lines
+
+
+def is_exact(recipe: Recipe) -> bool:
+    """Whether tokens and hidden states are the same bits at any layout."""
+    linear = recipe.linear
+    return linear.weight_format == "ternary" and linear.activation_bits is not None and not recipe.model.num_moe_experts
+
+
+def _line(recipe: Recipe, name: str, ours: Tensor | None, theirs: Tensor | None) -> Line:
+    if ours is None or theirs is None or ours.shape != theirs.shape:
+        return Line(name, math.inf, 0.0, _told(ours), _told(theirs))
+    exact = name.rpartition(".")[2] in _OF_WEIGHTS or is_exact(recipe)
+    limit = 0.0 if exact else (2e-2 if recipe.model.bf16 else 1e-5)
+    difference = 0.0 if fingerprint(ours) == fingerprint(theirs) else relative(ours, theirs) or math.inf
+    return Line(name, difference, limit, fingerprint(ours), fingerprint(theirs))
+
+
+def _told(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else f"shape {list(tensor.shape)}"
+
+
+def _number(name: str, ours: float, theirs: float, limit: float) -> Line:
+    return Line(name, abs(ours - theirs) / abs(theirs), limit, f"{ours!r}", f"{theirs!r}")
+
+
+def _norm_limit(recipe: Recipe) -> float:
+    """Rows of dY are rounded by a shard's own maximum in the int8 modes; bf16 rounds what each shard sums."""
+    if recipe.linear.backward != "exact":
+        return 3e-2
+    return 5e-3 if recipe.model.bf16 else 1e-5
+
+
+def worst(lines: list[Line], kind: str) -> Line | None:
+    """The line of a kind of tensor (KINDS) that differs most; None where there is none."""
+    of_kind = [line for line in lines if line.name.rpartition(".")[2] == kind]
+    return max(of_kind, key=lambda line: line.difference, default=None)
+
+
+def verdict(line: Line | None) -> str:
+    """"equal", or how much it differs."""
+    if line is None:
+        return "-"
+    return "equal" if line.difference == 0 else f"{line.difference:.1e}{'' if line.equal else ' DIFFERS'}"
+
+
+def as_json(lines: list[Line], ours: Trial) -> dict[str, Any]:
+    """For a program: every line, and the bytes."""
+    told = [
+        {"name": x.name, "equal": x.equal, "difference": x.difference, "limit": x.limit, "layout": x.ours, "single": x.theirs}
+        for x in lines
+    ]
+    return {"equal": all(line.equal for line in lines), "tensors": told, "bytes": ours.bytes_sent}
