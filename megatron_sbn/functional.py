@@ -18,7 +18,7 @@ exact in bf16. The int8 modes round dY with its scales to int8 instead, and mult
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,8 @@ __all__ = ["LinearSettings", "PreparedWeight", "TokenLayout", "apply_linear", "p
 
 DIRECT = Direct()
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Pending = Callable[[], Tensor]
+"""A tensor that is on its way: calling it waits for the collective."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class PreparedWeight:
 class TokenLayout:
     """How tokens and features of one layer lie over the tensor-parallel ranks. This one: all on a single device.
 
-    A subclass overrides what its layout needs; tensors cross ranks here and nowhere else.
+    A subclass overrides what its layout needs; tensors cross ranks here and nowhere else. `start_` methods begin what
+    the method without it does, so that products are computed meanwhile; their argument is not touched until the wait.
 
     Attributes:
         splits_input: whether X holds a slice of `in` (row-parallel), so that products are partial sums.
@@ -84,6 +87,11 @@ class TokenLayout:
     def gather_input(self, t: Tensor) -> Tensor:
         """Column-parallel under sequence parallelism: all-gather along dim 0 (X_q, s_x or X; again in backward)."""
         return t
+
+    def start_gather_input(self, t: Tensor) -> Pending:
+        """Begins `gather_input`."""
+        gathered = self.gather_input(t)
+        return lambda: gathered
 
     def reduce_accumulator(self, acc: Tensor) -> Tensor:
         """Row-parallel: the sum over ranks of fp32 acc [..., out]; its own tokens under sequence parallelism."""
@@ -100,6 +108,11 @@ class TokenLayout:
     def reduce_grad_input(self, dx: Tensor) -> Tensor:
         """Column-parallel: the sum over ranks of dx [..., in]; its own tokens under sequence parallelism."""
         return dx
+
+    def start_reduce_grad_input(self, dx: Tensor) -> Pending:
+        """Begins `reduce_grad_input`."""
+        reduced = self.reduce_grad_input(dx)
+        return lambda: reduced
 
 
 def _product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -156,7 +169,8 @@ class _QuantizedLinear(torch.autograd.Function):
         ctx.save_for_backward(x_q, s_x, codes, gamma, prepared.codes_t, mask, decayed, *saved)
         ctx.settings, ctx.layout, ctx.bounds, ctx.producer = settings, layout, prepared.bounds, producer
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, bias.dtype if bias is not None else None
-        tokens, scales = layout.gather_input(x_q), layout.gather_input(s_x)
+        pending = layout.start_gather_input(x_q), layout.start_gather_input(s_x)
+        tokens, scales = (wait() for wait in pending)
         told: dict[str, Any] = {"packed": prepared.packed, "form": prepared.form, "group": settings.sparsity[1]}
         if not layout.splits_input:
             return kernels.ternary_linear(tokens, scales, codes, gamma, bias, x.dtype, **told, backend=backend)
@@ -171,15 +185,21 @@ class _QuantizedLinear(torch.autograd.Function):
         mode, backend = settings.backward, settings.backend
         dy = layout.gather_grad_output(grad_output)  # [..., out]
         dx = dw = db = dgain = None
+        # Tokens are gathered during the product for dX, and dX is summed during the product for dW.
+        pending = (layout.start_gather_input(x_q), layout.start_gather_input(s_x)) if ctx.needs_input_grad[1] else ()
+        summed = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
-            dx = kernels.input_gradient(dy, codes, gamma, codes_t, mode, bounds=ctx.bounds, backend=backend)
-            dx, dgain = ctx.producer.backward(layout.reduce_grad_input(dx), tuple(saved), backend)
-        if ctx.needs_input_grad[1]:
-            tokens, scales = layout.gather_input(x_q), layout.gather_input(s_x)
+            summed = layout.start_reduce_grad_input(
+                kernels.input_gradient(dy, codes, gamma, codes_t, mode, bounds=ctx.bounds, backend=backend)
+            )
+        if pending:
+            tokens, scales = (wait() for wait in pending)
             dw = kernels.weight_gradient(dy, tokens, scales, mode, backend=backend)
             dw = _weight_gradient(dw, weight, mask, settings, ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
             db = _tokens_by_features(dy).float().sum(dim=0).to(ctx.bias_dtype)
+        if summed is not None:
+            dx, dgain = ctx.producer.backward(summed(), tuple(saved), backend)
         return dx, dw, db, dgain, None, None, None, None
 
 
@@ -214,16 +234,18 @@ class _FloatLinear(torch.autograd.Function):
         x, weight, codes, gamma, mask = ctx.saved_tensors
         layout = ctx.layout
         dy = layout.gather_grad_output(grad_output)  # [..., out]
-        dx = dw = db = None
+        dw = db = None
+        tokens = layout.start_gather_input(x) if ctx.needs_input_grad[1] else None
+        summed = None
         if ctx.needs_input_grad[0]:
             wf = _float_weight(weight, PreparedWeight(codes, gamma, mask), dy.dtype)
-            dx = layout.reduce_grad_input(_product(dy, wf, dy.dtype))
-        if ctx.needs_input_grad[1]:
-            gathered = _tokens_by_features(layout.gather_input(x))
-            dw = _product(_tokens_by_features(dy).t(), gathered, torch.float32)
+            summed = layout.start_reduce_grad_input(_product(dy, wf, dy.dtype))
+        if tokens is not None:
+            dw = _product(_tokens_by_features(dy).t(), _tokens_by_features(tokens()), torch.float32)
             dw = _weight_gradient(dw, weight, mask, ctx.settings, weight.dtype)
         if ctx.needs_input_grad[2]:
             db = _tokens_by_features(dy).float().sum(dim=0).to(ctx.bias_dtype)
+        dx = summed() if summed is not None else None
         return dx, dw, db, None, None, None
 
 
