@@ -88,7 +88,9 @@ class Traffic:
                 self._installed.enter_context(mock.patch.object(dist.ProcessGroup, method, counting))
         return self
 
-    def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _: TracebackType | None
+    ) -> None:
         """Leaves the groups as they were."""
         self._installed.close()
 
@@ -193,7 +195,5 @@ def step_metrics(totals: Totals, parallel: ParallelState) -> dict[str, float]:
     expert_size = megatron_state.get_expert_model_parallel_world_size()
     sizes = (parallel.tensor_size, parallel.pipeline_size, parallel.data_size, expert_size)
     return {
-        f"bytes_{name}": value
-        for name, size, value in zip(PER_STEP, sizes, summed.tolist(), strict=True)
-        if size > 1
+        f"bytes_{name}": value for name, size, value in zip(PER_STEP, sizes, summed.tolist(), strict=True) if size > 1
     }
