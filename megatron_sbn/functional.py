@@ -38,9 +38,10 @@ from megatron_sbn.settings import (
     Order,
     WeightFormat,
 )
+from megatron_sbn.token_layout import TokenLayout
 from megatron_sbn.weight_store import ResidentWeight
 
-__all__ = ["LinearSettings", "PreparedWeight", "TokenLayout", "apply_linear", "prepare_weight", "sparse_bitlinear"]
+__all__ = ["LinearSettings", "PreparedWeight", "apply_linear", "prepare_weight", "sparse_bitlinear"]
 
 DIRECT = Direct()
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,42 +67,6 @@ class PreparedWeight:
     form: str = "dense"
     packed: tuple[Tensor, ...] = ()
     bounds: tuple[int, ...] | None = None
-
-
-class TokenLayout:
-    """How tokens and features of one layer lie over the tensor-parallel ranks. This one: all on a single device.
-
-    A subclass overrides what its layout needs; tensors cross ranks here and nowhere else.
-
-    Attributes:
-        splits_input: whether X holds a slice of `in` (row-parallel), so that products are partial sums.
-    """
-
-    splits_input: bool = False
-
-    def token_abs_max(self, a: Tensor) -> Tensor:
-        """Row-parallel: the maximum over ranks of a [tokens...], in forward."""
-        return a
-
-    def gather_input(self, t: Tensor) -> Tensor:
-        """Column-parallel under sequence parallelism: all-gather along dim 0 (X_q, s_x or X; again in backward)."""
-        return t
-
-    def reduce_accumulator(self, acc: Tensor) -> Tensor:
-        """Row-parallel: the sum over ranks of fp32 acc [..., out]; its own tokens under sequence parallelism."""
-        return acc
-
-    def local_tokens(self, s_x: Tensor) -> Tensor:
-        """Row-parallel under sequence parallelism: the slice along dim 0 that this rank keeps after reducing."""
-        return s_x
-
-    def gather_grad_output(self, dy: Tensor) -> Tensor:
-        """Row-parallel under sequence parallelism: all-gather along dim 0."""
-        return dy
-
-    def reduce_grad_input(self, dx: Tensor) -> Tensor:
-        """Column-parallel: the sum over ranks of dx [..., in]; its own tokens under sequence parallelism."""
-        return dx
 
 
 def _product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -157,7 +122,8 @@ class _QuantizedLinear(torch.autograd.Function):
         ctx.save_for_backward(x_q, s_x, codes, gamma, prepared.codes_t, mask, *saved)
         ctx.settings, ctx.layout, ctx.bounds, ctx.producer = settings, layout, prepared.bounds, producer
         ctx.store, ctx.bias_dtype = store, bias.dtype if bias is not None else None
-        tokens, scales = layout.gather_input(x_q), layout.gather_input(s_x)
+        pending = layout.start_gather_input(x_q), layout.start_gather_input(s_x)
+        tokens, scales = (wait() for wait in pending)
         told: dict[str, Any] = {"packed": prepared.packed, "form": prepared.form, "group": settings.sparsity[1]}
         if not layout.splits_input:
             return kernels.ternary_linear(tokens, scales, codes, gamma, bias, x.dtype, **told, backend=backend)
@@ -172,15 +138,21 @@ class _QuantizedLinear(torch.autograd.Function):
         mode, backend = settings.backward, settings.backend
         dy = layout.gather_grad_output(grad_output)  # [..., out]
         dx = dw = db = dgain = None
+        # Tokens are gathered during the product for dX, and dX is summed during the product for dW.
+        pending = (layout.start_gather_input(x_q), layout.start_gather_input(s_x)) if ctx.needs_input_grad[1] else ()
+        summed = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
-            dx = kernels.input_gradient(dy, codes, gamma, codes_t, mode, bounds=ctx.bounds, backend=backend)
-            dx, dgain = ctx.producer.backward(layout.reduce_grad_input(dx), tuple(saved), backend)
-        if ctx.needs_input_grad[1]:
-            tokens, scales = layout.gather_input(x_q), layout.gather_input(s_x)
+            summed = layout.start_reduce_grad_input(
+                kernels.input_gradient(dy, codes, gamma, codes_t, mode, bounds=ctx.bounds, backend=backend)
+            )
+        if pending:
+            tokens, scales = (wait() for wait in pending)
             dw = kernels.weight_gradient(dy, tokens, scales, mode, backend=backend)
             dw = _weight_gradient(dw, ctx.store, mask, settings)
         if ctx.needs_input_grad[2]:
             db = _tokens_by_features(dy).float().sum(dim=0).to(ctx.bias_dtype)
+        if summed is not None:
+            dx, dgain = ctx.producer.backward(summed(), tuple(saved), backend)
         return dx, dw, db, dgain, None, None, None, None, None
 
 
@@ -216,17 +188,18 @@ class _FloatLinear(torch.autograd.Function):
         x, codes, gamma, mask = ctx.saved_tensors
         layout = ctx.layout
         dy = layout.gather_grad_output(grad_output)  # [..., out]
-        dx = dw = db = None
+        dw = db = None
+        tokens = layout.start_gather_input(x) if ctx.needs_input_grad[1] else None
+        summed = None
         if ctx.needs_input_grad[0]:
             with _float_weight(ctx.store, PreparedWeight(codes, gamma, mask), dy.dtype) as wf:
-                dx = _product(dy, wf, dy.dtype)
-            dx = layout.reduce_grad_input(dx)
-        if ctx.needs_input_grad[1]:
-            gathered = _tokens_by_features(layout.gather_input(x))
-            dw = _product(_tokens_by_features(dy).t(), gathered, torch.float32)
+                summed = layout.start_reduce_grad_input(_product(dy, wf, dy.dtype))
+        if tokens is not None:
+            dw = _product(_tokens_by_features(dy).t(), _tokens_by_features(tokens()), torch.float32)
             dw = _weight_gradient(dw, ctx.store, mask, ctx.settings)
         if ctx.needs_input_grad[2]:
             db = _tokens_by_features(dy).float().sum(dim=0).to(ctx.bias_dtype)
+        dx = summed() if summed is not None else None
         return dx, dw, db, None, None, None, None
 
 

@@ -5,7 +5,8 @@ import sbn_kernels as kernels
 import torch
 from torch import Tensor
 
-from megatron_sbn.functional import LinearSettings, PreparedWeight, TokenLayout, apply_linear, prepare_weight
+from megatron_sbn.functional import LinearSettings, PreparedWeight, apply_linear, prepare_weight
+from megatron_sbn.token_layout import TokenLayout
 
 TOKENS, WIDTH, OUT = 8, 64, 24
 

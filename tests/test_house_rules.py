@@ -20,16 +20,16 @@ HEAVY = ("torch", "deepspeed", "megatron", "mlflow", "sbn_kernels")
 ONLY_IMPORTER = {"deepspeed": "megatron_sbn/parallel/zero.py", "mlflow": "megatron_sbn/experiments/tracking.py"}
 
 # Data flows one way: what each part of megatron_sbn may import of megatron_sbn, beside itself and its own level.
-BASE = ("errors", "environment", "config", "settings", "staging", "weight_store")
+BASE = ("errors", "environment", "config", "settings", "staging", "weight_store", "token_layout")
 FOUNDATION = {f"megatron_sbn.{name}" for name in BASE}
 MAY_IMPORT = {
     "megatron_sbn/environment.py": {"megatron_sbn.errors"},
     "megatron_sbn/feasibility.py": {"megatron_sbn.errors", "megatron_sbn.config"},
     "megatron_sbn/config.py": {"megatron_sbn.errors", "megatron_sbn.feasibility", "megatron_sbn.recipe_file"},
-    **{f"megatron_sbn/{name}.py": set() for name in ("errors", "settings", "weight_store")},
+    **{f"megatron_sbn/{name}.py": set() for name in ("errors", "settings", "weight_store", "token_layout")},
     **{f"megatron_sbn/{name}.py": {"megatron_sbn.errors"} for name in ("staging", "recipe_file")},
     "megatron_sbn/producers.py": {"megatron_sbn.settings"},
-    "megatron_sbn/functional.py": {f"megatron_sbn.{name}" for name in ("settings", "producers", "weight_store")},
+    "megatron_sbn/functional.py": {f"megatron_sbn.{name}" for name in ("settings", "producers", *BASE[-2:])},
     "megatron_sbn/parallel/": FOUNDATION | {"megatron_sbn.parallel"},
     "megatron_sbn/layers/": FOUNDATION
     | {"megatron_sbn.functional", "megatron_sbn.producers", "megatron_sbn.layers", "megatron_sbn.parallel.shard"},

@@ -5,14 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_sbn.functional import (
-    LinearSettings,
-    PreparedWeight,
-    TokenLayout,
-    apply_linear,
-    prepare_weight,
-    sparse_bitlinear,
-)
+from megatron_sbn.functional import LinearSettings, PreparedWeight, apply_linear, prepare_weight, sparse_bitlinear
+from megatron_sbn.token_layout import TokenLayout
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ enter is compared by its largest relative difference.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def worst(lines: list[Line], kind: str) -> Line | None:
 
 
 def verdict(line: Line | None) -> str:
-    """"equal", or how much it differs."""
+    """ "equal", or how much it differs."""
     if line is None:
         return "-"
     return "equal" if line.difference == 0 else f"{line.difference:.1e}{'' if line.equal else ' DIFFERS'}"
@@ -118,8 +118,5 @@ def verdict(line: Line | None) -> str:
 
 def as_json(lines: list[Line], ours: Trial) -> dict[str, Any]:
     """For a program: every line, and the bytes."""
-    told = [
-        {"name": x.name, "equal": x.equal, "difference": x.difference, "limit": x.limit, "layout": x.ours, "single": x.theirs}
-        for x in lines
-    ]
+    told = [asdict(line) | {"equal": line.equal} for line in lines]
     return {"equal": all(line.equal for line in lines), "tensors": told, "bytes": ours.bytes_sent}

@@ -4,7 +4,8 @@ The arithmetic is functional.py's; what differs between one device and a shard i
 `TokenLayout`:
 
     column-parallel (rows of W cut)      forward: X_q and s_x all-gathered as int8 and fp32 (sequence parallelism)
-                                         backward: dX summed, or reduce-scattered over the tokens
+                                         backward: the same, during the product for dX; then dX summed, or
+                                         reduce-scattered over the tokens, during the product for dW
     row-parallel (columns of W cut)      forward: MAX of the tokens' magnitudes, exact SUM of the accumulators
                                          backward: dY all-gathered (sequence parallelism)
 
@@ -20,11 +21,12 @@ import torch.distributed as dist
 from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor, nn
 
-from megatron_sbn.functional import DIRECT, LinearSettings, PreparedWeight, TokenLayout, apply_linear
+from megatron_sbn.functional import DIRECT, LinearSettings, PreparedWeight, apply_linear
 from megatron_sbn.layers.loss import linear_cross_entropy
 from megatron_sbn.layers.norm import RMSNorm
 from megatron_sbn.parallel.shard import LogicalShard, column_shard, gated_shard, row_shard, whole
 from megatron_sbn.producers import Direct, RmsNorm, fusible
+from megatron_sbn.token_layout import Pending, TokenLayout
 from megatron_sbn.weight_store import ResidentWeight
 
 DENSE = LinearSettings(weight_format="dense", sparsity=(8, 8))
@@ -39,11 +41,19 @@ class ColumnLayout(TokenLayout):
 
     def gather_input(self, t: Tensor) -> Tensor:
         """[tokens/tp, ...] -> [tokens, ...] under sequence parallelism."""
-        return _all_gather(t, self.group) if self.sequence_parallel else t
+        return _all_gather(t, self.group)() if self.sequence_parallel else t
+
+    def start_gather_input(self, t: Tensor) -> Pending:
+        """Begins `gather_input`."""
+        return _all_gather(t, self.group, async_op=True) if self.sequence_parallel else lambda: t
 
     def reduce_grad_input(self, dx: Tensor) -> Tensor:
         """Sums the partial input gradients; under sequence parallelism each rank keeps its tokens."""
-        return _reduce(dx, self.group, self.sequence_parallel)
+        return _reduce(dx, self.group, self.sequence_parallel)()
+
+    def start_reduce_grad_input(self, dx: Tensor) -> Pending:
+        """Begins `reduce_grad_input`."""
+        return _reduce(dx, self.group, self.sequence_parallel, async_op=True)
 
 
 class RowLayout(TokenLayout):
@@ -62,7 +72,7 @@ class RowLayout(TokenLayout):
 
     def reduce_accumulator(self, acc: Tensor) -> Tensor:
         """Exact sum of integer accumulators; under sequence parallelism each rank keeps its tokens."""
-        return _reduce(acc, self.group, self.sequence_parallel)
+        return _reduce(acc, self.group, self.sequence_parallel)()
 
     def local_tokens(self, s_x: Tensor) -> Tensor:
         """This rank's tokens of [tokens, ...] under sequence parallelism."""
@@ -70,27 +80,41 @@ class RowLayout(TokenLayout):
 
     def gather_grad_output(self, dy: Tensor) -> Tensor:
         """[tokens/tp, ...] -> [tokens, ...] under sequence parallelism."""
-        return _all_gather(dy, self.group) if self.sequence_parallel else dy
+        return _all_gather(dy, self.group)() if self.sequence_parallel else dy
 
 
-def _all_gather(t: Tensor, group: dist.ProcessGroup) -> Tensor:
+class _Started:
+    """A collective's result, for whoever calls this; what was given to it lives until then.
+
+    On CUDA it is the current stream that waits, not this process.
+    """
+
+    def __init__(self, work: dist.Work | None, result: Tensor, given: Tensor) -> None:
+        self._work, self._result, self._given = work, result, given
+
+    def __call__(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+        self._work, self._given = None, self._result
+        return self._result
+
+
+def _all_gather(t: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> Pending:
     """Concatenates along dim 0 over the group."""
+    t = t.contiguous()
     gathered = t.new_empty((t.shape[0] * group.size(), *t.shape[1:]))
-    dist.all_gather_into_tensor(gathered, t.contiguous(), group=group)
-    return gathered
+    return _Started(dist.all_gather_into_tensor(gathered, t, group=group, async_op=async_op), gathered, t)
 
 
-def _reduce(t: Tensor, group: dist.ProcessGroup, scatter: bool) -> Tensor:
+def _reduce(t: Tensor, group: dist.ProcessGroup, scatter: bool, async_op: bool = False) -> Pending:
     """Sums over the group; with `scatter`, each rank keeps its share of dim 0."""
     if group.size() == 1:
-        return t
+        return lambda: t
     t = t.contiguous()
     if not scatter:
-        dist.all_reduce(t, group=group)
-        return t
+        return _Started(dist.all_reduce(t, group=group, async_op=async_op), t, t)
     share = t.new_empty((t.shape[0] // group.size(), *t.shape[1:]))
-    dist.reduce_scatter_tensor(share, t, group=group)
-    return share
+    return _Started(dist.reduce_scatter_tensor(share, t, group=group, async_op=async_op), share, t)
 
 
 class SparseBitLinear(nn.Module):

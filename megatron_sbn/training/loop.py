@@ -23,6 +23,7 @@ from megatron_sbn.model import build_stages
 from megatron_sbn.parallel import state as parallel_state
 from megatron_sbn.parallel.cpu import without_cuda
 from megatron_sbn.parallel.state import ParallelState
+from megatron_sbn.parallel.traffic import Totals, Traffic, group_names, step_metrics
 from megatron_sbn.training import checkpoint
 from megatron_sbn.training.console import Console
 from megatron_sbn.training.evaluate import Evaluator
@@ -53,6 +54,8 @@ class Loop:
         stages = build_stages(recipe, parallel)
         self.trainer = Trainer(recipe, parallel, stages)
         self.telemetry = Telemetry(stages.state, parallel)
+        self.traffic = Traffic(group_names(parallel))
+        self.sent: Totals = {}  # by the last step
         self.first = self._resume() if self.folder.resume_from else 0
         stages.state.prepare(self.first)
         self.metrics = MetricsFile(self.folder.metrics) if parallel.rank == 0 else None
@@ -78,7 +81,7 @@ class Loop:
         console.say(self._introduction())
         for layer, served in self.trainer.stages.state.kernels().items():
             console.say(f"kernels: {layer}: {served}")
-        with self._tracked():
+        with self._tracked(), self.traffic:
             if self.first == 0:
                 self._measure(console, 0)
             for step in range(self.first, training.steps):
@@ -90,6 +93,7 @@ class Loop:
         console.close()
 
     def _step(self, step: int) -> tuple[StepResult, float]:
+        self.traffic.restart()
         began = time.perf_counter()
         recipe = self.recipe
         samples = batch(
@@ -102,7 +106,9 @@ class Loop:
         result = self.trainer.step(step, samples)
         if self.parallel.device.type == "cuda":
             torch.cuda.synchronize()
-        return result, time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self.sent = self.traffic.totals()
+        return result, seconds
 
     def _after_step(self, console: Console, done: int, result: StepResult, seconds: float) -> None:
         training, last = self.recipe.training, done == self.recipe.training.steps
@@ -120,7 +126,7 @@ class Loop:
                 "model_flops_per_second_dense": dense * tokens_per_second,
                 "model_flops_per_second_sparse": sparse * tokens_per_second,
             }
-            self._record(done, values)
+            self._record(done, values | step_metrics(self.sent, self.parallel))
         if self.evaluator and training.validation_interval and (done % training.validation_interval == 0 or last):
             values = self.evaluator.run(self.trainer)
             self._record(done, values)

@@ -57,7 +57,8 @@ def test_recomputation_gives_the_same_bits() -> None:
 
 def prepared_layer(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """A layer whose weights were prepared before, as in training."""
-    from megatron_sbn.functional import LinearSettings, PreparedWeight, TokenLayout, apply_linear
+    from megatron_sbn.functional import LinearSettings, PreparedWeight, apply_linear
+    from megatron_sbn.token_layout import TokenLayout
 
     return apply_linear(torch.tanh(x), w, bias, PreparedWeight(CODES, ROWS), LinearSettings(), TokenLayout()) * 2
 

@@ -90,6 +90,16 @@ def test_a_run_leaves_what_its_folder_promises(uninterrupted: tuple[Path, str]) 
     assert "holds a run already" in again.stderr
 
 
+def test_bytes_are_those_of_a_step_and_of_groups_that_exist(uninterrupted: tuple[Path, str]) -> None:
+    """The same at every step, so nothing of the validation at 4, the telemetry and the checkpoints is among them."""
+    lines = [line for line in comparable(uninterrupted[0]) if "loss" in line]
+    assert len(lines) == STEPS
+    # Forward and backward gather and reduce at least the tokens of every layer, on both ranks.
+    assert {line["bytes_tensor"] for line in lines} == {lines[0]["bytes_tensor"]}
+    assert lines[0]["bytes_tensor"] > 2 * 2 * 4 * 64 * 32 * 2
+    assert {key for line in lines for key in line if key.startswith("bytes_")} == {"bytes_tensor"}
+
+
 def test_mlflow_out_of_reach_is_told_once_and_stops_nothing(uninterrupted: tuple[Path, str]) -> None:
     run, printed = uninterrupted
     warnings = [line for line in printed.splitlines() if UNREACHABLE in line and "cannot be reached" in line]
