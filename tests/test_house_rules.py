@@ -24,7 +24,7 @@ FOUNDATION = {f"megatron_sbn.{name}" for name in ("errors", "environment", "conf
 MAY_IMPORT = {
     "megatron_sbn/errors.py": set(),
     "megatron_sbn/environment.py": {"megatron_sbn.errors"},
-    "megatron_sbn/feasibility.py": {"megatron_sbn.errors", "megatron_sbn.config"},
+    "megatron_sbn/feasibility": {"megatron_sbn.errors", "megatron_sbn.config", "megatron_sbn.feasibility_experts"},
     "megatron_sbn/config.py": {"megatron_sbn.errors", "megatron_sbn.feasibility", "megatron_sbn.recipe_file"},
     "megatron_sbn/settings.py": set(),
     **dict.fromkeys(("megatron_sbn/staging.py", "megatron_sbn/recipe_file.py"), {"megatron_sbn.errors"}),

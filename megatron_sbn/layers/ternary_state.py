@@ -1,9 +1,9 @@
 """gamma, masks and codes of all layers, once per optimizer step (docs/method.md, section 4).
 
 W changes only in the optimizer step, so what is derived from it is made right after, and serves every micro-batch,
-recomputation and evaluation until the next. All layers share one MAX and one SUM all-reduce over the tensor-parallel
-group: the maxima of all parts in one vector, then their fixed-point sums in another, which makes every gamma
-independent of how its rows or columns are cut.
+recomputation and evaluation until the next. All layers that are cut share one MAX and one SUM all-reduce over
+the tensor-parallel group: the maxima of all parts in one vector, then their fixed-point sums in another, which makes
+every gamma independent of how its rows or columns are cut. Experts are whole on their rank and need no exchange.
 """
 
 from collections.abc import Mapping
@@ -56,6 +56,7 @@ class _Part:
     layer: str
     ranges: tuple[tuple[int, int], ...]  # (start, length)
     count: int
+    cut: bool  # whether other ranks of the tensor-parallel group hold more of it
 
     def views(self, t: Tensor) -> tuple[Tensor, ...]:
         """The part's rows of a tensor [rows, ...]."""
@@ -218,10 +219,13 @@ class TernaryState:
 
     def _gammas(self, settings: LinearSettings, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """gamma of every row of every layer, fp32 [out], from one MAX and one SUM over the group."""
-        parts = [part for name, layer in self.layers.items() for part in _parts(name, layer, self.group.size())]
+        parts = [part for name, layer in self.layers.items() for part in _parts(name, layer)]
+        parts.sort(key=lambda part: not part.cut)  # those that take part in the sums come first
+        cut = sum(part.cut for part in parts)
         pieces = [part.views(self.layers[part.layer].weight.detach()) for part in parts]
         maxima = sbn_kernels.abs_maxima(pieces, backend=settings.backend)
-        dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self.group)
+        if cut:
+            dist.all_reduce(maxima[:cut], dist.ReduceOp.MAX, group=self.group)
         for part, finite in zip(parts, maxima.isfinite().tolist(), strict=True):
             if not finite:
                 error = NumericalError(f"{part.layer}.weight holds NaN or Inf; resume from the last good checkpoint")
@@ -236,7 +240,8 @@ class TernaryState:
         if survivors:
             kept = [part.views(self._survivors(part.layer, settings, masks)) for part in parts]
         totals = sbn_kernels.fixed_point_sums(pieces, units, kept, backend=settings.backend)
-        dist.all_reduce(totals, dist.ReduceOp.SUM, group=self.group)
+        if cut:
+            dist.all_reduce(totals[:cut], dist.ReduceOp.SUM, group=self.group)
         gammas = sbn_kernels.gamma_from_fixed_point(totals, units, count)
         per_row = {name: torch.empty(len(layer.weight), device=maxima.device) for name, layer in self.layers.items()}
         for part, gamma in zip(parts, gammas, strict=True):
@@ -252,11 +257,13 @@ class TernaryState:
         return sbn_kernels.nm_mask(weight, *settings.sparsity, backend=settings.backend)
 
 
-def _parts(name: str, layer: SparseBitLinear, group_size: int) -> list[_Part]:
+def _parts(name: str, layer: SparseBitLinear) -> list[_Part]:
     """The parts of a layer. Rows or columns are cut equally, so a part's global count is its local one times tp."""
     columns = layer.weight.shape[1]
+    shares = layer.weight_shard.numel // layer.weight.numel()
     return [
-        _Part(name, ranges, sum(length for _, length in ranges) * columns * group_size) for ranges in layer.part_rows
+        _Part(name, ranges, sum(length for _, length in ranges) * columns * shares, shares > 1)
+        for ranges in layer.part_rows
     ]
 
 

@@ -12,6 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+# Between the name of a layer and that of one of its experts, in the names of parameters and modules.
+EXPERTS = ".mlp.experts.local_experts."
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter, a layer or what is derived from it belongs to one expert of a mixture."""
+    return EXPERTS in name
+
 
 @dataclass(frozen=True)
 class LogicalShard:
@@ -52,6 +60,11 @@ class LogicalParameter:
     name: str
     parameter: nn.Parameter
     shard: LogicalShard
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it belongs to one expert, which only the ranks of its expert-data-parallel group hold."""
+        return is_expert(self.name)
 
     @property
     def counts(self) -> bool:

@@ -29,6 +29,11 @@ def parallel():
         data_group=group,
         model_group=group,
         sequence_parallel=False,
+        expert_rank=0,
+        expert_size=1,
+        expert_group=group,
+        expert_data_group=group,
+        expert_model_group=group,
     )
 
 
