@@ -36,6 +36,12 @@ class Router(TopKRouter):
     Its own product asks for a Transformer Engine function by name, and fails where that is not installed.
     """
 
+    def reset_parameters(self) -> None:
+        """A bias of zero: like all biases here, and unlike memory that was never written."""
+        super().reset_parameters()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def gating(self, input: Tensor) -> Tensor:
         """[tokens, batch, hidden] -> logits, fp32 [tokens, batch, experts]."""
         bias = None if self.bias is None else self.bias.float()
@@ -43,6 +49,17 @@ class Router(TopKRouter):
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Nothing: there is no expert bias. Megatron-Core hands this call to a compiler."""
+
+
+class ExpertDown(RowParallelLinear):
+    """An expert's down projection. Megatron-Core adds its bias in place, which autograd allows in no custom function's
+    own output.
+    """
+
+    def forward(self, x: Tensor, weight: Tensor | None = None, **rest: Any) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401
+        """[tokens, in] -> ([tokens, out], bias that the caller adds, or None)."""
+        y, bias = super().forward(x, weight, **rest)
+        return (y if bias is None else y.clone()), bias
 
 
 class Experts(SequentialMLP):
@@ -63,17 +80,18 @@ class Experts(SequentialMLP):
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """([tokens, hidden], no bias) of tokens sorted by expert, [tokens, hidden], each with its weight, [tokens].
 
-        `tokens_per_expert` is int64 [experts]; an expert without tokens is left out.
+        `tokens_per_expert` is int64 [experts]; an expert without tokens is left out. A rank without any still returns
+        what depends on tokens and weights: its part in the collectives of the dispatcher's backward pass.
         """
         counts = tokens_per_expert.tolist()
         given = zip(self.local_experts, tokens.split(counts), probs.split(counts), strict=True)
         outputs = [expert(its_tokens, its_probs)[0] for expert, its_tokens, its_probs in given if len(its_tokens)]
-        return torch.cat(outputs) if outputs else tokens, None
+        return torch.cat(outputs) if outputs else tokens * probs.unsqueeze(-1).to(tokens.dtype), None
 
 
 def mixture_spec() -> ModuleSpec:
     """The mixture in place of a layer's MLP."""
-    linears = MLPSubmodules(linear_fc1=GatedLinear, linear_fc2=RowParallelLinear)
+    linears = MLPSubmodules(linear_fc1=GatedLinear, linear_fc2=ExpertDown)
     experts = ModuleSpec(module=Experts, submodules=linears)
     return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=Router))
 

@@ -260,7 +260,7 @@ class TernaryState:
 def _parts(name: str, layer: SparseBitLinear) -> list[_Part]:
     """The parts of a layer. Rows or columns are cut equally, so a part's global count is its local one times tp."""
     columns = layer.weight.shape[1]
-    shares = layer.weight_shard.numel // layer.weight.numel()
+    shares = layer.weight_shard.shares
     return [
         _Part(name, ranges, sum(length for _, length in ranges) * columns * shares, shares > 1)
         for ranges in layer.part_rows

@@ -38,6 +38,12 @@ class LogicalShard:
         """Elements of the logical tensor."""
         return math.prod(self.shape)
 
+    @property
+    def shares(self) -> int:
+        """How many equal pieces the logical tensor is cut into."""
+        by_rows = self.shape[0] // sum(length for _, length in self.rows)
+        return by_rows if self.columns is None else by_rows * (self.shape[1] // self.columns[1])
+
     def take(self, full: Tensor) -> Tensor:
         """The stored local tensor, cut from the logical one."""
         local = torch.cat([full.narrow(0, start, length) for start, length in self.rows])
