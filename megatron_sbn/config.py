@@ -82,6 +82,10 @@ class Model(Section):
     init_method_std: PositiveFloat = 0.02
     bf16: bool = True  # activations and floating GEMMs; parameters are optimizer.parameter_dtype
     recompute_granularity: Literal["full", "selective"] | None = None
+    num_moe_experts: Positive | None = None  # None: one dense MLP a layer; else every layer is a mixture
+    moe_router_topk: Positive = 2  # experts of a token
+    moe_ffn_hidden_size: Positive | None = None  # of one expert; None: ffn_hidden_size
+    moe_aux_loss_coeff: NonNegativeFloat = 0.0  # load balancing (Switch Transformer), in every micro-batch; 0: none
 
     @property
     def query_groups(self) -> int:
@@ -92,6 +96,11 @@ class Model(Section):
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden features of one gated MLP: the dense one, or one expert."""
+        return (self.num_moe_experts and self.moe_ffn_hidden_size) or self.ffn_hidden_size
 
     @property
     def padded_vocab_size(self) -> int:

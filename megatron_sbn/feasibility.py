@@ -3,9 +3,11 @@
 Each message is one line: the field, its value, and the fix. Imports no torch.
 """
 
+import math
 from typing import TYPE_CHECKING
 
 from megatron_sbn.errors import RecipeError
+from megatron_sbn.feasibility_experts import check_expert_world, check_experts
 
 if TYPE_CHECKING:
     from megatron_sbn.config import Recipe
@@ -18,6 +20,7 @@ def check_recipe(recipe: "Recipe") -> None:
     """Raises RecipeError unless the recipe can be trained on some number of ranks."""
     _check_model(recipe)
     _check_parallel(recipe)
+    check_experts(recipe)
     _check_linear(recipe)
     _check_schedule(recipe)
     if recipe.training.global_batch_size % recipe.training.micro_batch_size:
@@ -34,7 +37,8 @@ def check_recipe(recipe: "Recipe") -> None:
 
 def model_ranks(recipe: "Recipe") -> int:
     """The fewest ranks that fill the layout: a replica, and as many of them as its experts are spread over."""
-    return recipe.parallel.tensor * recipe.parallel.pipeline
+    parallel = recipe.parallel
+    return parallel.pipeline * math.lcm(parallel.tensor, parallel.expert)
 
 
 def check_world(recipe: "Recipe", world_size: int) -> None:
@@ -46,6 +50,7 @@ def check_world(recipe: "Recipe", world_size: int) -> None:
             f"parallel.tensor = {parallel.tensor} x parallel.pipeline = {parallel.pipeline} needs a multiple of "
             f"{model_size} ranks, and {world_size} were started; start {model_size} (--nproc-per-node) or change it"
         )
+    check_expert_world(recipe, world_size)
     data_size = world_size // model_size
     unit = training.micro_batch_size * data_size
     if training.global_batch_size % unit:
@@ -78,7 +83,8 @@ def _check_parallel(recipe: "Recipe") -> None:
     tensor, pipeline = parallel.tensor, parallel.pipeline
     _divisible(model.num_attention_heads, "model.num_attention_heads", tensor, "parallel.tensor")
     _divisible(model.query_groups, "model.num_query_groups", tensor, "parallel.tensor")
-    _divisible(model.ffn_hidden_size, "model.ffn_hidden_size", tensor, "parallel.tensor")
+    if model.num_moe_experts is None:
+        _divisible(model.ffn_hidden_size, "model.ffn_hidden_size", tensor, "parallel.tensor")
     _divisible(model.padded_vocab_size, "model.vocab_size (padded)", tensor, "parallel.tensor")
     if parallel.sequence and tensor > 1:
         _divisible(model.seq_length, "model.seq_length", tensor, "parallel.tensor", "or set parallel.sequence=false")
@@ -94,8 +100,6 @@ def _check_parallel(recipe: "Recipe") -> None:
             f"parallel.zero_stage = 3 with parallel.pipeline = {pipeline}: stages would wait for each other's gathers "
             "for ever; use parallel.zero_stage = 1 or 2, or parallel.pipeline = 1"
         )
-    if parallel.expert != 1:
-        raise RecipeError(f"parallel.expert = {parallel.expert}: the model has no experts; use 1")
 
 
 def _check_linear(recipe: "Recipe") -> None:
@@ -136,12 +140,12 @@ def _check_used(recipe: "Recipe", ternary: bool) -> None:
 
 
 def _check_groups(recipe: "Recipe", n: int, m: int, where: str) -> None:
-    """No group of M may straddle a shard: column-parallel weights are whole along in, row-parallel ones cut."""
+    """No group of M may straddle a shard: column-parallel weights and experts are whole along in, the others cut."""
     model, tensor = recipe.model, recipe.parallel.tensor
     inputs = (
         ("model.hidden_size", model.hidden_size, 1),
         ("the attention width (heads x kv_channels)", model.num_attention_heads * model.head_dim, tensor),
-        ("model.ffn_hidden_size", model.ffn_hidden_size, tensor),
+        _mlp_width(recipe),
     )
     for name, width, cut in inputs:
         if (width // cut) % m:
@@ -152,9 +156,17 @@ def _check_groups(recipe: "Recipe", n: int, m: int, where: str) -> None:
             )
 
 
+def _mlp_width(recipe: "Recipe") -> tuple[str, int, int]:
+    """(field, hidden features of an MLP, ranks that they are cut over)."""
+    model = recipe.model
+    own = model.num_moe_experts is not None and model.moe_ffn_hidden_size is not None
+    cut = recipe.parallel.tensor if model.num_moe_experts is None else 1
+    return "model.moe_ffn_hidden_size" if own else "model.ffn_hidden_size", model.mlp_width, cut
+
+
 def _check_exact(recipe: "Recipe") -> None:
     model = recipe.model
-    widest = max(model.hidden_size, model.ffn_hidden_size, model.num_attention_heads * model.head_dim)
+    widest = max(model.hidden_size, model.mlp_width, model.num_attention_heads * model.head_dim)
     if widest > MAX_EXACT_INPUT:
         raise RecipeError(f"a linear input of {widest} exceeds {MAX_EXACT_INPUT}, where integer sums stop being exact")
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from sbn_kernels import tuning
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from megatron_sbn.config import Recipe
 from megatron_sbn.errors import InputError
 from megatron_sbn.layers.activation import silu
+from megatron_sbn.layers.experts import globally_numbered, mixture_settings
 from megatron_sbn.layers.linear import HeadLinear, SparseBitLinear
 from megatron_sbn.layers.mlp import fuse_swiglu
 from megatron_sbn.layers.spec import block_spec
@@ -98,6 +100,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         persist_layer_norm=False,
         deallocate_pipeline_outputs=True,
         batch_p2p_comm=torch.cuda.is_available(),
+        **mixture_settings(model, parallel),
     )
 
 
@@ -137,7 +140,9 @@ def _build_chunk(
     groups = ProcessGroupCollection.use_mpu_process_groups()
     chunk = SparseBitModel(
         config=config,
-        transformer_layer_spec=block_spec(model.num_layers // (parallel.pipeline_size * count)),
+        transformer_layer_spec=block_spec(
+            model.num_layers // (parallel.pipeline_size * count), mixture=model.num_moe_experts is not None
+        ),
         vocab_size=model.padded_vocab_size,
         max_sequence_length=model.seq_length,
         pre_process=first,
@@ -151,8 +156,9 @@ def _build_chunk(
     )
     for layer in chunk.decoder.layers:
         layer.self_attention.linear_qkv.absorb(layer.input_layernorm)
-        layer.mlp.linear_fc1.absorb(layer.pre_mlp_layernorm)
-        fuse_swiglu(layer.mlp)
+        if isinstance(layer.mlp, MLP):  # the router of a mixture reads what the norm returns
+            layer.mlp.linear_fc1.absorb(layer.pre_mlp_layernorm)
+            fuse_swiglu(layer.mlp)
     if first:
         dtype = activation_dtype(recipe)
         chunk.embedding.register_forward_hook(lambda _module, _inputs, output: output.to(dtype))
@@ -170,12 +176,16 @@ def _build_chunk(
 
 
 def _global_name(chunk: GPTModel, local: str) -> str:
-    """Layer numbers are stage-local in Megatron-Core's names; `layer_number` counts over the whole model from 1."""
+    """Layer numbers are stage-local in Megatron-Core's names; `layer_number` counts over the whole model from 1.
+
+    The numbers of experts are local to the rank, likewise.
+    """
     prefix = "decoder.layers."
     if not local.startswith(prefix):
         return local
     index, _, rest = local.removeprefix(prefix).partition(".")
-    return f"{prefix}{chunk.decoder.layers[int(index)].layer_number - 1}.{rest}"
+    layer = chunk.decoder.layers[int(index)]
+    return globally_numbered(f"{prefix}{layer.layer_number - 1}.{rest}", layer.mlp)
 
 
 def _sparse_layers(chunk: GPTModel) -> dict[str, SparseBitLinear]:

@@ -22,6 +22,8 @@ from torch import Tensor
 class ResidentWeight:
     """W as a tensor of this rank, usually a parameter; autograd adds its gradient up."""
 
+    is_cut = False  # whether data-parallel replicas hold a fragment each
+
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
 

@@ -45,7 +45,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("parallel.pipeline=3", "model.num_layers = 8 is not divisible by parallel.pipeline = 3", "6 or 9"),
         ("parallel.pipeline=2 parallel.virtual_pipeline=3", "model.num_layers = 8 is not divisible by parallel.pipeline x", "6 or 12"),
         ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline = 2 needs parallel.pipeline > 1", "leave it out"),
-        ("parallel.expert=2", "parallel.expert = 2", "use 1"),
+        ("parallel.expert=2", "parallel.expert = 2", "use 1, or set model.num_moe_experts"),
         # linear layers
         ("linear.mask_source=quantized linear.order=mask_then_quant", "linear.mask_source = 'quantized'", "needs linear.order"),
         ("linear.sparsity=0:8", "linear.sparsity = 0:8", "1 <= N <= M <= 32"),

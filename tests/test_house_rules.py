@@ -24,7 +24,7 @@ BASE = ("errors", "environment", "config", "settings", "staging", "weight_store"
 FOUNDATION = {f"megatron_sbn.{name}" for name in BASE}
 MAY_IMPORT = {
     "megatron_sbn/environment.py": {"megatron_sbn.errors"},
-    "megatron_sbn/feasibility.py": {"megatron_sbn.errors", "megatron_sbn.config"},
+    "megatron_sbn/feasibility": {"megatron_sbn.errors", "megatron_sbn.config", "megatron_sbn.feasibility_experts"},
     "megatron_sbn/config.py": {"megatron_sbn.errors", "megatron_sbn.feasibility", "megatron_sbn.recipe_file"},
     **{f"megatron_sbn/{name}.py": set() for name in ("errors", "settings", "weight_store", "token_layout")},
     **{f"megatron_sbn/{name}.py": {"megatron_sbn.errors"} for name in ("staging", "recipe_file")},

@@ -2,12 +2,13 @@
 
     flip_rate = popcount(mask xor reference) / mask bits        reference: the masks at the previous measurement
 
-Counts are integers, summed over the shards of one replica by a single int64 all-reduce, then divided once: a value is
-the same to the last bit in every layout. Data-parallel replicas hold equal weights and are not summed. Masks are made
-from the weights where forward did not keep them, and remembered at 1 bit a weight.
+Counts are integers, summed over the shards of one replica by a single int64 all-reduce (another one for experts, whose
+replicas are other ranks), then divided once: a value is the same to the last bit in every layout. Replicas hold equal
+weights and are not summed. Masks are made from the weights where forward did not keep them, and remembered at 1 bit a
+weight.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import sbn_kernels
@@ -18,6 +19,7 @@ from torch import Tensor
 from megatron_sbn.errors import CheckpointError
 from megatron_sbn.layers.linear import SparseBitLinear
 from megatron_sbn.layers.ternary_state import TernaryState, layer_mask
+from megatron_sbn.parallel.shard import is_expert
 from megatron_sbn.parallel.state import ParallelState
 
 _COUNTERS, _MASKS = "counters", "masks."
@@ -68,10 +70,9 @@ class Telemetry:
         if sparsity != self._sparsity:
             self._references = {}
         compared = bool(self._references)
-        counts = torch.zeros(7, dtype=torch.int64, device=self.parallel.device)
-        for name, layer in layers.items():
-            counts += self._measure_layer(name, layer).stack()
-        dist.all_reduce(counts, group=self.parallel.model_group)
+        counts = self._sum((name for name in layers if not is_expert(name)), self.parallel.model_group)
+        if any(is_expert(name) for name in layers):
+            counts += self._sum((name for name in layers if is_expert(name)), self.parallel.expert_model_group)
         weights, zeros, natural, groups, dead, bits, flips = counts.tolist()
         self._step, self._sparsity = step, sparsity
         self._flips += flips
@@ -113,6 +114,14 @@ class Telemetry:
         self._step, self._flips, n, m = (int(value) for value in state[_COUNTERS].tolist())
         self._sparsity = (n, m)
         self._references = {name: mask.to(self.parallel.device).clone() for name, mask in masks.items()}
+
+    def _sum(self, names: Iterable[str], group: dist.ProcessGroup) -> Tensor:
+        """Counts of these layers over all ranks of `group`, int64 [7]."""
+        counts = torch.zeros(7, dtype=torch.int64, device=self.parallel.device)
+        for name in names:
+            counts += self._measure_layer(name, self.state.layers[name]).stack()
+        dist.all_reduce(counts, group=group)
+        return counts
 
     def _measure_layer(self, name: str, layer: SparseBitLinear) -> _LayerCounts:
         mask = _mask(layer)

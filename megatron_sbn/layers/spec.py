@@ -14,12 +14,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_sbn.layers.attention import SdpaAttention
+from megatron_sbn.layers.experts import mixture_spec
 from megatron_sbn.layers.linear import GatedLinear, QkvLinear, RowParallelLinear
 from megatron_sbn.layers.norm import RMSNorm
 
 
-def layer_spec() -> ModuleSpec:
-    """One pre-norm transformer layer: RMSNorm, grouped-query attention, RMSNorm, gated MLP."""
+def layer_spec(mixture: bool = False) -> ModuleSpec:
+    """One pre-norm transformer layer: RMSNorm, grouped-query attention, RMSNorm, gated MLP or a mixture of them."""
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -31,7 +32,7 @@ def layer_spec() -> ModuleSpec:
             k_layernorm=IdentityOp,
         ),
     )
-    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=GatedLinear, linear_fc2=RowParallelLinear))
+    dense = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=GatedLinear, linear_fc2=RowParallelLinear))
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -39,12 +40,12 @@ def layer_spec() -> ModuleSpec:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=mlp,
+            mlp=mixture_spec() if mixture else dense,
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def block_spec(num_layers: int) -> TransformerBlockSubmodules:
+def block_spec(num_layers: int, mixture: bool = False) -> TransformerBlockSubmodules:
     """`num_layers` layers (those of one pipeline stage or model chunk) and the norm after the last."""
-    return TransformerBlockSubmodules(layer_specs=[layer_spec()] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(mixture)] * num_layers, layer_norm=RMSNorm)

@@ -1,10 +1,11 @@
 """gamma, masks and codes of all layers, once per optimizer step (docs/method.md, section 4).
 
 W changes only in the optimizer step, so what is derived from it is made right after, and serves every micro-batch,
-recomputation and evaluation until the next. All layers share one MAX and one SUM all-reduce over the ranks that hold
-pieces of them: the maxima of all parts in one vector, then their fixed-point sums in another, which makes every gamma
-independent of how its weight is cut. Those ranks are the tensor-parallel group, and under ZeRO-3 its data-parallel
-replicas too: scales come from the fragments, and whole weights are gathered one layer at a time, for their codes.
+recomputation and evaluation until the next. All layers that are cut share one MAX and one SUM all-reduce over the ranks
+that hold pieces of them: the maxima of all parts in one vector, then their fixed-point sums in another, which makes
+every gamma independent of how its weight is cut. Those ranks are the tensor-parallel group, and under ZeRO-3 its
+data-parallel replicas too: scales come from the fragments, and whole weights are gathered one layer at a time, for
+their codes. Experts are whole on their rank and need no exchange.
 """
 
 import contextlib
@@ -59,6 +60,7 @@ class _Part:
     layer: str
     ranges: tuple[tuple[int, int], ...]  # (start, length)
     count: int
+    cut: bool  # whether other ranks hold more of it
 
     def views(self, t: Tensor) -> tuple[Tensor, ...]:
         """The part's rows of a tensor [rows, ...]."""
@@ -248,10 +250,13 @@ class TernaryState:
 
     def _gammas(self, settings: LinearSettings, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """gamma of every row of every layer, fp32 [out], from one MAX and one SUM over the ranks that hold them."""
-        parts = [part for name, layer in self.layers.items() for part in _parts(name, layer, self.group.size())]
+        parts = [part for name, layer in self.layers.items() for part in _parts(name, layer)]
+        parts.sort(key=lambda part: not part.cut)  # those that take part in the sums come first
+        cut = sum(part.cut for part in parts)
         pieces = [self._pieces(part) for part in parts]
         maxima = sbn_kernels.abs_maxima(pieces, backend=settings.backend)
-        dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self._holders)
+        if cut:
+            dist.all_reduce(maxima[:cut], dist.ReduceOp.MAX, group=self._holders)
         for part, finite in zip(parts, maxima.isfinite().tolist(), strict=True):
             if not finite:
                 error = NumericalError(f"{part.layer}.weight holds NaN or Inf; resume from the last good checkpoint")
@@ -267,7 +272,8 @@ class TernaryState:
             survivors_of = {name: self._survivors(name, settings, masks) for name in self.layers}
             kept = [self._pieces(part, survivors_of[part.layer]) for part in parts]
         totals = sbn_kernels.fixed_point_sums(pieces, units, kept, backend=settings.backend)
-        dist.all_reduce(totals, dist.ReduceOp.SUM, group=self._holders)
+        if cut:
+            dist.all_reduce(totals[:cut], dist.ReduceOp.SUM, group=self._holders)
         gammas = sbn_kernels.gamma_from_fixed_point(totals, units, count)
         per_row = {name: torch.empty(layer.store.shape[0], device=maxima.device) for name, layer in self.layers.items()}
         for part, gamma in zip(parts, gammas, strict=True):
@@ -296,11 +302,13 @@ def layer_mask(layer: SparseBitLinear, n: int, m: int) -> Tensor:
         return sbn_kernels.nm_mask(weight, n, m, backend=layer.settings.backend)
 
 
-def _parts(name: str, layer: SparseBitLinear, group_size: int) -> list[_Part]:
+def _parts(name: str, layer: SparseBitLinear) -> list[_Part]:
     """The parts of a layer. Rows or columns are cut equally, so a part's global count is its local one times tp."""
     columns = layer.store.shape[1]
+    shares = layer.weight_shard.shares
     return [
-        _Part(name, ranges, sum(length for _, length in ranges) * columns * group_size) for ranges in layer.part_rows
+        _Part(name, ranges, sum(length for _, length in ranges) * columns * shares, shares > 1 or layer.store.is_cut)
+        for ranges in layer.part_rows
     ]
 
 

@@ -5,6 +5,10 @@ Two kinds of replicas see only a part of the gradient each:
 * norm weights and row-parallel biases under sequence parallelism see this rank's tokens: SUM over the tensor group;
 * tied embeddings under pipeline parallelism: the first stage has the lookup's, the last the head's: SUM of the two.
 
+An expert's gradient covers the tokens of all ranks of its expert-parallel group. Its sum over replicas has to be
+divided by the data-parallel size, like every gradient, while ZeRO divides by the number of replicas,
+tensor * data / expert: what is left is the factor tensor / expert. Experts that saw no token get zeros.
+
 Megatron-Core's own finalisation does the same inside its DDP wrapper, which DeepSpeed replaces. It is called through
 `config.finalize_model_grads_func` at the end of Megatron-Core's schedules, while gradients are still whole.
 """
@@ -20,12 +24,17 @@ from megatron_sbn.parallel.state import ParallelState
 
 
 def make_finalizer(
-    parameters: Iterable[nn.Parameter], parallel: ParallelState, tied_embedding: nn.Parameter | None
+    parameters: Iterable[nn.Parameter],
+    parallel: ParallelState,
+    tied_embedding: nn.Parameter | None,
+    experts: Sequence[nn.Parameter] = (),
 ) -> Callable[..., None]:
     """The function that Megatron-Core's schedules call after the last backward pass of a step.
 
-    `tied_embedding` is this rank's copy of an embedding that is the head too (first and last stage), else None.
+    `tied_embedding` is this rank's copy of an embedding that is the head too (first and last stage), else None;
+    `experts` are those of the parameters that belong to experts.
     """
+    share = parallel.tensor_size / parallel.expert_size
     partial = [parameter for parameter in parameters if is_token_partial(parameter)]
 
     def finalize(_model: list[nn.Module], _num_tokens: Tensor | None = None, **_: object) -> None:
@@ -33,6 +42,8 @@ def make_finalizer(
             _sum_coalesced(partial, parallel.tensor_group)
         if tied_embedding is not None and parallel.pipeline_size > 1:
             dist.all_reduce(_gradient(tied_embedding), group=megatron_state.get_embedding_group())
+        for expert in experts:
+            _gradient(expert).mul_(share)
 
     return finalize
 

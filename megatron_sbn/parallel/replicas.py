@@ -57,7 +57,7 @@ def _place(logical: LogicalParameter) -> int:
 
 def _content(parameter: Tensor) -> int:
     flat = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return _number(hashlib.sha256(memoryview(flat.numpy())))
+    return _number(hashlib.sha256(flat.numpy().tobytes()))
 
 
 def _number(digest: "hashlib._Hash") -> int:

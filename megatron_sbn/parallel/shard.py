@@ -12,6 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+# Between the name of a layer and that of one of its experts, in the names of parameters and modules.
+EXPERTS = ".mlp.experts.local_experts."
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter, a layer or what is derived from it belongs to one expert of a mixture."""
+    return EXPERTS in name
+
 
 @dataclass(frozen=True)
 class LogicalShard:
@@ -29,6 +37,12 @@ class LogicalShard:
     def numel(self) -> int:
         """Elements of the logical tensor."""
         return math.prod(self.shape)
+
+    @property
+    def shares(self) -> int:
+        """How many equal pieces the logical tensor is cut into."""
+        by_rows = self.shape[0] // sum(length for _, length in self.rows)
+        return by_rows if self.columns is None else by_rows * (self.shape[1] // self.columns[1])
 
     def take(self, full: Tensor) -> Tensor:
         """The stored local tensor, cut from the logical one."""
@@ -52,6 +66,11 @@ class LogicalParameter:
     name: str
     parameter: nn.Parameter
     shard: LogicalShard
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it belongs to one expert, which only the ranks of its expert-data-parallel group hold."""
+        return is_expert(self.name)
 
     @property
     def counts(self) -> bool:

@@ -2,12 +2,15 @@
 
 The grid, slowest axis first, is [pipeline, data, tensor]: neighbouring ranks share a tensor-parallel group, as in
 Megatron-Core, whose own `parallel_state` is initialised here with the same sizes.
+
+Experts are whole on a rank, so they see another grid of the same ranks, [pipeline, expert data, expert]: neighbouring
+ranks hold different experts, and an expert's replicas are the ranks of its `expert_data_group`.
 """
 
 import datetime
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -25,8 +28,8 @@ TIMEOUT = datetime.timedelta(minutes=30)
 class ParallelState:
     """Where this process stands.
 
-    `model` is the group of all ranks that hold one replica (tensor x pipeline),
-    `tensor_data` that of all ranks of one pipeline stage.
+    `model` is the group of all ranks that hold one replica (tensor x pipeline), `tensor_data` that of all ranks of one
+    pipeline stage, `expert_model` that of one replica of all experts (expert x pipeline).
     """
 
     rank: int
@@ -44,17 +47,36 @@ class ParallelState:
     model_group: dist.ProcessGroup
     tensor_data_group: dist.ProcessGroup
     sequence_parallel: bool
+    expert_rank: int
+    expert_size: int
+    expert_group: dist.ProcessGroup
+    expert_data_group: dist.ProcessGroup
+    expert_model_group: dist.ProcessGroup
 
     @property
     def is_last_stage(self) -> bool:
         """Whether this rank computes the loss."""
         return self.pipeline_rank == self.pipeline_size - 1
 
+    @property
+    def seen_by_experts(self) -> "ParallelState":
+        """The same ranks as an expert's weight sees them: whole on each, with its own replicas and model group."""
+        return replace(
+            self,
+            tensor_rank=0,
+            tensor_size=1,
+            data_rank=self.expert_data_group.rank(),
+            data_size=self.expert_data_group.size(),
+            data_group=self.expert_data_group,
+            model_group=self.expert_model_group,
+        )
+
     def describe(self) -> str:
         """The layout in one phrase."""
         sequence = ", sequence-parallel" if self.sequence_parallel else ""
+        expert = f", expert {self.expert_size}," if self.expert_size > 1 else ""
         return (
-            f"tensor {self.tensor_size}{sequence} x pipeline {self.pipeline_size} x data {self.data_size} "
+            f"tensor {self.tensor_size}{sequence} x pipeline {self.pipeline_size} x data {self.data_size}{expert} "
             f"on {self.world_size} {self.device.type} rank{'s' if self.world_size > 1 else ''}"
         )
 
@@ -70,6 +92,8 @@ def initialize(recipe: Recipe) -> ParallelState:
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(recipe.training.seed)
@@ -89,6 +113,11 @@ def initialize(recipe: Recipe) -> ParallelState:
         model_group=megatron_state.get_model_parallel_group(),
         tensor_data_group=megatron_state.get_tensor_and_data_parallel_group(),
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
+        expert_rank=megatron_state.get_expert_model_parallel_rank(),
+        expert_size=parallel.expert,
+        expert_group=megatron_state.get_expert_model_parallel_group(),
+        expert_data_group=megatron_state.get_expert_data_parallel_group(),
+        expert_model_group=megatron_state.get_expert_tensor_model_pipeline_parallel_group(),
     )
 
 

@@ -171,6 +171,7 @@ def group_names(parallel: ParallelState) -> dict[str, str]:
         ("tensor", parallel.tensor_group),
         ("pipeline", parallel.pipeline_group),
         ("data", parallel.data_group),
+        ("data", parallel.tensor_data_group),
         ("model", parallel.model_group),
         ("world", dist.group.WORLD),
         ("pipeline", megatron_state.get_embedding_group(**optional)),

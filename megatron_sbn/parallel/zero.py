@@ -1,8 +1,10 @@
 """DeepSpeed ZeRO around Megatron-Core's schedules: the only importer of deepspeed.
 
 Parameters are fp32 and so are their gradients, summed over micro-batches in place; ZeRO cuts the fp32 masters and Adam
-moments over the data-parallel group. DeepSpeed's own pipeline engine is not used: Megatron-Core's schedule runs on the
-engine's module inside `coalesce_grad_reduction()`, and one reduction follows it.
+moments over the data-parallel group. Experts have replicas of their own (expert-data-parallel groups), so a second
+engine, which sees nothing but replicated parameters either, cuts theirs; both clip by one norm over all parameters, in
+which every expert counts once. DeepSpeed's own pipeline engine is not used: Megatron-Core's schedule runs on the
+model inside `coalesce_grad_reduction()`, and one reduction follows it.
 
 Under ZeRO-3 parameters are cut too. DeepSpeed's hooks gather those of embeddings, head and norms around their modules;
 a Sparse-BitNet layer works from its codes, so its weight is taken from the hooks' sight (`CutWeight`) and gathered once
@@ -13,7 +15,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from megatron_sbn.config import Recipe
 from megatron_sbn.errors import CheckpointError
+from megatron_sbn.parallel.shard import is_expert
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.weight_store import ResidentWeight
 
@@ -85,6 +88,7 @@ class _GroupsForDeepSpeed:
 class CutWeight(ResidentWeight):
     """A weight of which this rank keeps 1/dp under ZeRO-3; whole ones exist for the length of a block."""
 
+    is_cut = True
     _parameter: Any  # an nn.Parameter with the attributes that DeepSpeed gives it
 
     def __init__(self, weight: nn.Parameter) -> None:
@@ -128,12 +132,27 @@ class CutWeight(ResidentWeight):
         return None
 
 
-class ZeroOptimizer:
-    """AdamW with fp32 masters and moments, cut over data parallelism by DeepSpeed ZeRO-1, -2 or -3.
+class _JointNorm:
+    """Stands in for the gradient norm of several DeepSpeed optimizers: all of them get the norm over all of them."""
 
-    Attributes:
-        module: the model to run schedules on.
-    """
+    def __init__(self, optimizers: Sequence[Any]) -> None:
+        self._own = [optimizer.scaled_global_norm for optimizer in optimizers]
+        self._norm = torch.zeros(())
+        for optimizer in optimizers:
+            optimizer.scaled_global_norm = self
+
+    def measure(self) -> None:
+        """Takes the norm of the gradients as they are, together with all ranks; negative where it is not finite."""
+        norms = torch.stack([own() for own in self._own])  # DeepSpeed says -1 for a norm that is not finite
+        self._norm = torch.where((norms >= 0).all(), norms.square().sum().sqrt(), norms.new_tensor(-1.0))
+
+    def __call__(self, norm_type: int = 2) -> Tensor:
+        """What was measured last."""
+        return self._norm
+
+
+class ZeroOptimizer:
+    """AdamW with fp32 masters and moments, cut over data parallelism by DeepSpeed ZeRO-1, -2 or -3."""
 
     def __init__(self, chunks: nn.ModuleList, recipe: Recipe, parallel: ParallelState) -> None:
         deepspeed_logger.setLevel(logging.ERROR)
@@ -142,28 +161,22 @@ class ZeroOptimizer:
         deepspeed.init_distributed(
             dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False, dist_init_required=False
         )
-        optimizer = recipe.optimizer
-        base = torch.optim.AdamW(
-            decay_groups(chunks, optimizer.weight_decay),
-            lr=optimizer.lr,
-            betas=(optimizer.adam_beta1, optimizer.adam_beta2),
-            eps=optimizer.adam_eps,
-        )
         self.stage = recipe.parallel.zero_stage
-        self.engine, *_ = deepspeed.initialize(
-            model=chunks,
-            optimizer=base,
-            config=_engine_config(recipe, parallel, chunks),
-            mpu=_GroupsForDeepSpeed(parallel),
-            dist_init_required=False,
-        )
-        self.module: nn.ModuleList = self.engine.module
-        self._zero = self.engine.optimizer
+        named = list(chunks.named_parameters())
+        experts = [parameter for name, parameter in named if is_expert(name)]
+        rest = [parameter for name, parameter in named if not is_expert(name)]
+        # ZeRO-3 hooks into the modules; otherwise DeepSpeed never sees more of a model than its parameters.
+        self._engines = {"": _engine(chunks if self.stage == 3 else nn.ParameterList(rest), recipe, parallel)}
+        if experts:
+            self._engines["experts."] = _engine(nn.ParameterList(experts), recipe, parallel.seen_by_experts)
+        self._norm = _JointNorm([engine.optimizer for engine in self._engines.values()]) if experts else None
 
     @contextlib.contextmanager
     def accumulation(self) -> Iterator[None]:
         """One optimizer step's forward and backward passes: gradients add up locally and are reduced at the end."""
-        with self.engine.coalesce_grad_reduction():
+        with contextlib.ExitStack() as stack:
+            for engine in self._engines.values():
+                stack.enter_context(engine.coalesce_grad_reduction())
             yield
 
     def step(self, lr: float, weight_decay: float) -> float:
@@ -171,11 +184,14 @@ class ZeroOptimizer:
 
         With a norm that is not finite nothing is updated.
         """
-        for group in self._zero.optimizer.param_groups:
-            group["lr"] = lr
-            group["weight_decay"] = weight_decay if group["decays"] else 0.0
-        self.engine.step()
-        norm = float(self.engine.get_global_grad_norm())
+        if self._norm is not None:
+            self._norm.measure()
+        for engine in self._engines.values():
+            for group in engine.optimizer.optimizer.param_groups:
+                group["lr"] = lr
+                group["weight_decay"] = weight_decay if group["decays"] else 0.0
+            engine.step()
+        norm = float(self._engines[""].get_global_grad_norm())
         return norm if math.isfinite(norm) and norm >= 0 else math.inf
 
     @contextlib.contextmanager
@@ -201,22 +217,13 @@ class ZeroOptimizer:
             parameter.copy_(value)
         safe_set_full_fp32_param(parameter, value)
 
-    @property
-    def _masters(self) -> list[Tensor]:
-        """fp32 masters of this rank, one flat tensor for each of ZeRO's groups."""
-        zero = self._zero
-        masters: list[Tensor] = (
-            zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat
-        )
-        return masters
-
     def state_tensors(self) -> dict[str, Tensor]:
         """This rank's fp32 masters and Adam state, by stable names; the tensors themselves, not copies."""
         tensors = {}
-        for index, master in enumerate(self._masters):
-            tensors[f"group{index}.master"] = master.data
-            for key, value in self._zero.optimizer.state[master].items():
-                tensors[f"group{index}.{key}"] = value
+        for prefix, master, state in self._masters():
+            tensors[f"{prefix}master"] = master.data
+            for key, value in state.items():
+                tensors[f"{prefix}{key}"] = value
         return tensors
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -224,23 +231,48 @@ class ZeroOptimizer:
 
         Raises CheckpointError where the masters are missing or of another size.
         """
-        for index, master in enumerate(self._masters):
-            prefix = f"group{index}."
+        for prefix, master, state in self._masters():
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             saved = own.pop("master", None)
             if saved is None or saved.shape != master.shape:
                 raise CheckpointError(f"{prefix}master is missing or of another size; resume with the saved recipe")
             with torch.no_grad():
                 master.data.copy_(saved)
-            state = self._zero.optimizer.state[master]
             for key, value in own.items():
                 # Adam's step count stays on the CPU, where torch keeps it.
                 state[key] = value.clone() if value.dim() == 0 else value.to(master.device, copy=True)
 
+    def _masters(self) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """(prefix of its names, flat fp32 master, Adam state) of every parameter group."""
+        for name, engine in self._engines.items():
+            zero = engine.optimizer
+            masters = zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat
+            for index, master in enumerate(masters):
+                yield f"{name}group{index}.", master, zero.optimizer.state[master]
 
-def decay_groups(chunks: nn.ModuleList, weight_decay: float) -> list[dict[str, object]]:
+
+def _engine(model: nn.Module, recipe: Recipe, parallel: ParallelState) -> Any:  # noqa: ANN401 - DeepSpeed's own
+    """DeepSpeed's engine for the parameters of `model`, cut as `parallel` says. Schedules run it, not this."""
+    optimizer = recipe.optimizer
+    base = torch.optim.AdamW(
+        decay_groups(model.parameters(), optimizer.weight_decay),
+        lr=optimizer.lr,
+        betas=(optimizer.adam_beta1, optimizer.adam_beta2),
+        eps=optimizer.adam_eps,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=base,
+        config=_engine_config(recipe, parallel, model),
+        mpu=_GroupsForDeepSpeed(parallel),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:
     """Matrices decay; norms and biases (one-dimensional) do not."""
-    parameters = [p for p in chunks.parameters() if p.requires_grad]
+    parameters = [p for p in parameters if p.requires_grad]
     matrices = [p for p in parameters if p.dim() > 1]
     vectors = [p for p in parameters if p.dim() <= 1]
     groups: Sequence[tuple[list[nn.Parameter], bool]] = ((matrices, True), (vectors, False))
@@ -251,11 +283,11 @@ def decay_groups(chunks: nn.ModuleList, weight_decay: float) -> list[dict[str, o
     ]
 
 
-def _engine_config(recipe: Recipe, parallel: ParallelState, chunks: nn.ModuleList) -> dict[str, object]:
-    longest_vector = max((p.numel() for p in chunks.parameters() if p.dim() <= 1), default=0)
+def _engine_config(recipe: Recipe, parallel: ParallelState, model: nn.Module) -> dict[str, object]:
+    longest_vector = max((p.numel() for p in model.parameters() if p.dim() <= 1), default=0)
     return {
         # DeepSpeed sees one accumulated batch a step: Megatron-Core's schedule owns the micro-batches.
-        "train_micro_batch_size_per_gpu": recipe.training.global_batch_size // parallel.data_size,
+        "train_micro_batch_size_per_gpu": max(1, recipe.training.global_batch_size // parallel.data_size),
         "gradient_accumulation_steps": 1,
         "gradient_clipping": recipe.optimizer.clip_grad,
         "zero_allow_untested_optimizer": True,

@@ -2,6 +2,7 @@
 
     checkpoints/step-00000100/   state.json              step, layout, what the files are
                                  weights-t0-p0.safetensors    parameters and masks of one tensor and pipeline rank
+                                 experts-e0-p0.safetensors    those of experts, of one expert and pipeline rank
                                  optimizer-00000.safetensors  fp32 masters and Adam moments of one rank
     checkpoints/latest           text: the name of the newest whole one
 
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_sbn.errors import CheckpointError, InputError
+from megatron_sbn.parallel.shard import is_expert
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.staging import flush_to_disk, write_whole
 
@@ -39,19 +41,21 @@ class Layout:
     data: int
     virtual_pipeline: int
     zero_stage: int
+    expert: int = 1
 
     def describe(self) -> str:
         """As recipe keys."""
         return (
             f"parallel.tensor={self.tensor} parallel.pipeline={self.pipeline} "
-            f"parallel.virtual_pipeline={self.virtual_pipeline} parallel.zero_stage={self.zero_stage} "
+            f"parallel.virtual_pipeline={self.virtual_pipeline} parallel.expert={self.expert} "
+            f"parallel.zero_stage={self.zero_stage} "
             f"on {self.tensor * self.pipeline * self.data} ranks"
         )
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """This rank's tensors: `weights` are equal on all data-parallel replicas, `optimizer` is this rank's own."""
+    """This rank's tensors: `weights` are equal on all replicas of each, `optimizer` is this rank's own."""
 
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
@@ -112,6 +116,9 @@ def _load(path: Path, layout: Layout, parallel: ParallelState) -> tuple[int, Sna
             f"{path}: was saved at {saved.describe()} and this run has {layout.describe()}; resume at the saved layout"
         )
     weights = _read_tensors(path / _weights_name(parallel))
+    experts = path / _experts_name(parallel)
+    if experts.exists():
+        weights |= _read_tensors(experts)
     return step, Snapshot(weights, _read_tensors(path / _optimizer_name(parallel)))
 
 
@@ -132,6 +139,10 @@ def section(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _weights_name(parallel: ParallelState) -> str:
     return f"weights-t{parallel.tensor_rank}-p{parallel.pipeline_rank}.safetensors"
+
+
+def _experts_name(parallel: ParallelState) -> str:
+    return f"experts-e{parallel.expert_rank}-p{parallel.pipeline_rank}.safetensors"
 
 
 def _optimizer_name(parallel: ParallelState) -> str:
@@ -166,8 +177,12 @@ def _make_empty(partial: Path) -> None:
 
 
 def _write_tensors(partial: Path, snapshot: Snapshot, parallel: ParallelState) -> None:
+    experts = {name: tensor for name, tensor in snapshot.weights.items() if is_expert(name)}
     if parallel.data_rank == 0:
-        _write_file(partial / _weights_name(parallel), snapshot.weights)
+        rest = {name: tensor for name, tensor in snapshot.weights.items() if name not in experts}
+        _write_file(partial / _weights_name(parallel), rest)
+    if experts and parallel.expert_data_group.rank() == 0:
+        _write_file(partial / _experts_name(parallel), experts)
     _write_file(partial / _optimizer_name(parallel), snapshot.optimizer)
 
 

@@ -72,6 +72,7 @@ class Loop:
             data=self.parallel.data_size,
             virtual_pipeline=parallel.virtual_pipeline or 1,
             zero_stage=parallel.zero_stage,
+            expert=parallel.expert,
         )
 
     def run(self) -> None:
@@ -177,7 +178,8 @@ class Loop:
 
     def _introduction(self) -> str:
         recipe, linear = self.recipe, self.recipe.linear
-        count = sum(p.shard.numel for p in self.trainer.stages.parameters if p.counts)
+        parameters = [p for p in self.trainer.stages.parameters if p.counts]
+        count = sum(p.shard.numel * (self.parallel.expert_size if p.is_expert else 1) for p in parameters)
         total = torch.tensor(count, dtype=torch.int64, device=self.parallel.device)
         dist.all_reduce(total, group=self.parallel.pipeline_group)
         start = f"continues after step {self.first}" if self.first else "starts"

@@ -44,7 +44,8 @@ class Trainer:
         self.parallel = parallel
         self.stages = stages
         parameters = [logical.parameter for logical in stages.parameters]
-        stages.config.finalize_model_grads_func = make_finalizer(parameters, parallel, stages.tied_embedding)
+        experts = [logical.parameter for logical in stages.parameters if logical.is_expert]
+        stages.config.finalize_model_grads_func = make_finalizer(parameters, parallel, stages.tied_embedding, experts)
         self.zero = ZeroOptimizer(stages.chunks, recipe, parallel)
         if self.zero.stage == 3:
             stages.state.entrust(CutWeight, parallel.tensor_data_group)

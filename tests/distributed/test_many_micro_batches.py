@@ -4,7 +4,10 @@ import pytest
 import torch
 from ranks import run_ranks
 from torch import Tensor
-from training_runs import gradient_pieces, relative, samples_of, small_recipe, trainer_of
+from training_runs import samples_of, small_recipe, trainer_of
+
+from megatron_sbn.parallel.pieces import relative
+from megatron_sbn.training.witness import gradient_pieces
 
 MICRO_BATCHES = 256
 TINY = (

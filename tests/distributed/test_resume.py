@@ -96,7 +96,7 @@ def interrupted_and_not(folder: Path, overrides: tuple[str, ...], at: int, steps
             "lost": lost,
             "drifted": different(everything(second), at_end),
             "losses": losses[at:] == again,
-            "weights": weight_pieces(second.stages),
+            "weights": weight_pieces(second),
         }
 
 

@@ -22,6 +22,7 @@ from megatron_sbn.model import build_stages
 from megatron_sbn.parallel import state as parallel_state
 from megatron_sbn.parallel.cpu import without_cuda
 from megatron_sbn.parallel.pieces import Pieces, join
+from megatron_sbn.parallel.shard import is_expert
 from megatron_sbn.training.step import StepResult, Trainer
 from megatron_sbn.training.witness import gradient_pieces, prepared_pieces, recorded_hidden_states, weight_pieces
 
@@ -133,8 +134,17 @@ class Run:
     def gradients(self, step: int) -> dict[str, Tensor]:
         """Logical gradients of a step, averaged over data parallelism."""
         replicas = sorted({rank.data_rank for rank in self.ranks})
-        joined = [join([r.gradients[step] for r in self.ranks if r.data_rank == d]) for d in replicas]
-        return {name: torch.stack([j[name] for j in joined]).mean(0) for name in joined[0]}
+        dense = [{n: p for n, p in rank.gradients[step].items() if not is_expert(n)} for rank in self.ranks]
+        joined = [join([d for d, r in zip(dense, self.ranks, strict=True) if r.data_rank == i]) for i in replicas]
+        # An expert's replicas are whole, and may be ranks of one data-parallel replica.
+        experts: dict[str, list[Tensor]] = {}
+        for rank in self.ranks:
+            for name in rank.gradients[step]:
+                if is_expert(name):
+                    experts.setdefault(name, []).append(rank.gradients[step][name].value)
+        return {name: torch.stack([j[name] for j in joined]).mean(0) for name in joined[0]} | {
+            name: torch.stack(values).mean(0) for name, values in experts.items()
+        }
 
 
 @functools.cache

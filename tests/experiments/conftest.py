@@ -30,6 +30,11 @@ def parallel():
         model_group=group,
         tensor_data_group=group,
         sequence_parallel=False,
+        expert_rank=0,
+        expert_size=1,
+        expert_group=group,
+        expert_data_group=group,
+        expert_model_group=group,
     )
 
 

@@ -36,6 +36,16 @@ def test_by_hand():
     assert model_flops_per_token(recipe({"sparsity": "2:4"}))[1] == 5 * 1152 + 6 * 1024 + 960
 
 
+def test_a_token_passes_the_experts_that_it_is_sent_to():
+    # One layer: attention 192 as above, two of four experts of 3 x 8 x 12 = 288 each, router 4 x 8 = 32.
+    mixture = recipe(num_moe_experts=4, moe_ffn_hidden_size=12)
+    assert linear_weights(mixture.model) == 2 * (192 + 2 * 288)
+    floating = 1024 + 2 * 32
+    assert model_flops_per_token(mixture) == (6 * (1536 + floating) + 960, 5.5 * 1536 + 6 * floating + 960)
+    # An expert is as wide as the dense MLP where nothing else is said.
+    assert linear_weights(recipe(num_moe_experts=4, moe_router_topk=1).model) == linear_weights(recipe().model)
+
+
 def test_no_sparsity_no_difference():
     dense, sparse = model_flops_per_token(recipe({"weight_format": "dense", "sparsity": "8:8"}))
     assert dense == sparse == 14016
