@@ -148,6 +148,8 @@ class Parallel(Section):
     tensor: Positive = 1
     pipeline: Positive = 1
     virtual_pipeline: Positive | None = None  # model chunks per pipeline rank (interleaved 1F1B)
+    num_layers_in_first_pipeline_stage: Positive | None = None  # None: all stages that are not set have equally many
+    num_layers_in_last_pipeline_stage: Positive | None = None
     expert: Positive = 1
     sequence: bool = True  # sequence parallelism inside the tensor-parallel group; no effect at tensor=1
     zero_stage: Literal[1, 2, 3] = 1
@@ -196,6 +198,7 @@ class Optimizer(Section):
     adam_eps: PositiveFloat = 1e-8
     clip_grad: NonNegativeFloat = 1.0  # 0: no clipping
     parameter_dtype: Literal["fp32"] = "fp32"
+    cpu_offload: bool = False  # masters, moments and update in host memory
 
 
 class Training(Section):

@@ -88,17 +88,40 @@ def _check_parallel(recipe: "Recipe") -> None:
     _divisible(model.padded_vocab_size, "model.vocab_size (padded)", tensor, "parallel.tensor")
     if parallel.sequence and tensor > 1:
         _divisible(model.seq_length, "model.seq_length", tensor, "parallel.tensor", "or set parallel.sequence=false")
-    chunks = pipeline * (parallel.virtual_pipeline or 1)
-    if parallel.virtual_pipeline and parallel.virtual_pipeline > 1 and pipeline == 1:
-        raise RecipeError(
-            f"parallel.virtual_pipeline = {parallel.virtual_pipeline} needs parallel.pipeline > 1; leave it out"
-        )
-    name = "parallel.pipeline" if chunks == pipeline else "parallel.pipeline x parallel.virtual_pipeline"
-    _divisible(model.num_layers, "model.num_layers", chunks, name)
+    _check_pipeline(recipe)
     if parallel.zero_stage == 3 and pipeline > 1:
         raise RecipeError(
             f"parallel.zero_stage = 3 with parallel.pipeline = {pipeline}: stages would wait for each other's gathers "
             "for ever; use parallel.zero_stage = 1 or 2, or parallel.pipeline = 1"
+        )
+
+
+def _check_pipeline(recipe: "Recipe") -> None:
+    """Equal stages, unless the first or the last is given a number of layers of its own."""
+    layers, parallel = recipe.model.num_layers, recipe.parallel
+    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    if chunks > parallel.pipeline and parallel.pipeline == 1:
+        raise RecipeError(
+            f"parallel.virtual_pipeline = {parallel.virtual_pipeline} needs parallel.pipeline > 1; leave it out"
+        )
+    ends = {
+        "parallel.num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_pipeline_stage,
+        "parallel.num_layers_in_last_pipeline_stage": parallel.num_layers_in_last_pipeline_stage,
+    }
+    given = {field: count for field, count in ends.items() if count is not None}
+    if not given:
+        name = "parallel.pipeline" if chunks == parallel.pipeline else "parallel.pipeline x parallel.virtual_pipeline"
+        uneven = "or an uneven split with parallel.num_layers_in_first_pipeline_stage" if parallel.pipeline > 1 else ""
+        _divisible(layers, "model.num_layers", chunks, name, uneven)
+        return
+    told = ", ".join(f"{field} = {count}" for field, count in given.items())
+    if parallel.pipeline == 1 or chunks > parallel.pipeline:
+        raise RecipeError(f"{told}: needs parallel.pipeline > 1 without parallel.virtual_pipeline; leave it out")
+    left, stages = layers - sum(given.values()), parallel.pipeline - len(given)
+    if left < stages or (left % stages if stages else left):
+        raise RecipeError(
+            f"{told}: leaves {left} of model.num_layers = {layers} for {stages} other stages; "
+            "leave each of them the same number, at least 1"
         )
 
 

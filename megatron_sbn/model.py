@@ -12,6 +12,7 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from sbn_kernels import tuning
 from torch import Tensor, nn
@@ -84,6 +85,8 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
         params_dtype=torch.float32,
         pipeline_dtype=activation_dtype(recipe),
@@ -141,7 +144,8 @@ def _build_chunk(
     chunk = SparseBitModel(
         config=config,
         transformer_layer_spec=block_spec(
-            model.num_layers // (parallel.pipeline_size * count), mixture=model.num_moe_experts is not None
+            get_num_layers_to_build(config, index if count > 1 else None, parallel.pipeline_rank),
+            mixture=model.num_moe_experts is not None,
         ),
         vocab_size=model.padded_vocab_size,
         max_sequence_length=model.seq_length,

@@ -12,6 +12,7 @@ _CUTS: dict[str, tuple[int, dict[str, object], dict[str, object]]] = {
     "tensor 4": (4, {"tensor": 4}, {}),
     "pipeline 2": (2, {"pipeline": 2}, {}),
     "pipeline 2, interleaved": (2, {"pipeline": 2, "virtual_pipeline": 2}, {}),
+    "pipeline 2, 3 layers and 1": (2, {"pipeline": 2, "num_layers_in_first_pipeline_stage": 3}, {}),
     "pipeline 4": (4, {"pipeline": 4}, {}),
     "data 2, ZeRO-1": (2, {"zero_stage": 1}, {}),
     "data 2, ZeRO-2": (2, {"zero_stage": 2}, {}),
@@ -50,7 +51,7 @@ def reference(recipe: Recipe) -> Recipe:
 def _wide(recipe: Recipe) -> Recipe:
     """A tiny model that four ranks can cut either way."""
     values = recipe.plain()
-    values["parallel"] |= {"tensor": MAX_RANKS, "pipeline": 1, "virtual_pipeline": None, "expert": 1, "zero_stage": 1}
+    values["parallel"] = {"tensor": MAX_RANKS}
     values["model"] |= {"num_query_groups": None}
     wide = tiny_recipe(Recipe.model_validate(values), data_size=2 * MAX_RANKS)
     return _changed(wide, {}, {"num_layers": MAX_RANKS}, {"global_batch_size": 2 * MAX_RANKS * MICRO_BATCH})

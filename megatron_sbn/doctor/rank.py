@@ -37,7 +37,7 @@ def _trial(recipe: Recipe, steps: int, folder: Path) -> None:
     from megatron_sbn.parallel.replicas import check_replicas
     from megatron_sbn.parallel.traffic import Traffic, group_names
     from megatron_sbn.training.step import Trainer
-    from megatron_sbn.training.witness import prepared_pieces, recorded_hidden_states, recorded_tokens
+    from megatron_sbn.training.witness import mask_pieces, prepared_pieces, recorded_hidden_states, recorded_tokens
 
     check_world(recipe, environment.world_size())
     with without_cuda():
@@ -46,7 +46,7 @@ def _trial(recipe: Recipe, steps: int, folder: Path) -> None:
         check_replicas(stages.parameters, parallel)
         trainer = Trainer(recipe, parallel, stages)
         stages.state.prepare(0)
-        pieces: Pieces = prepared_pieces(stages)
+        pieces: Pieces = prepared_pieces(stages) | mask_pieces(stages)
         traffic = Traffic(group_names(parallel))
         with recorded_hidden_states(trainer) as hidden, recorded_tokens(trainer) as tokens, traffic:
             results = [trainer.step(0, batch_of(recipe, 0)[trainer.rows()])]

@@ -14,12 +14,15 @@ from megatron_sbn.feasibility import check_recipe
 
 MICRO_BATCH, WIDTH = 2, 48
 _STEPS = 1 << 10
+_UNEVEN = 2
+_ENDS = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
 
 
 def tiny_recipe(recipe: Recipe, data_size: int = 1) -> Recipe:
     """The recipe with a tiny model, for `data_size` data-parallel replicas."""
     values = recipe.plain()
     values["model"] |= _model(recipe)
+    values["parallel"] |= dict.fromkeys(_ends(recipe), _UNEVEN)
     micro_batches = 2 * recipe.parallel.pipeline
     values["training"] |= {
         "steps": _STEPS,
@@ -54,7 +57,6 @@ def batch_of(recipe: Recipe, step: int) -> np.ndarray:
 def _model(recipe: Recipe) -> dict[str, Any]:
     """Widths: the smallest that groups of M, heads and shards fill."""
     model, tensor = recipe.model, recipe.parallel.tensor
-    chunks = recipe.parallel.pipeline * (recipe.parallel.virtual_pipeline or 1)
     sparsities = [recipe.linear.sparsity, *(phase.sparsity for phase in recipe.linear.phases if phase.sparsity)]
     group = math.lcm(4, *(m for n, m in sparsities if n < m))  # 4: widths of whole words
     groups = tensor * (2 if model.query_groups > tensor else 1)
@@ -62,7 +64,7 @@ def _model(recipe: Recipe) -> dict[str, Any]:
     head_dim = next(d for d in range(4, 4 * group + 1, 2) if heads * d // tensor % group == 0)
     width = -(-WIDTH // group) * group
     return {
-        "num_layers": _layers(recipe, chunks),
+        "num_layers": _layers(recipe),
         "hidden_size": width,
         "ffn_hidden_size": 2 * group * tensor * -(-WIDTH // (2 * group * tensor)),
         "num_attention_heads": heads,
@@ -74,6 +76,13 @@ def _model(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _layers(recipe: Recipe, chunks: int) -> int:
-    """Two layers, or one in every chunk; an uneven split keeps its own number."""
-    return chunks if chunks > 1 else 2
+def _ends(recipe: Recipe) -> list[str]:
+    """Settings of an uneven pipeline split that are in force."""
+    parallel = recipe.parallel.model_dump()
+    return [field for field in _ENDS if parallel[field] is not None]
+
+
+def _layers(recipe: Recipe) -> int:
+    """One layer in every chunk and `_UNEVEN` in stages of their own number, at least two."""
+    chunks = recipe.parallel.pipeline * (recipe.parallel.virtual_pipeline or 1)
+    return max(2, chunks + (_UNEVEN - 1) * len(_ends(recipe)))

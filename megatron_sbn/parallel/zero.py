@@ -254,12 +254,11 @@ class ZeroOptimizer:
 def _engine(model: nn.Module, recipe: Recipe, parallel: ParallelState) -> Any:  # noqa: ANN401 - DeepSpeed's own
     """DeepSpeed's engine for the parameters of `model`, cut as `parallel` says. Schedules run it, not this."""
     optimizer = recipe.optimizer
-    base = torch.optim.AdamW(
-        decay_groups(model.parameters(), optimizer.weight_decay),
-        lr=optimizer.lr,
-        betas=(optimizer.adam_beta1, optimizer.adam_beta2),
-        eps=optimizer.adam_eps,
-    )
+    groups = decay_groups(model.parameters(), optimizer.weight_decay)
+    betas = (optimizer.adam_beta1, optimizer.adam_beta2)
+    # PyTorch's fused update is vectorised on CPU too; DeepSpeed's own for offload would have to be compiled first.
+    fused = True if optimizer.cpu_offload else None
+    base = torch.optim.AdamW(groups, lr=optimizer.lr, betas=betas, eps=optimizer.adam_eps, fused=fused)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=base,
@@ -285,6 +284,7 @@ def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> lis
 
 def _engine_config(recipe: Recipe, parallel: ParallelState, model: nn.Module) -> dict[str, object]:
     longest_vector = max((p.numel() for p in model.parameters() if p.dim() <= 1), default=0)
+    offload = {"offload_optimizer": {"device": "cpu"}} if recipe.optimizer.cpu_offload else {}
     return {
         # DeepSpeed sees one accumulated batch a step: Megatron-Core's schedule owns the micro-batches.
         "train_micro_batch_size_per_gpu": max(1, recipe.training.global_batch_size // parallel.data_size),
@@ -301,5 +301,6 @@ def _engine_config(recipe: Recipe, parallel: ParallelState, model: nn.Module) ->
             "reduce_scatter": True,
             # Norms and biases stay whole, for layers that do a norm's work beside their own; matrices are all cut.
             "stage3_param_persistence_threshold": longest_vector,
+            **offload,
         },
     }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_sbn.layers.linear import ColumnParallelLinear, SparseBitLinear
+from megatron_sbn.layers.ternary_state import layer_mask
 from megatron_sbn.model import Stages
 from megatron_sbn.parallel.pieces import Piece, Pieces
 from megatron_sbn.parallel.shard import LogicalShard
@@ -49,6 +50,16 @@ def prepared_pieces(stages: Stages) -> Pieces:
         if prepared.mask is not None:
             pieces[f"{name}.mask"] = Piece(shard, prepared.mask.clone())
     return pieces
+
+
+def mask_pieces(stages: Stages) -> Pieces:
+    """The masks of the weights as they are, where N < M: most kernels keep the codes alone."""
+    layers = stages.state.layers.items()
+    return {
+        f"{name}.mask": Piece(layer.weight_shard, layer_mask(layer, *layer.settings.sparsity))
+        for name, layer in layers
+        if layer.settings.sparsity[0] < layer.settings.sparsity[1] and layer.prepared.mask is None
+    }
 
 
 @contextmanager
