@@ -18,6 +18,7 @@ from megatron_sbn.config import Linear, Phase
 from megatron_sbn.errors import InputError, NumericalError
 from megatron_sbn.functional import LinearSettings, PreparedWeight
 from megatron_sbn.layers.linear import NOT_PREPARED, SparseBitLinear
+from megatron_sbn.parallel.shard import is_expert
 
 
 def settings_at(linear: Linear, step: int, micro_batches: int = 1) -> LinearSettings:
@@ -72,6 +73,7 @@ class TernaryState:
         group: the tensor-parallel group.
         micro_batches: backward passes of this rank in one optimizer step.
         tokens: of one micro-batch, for which the form of the forward product is measured; dtype: of its activations.
+        expert_tokens: those that an expert gets on average.
     """
 
     def __init__(
@@ -82,12 +84,13 @@ class TernaryState:
         micro_batches: int = 1,
         tokens: int = 1,
         dtype: torch.dtype = torch.float32,
+        expert_tokens: int = 1,
     ) -> None:
         self.layers = dict(layers)
         self.linear = linear
         self.group = group
         self.micro_batches = micro_batches
-        self.tokens, self.dtype = tokens, dtype
+        self.tokens, self.expert_tokens, self.dtype = tokens, expert_tokens, dtype
         self.preparations = 0
         self._masks: dict[str, Tensor] = {}
         self._mask_sparsity: tuple[int, int] | None = None
@@ -123,9 +126,8 @@ class TernaryState:
             settings, (out_features, in_features) = layer.settings, layer.weight.shape
             if settings.quantizes_activations:
                 form, mode = layer.prepared.form, settings.backward
-                served = sbn_kernels.served_by(
-                    settings.backend, form, mode, out_features, in_features, self.tokens, layer.weight.device
-                )
+                tokens, device = self._tokens_of(name), layer.weight.device
+                served = sbn_kernels.served_by(settings.backend, form, mode, out_features, in_features, tokens, device)
             else:
                 served = "torch: floating products"
             described[f"{name.rpartition('.')[2]} {out_features} x {in_features}"] = served
@@ -187,7 +189,7 @@ class TernaryState:
         )
         prepared = {}
         for (name, layer), codes in zip(self.layers.items(), made, strict=True):
-            form = self._form(layer, settings)
+            form = self._form(layer, settings, self._tokens_of(name))
             prepared[name] = PreparedWeight(
                 codes=codes.codes,
                 gamma_per_row=gammas[name],
@@ -199,7 +201,11 @@ class TernaryState:
             )
         return prepared
 
-    def _form(self, layer: SparseBitLinear, settings: LinearSettings) -> str:
+    def _tokens_of(self, name: str) -> int:
+        """How many tokens a layer is given at once."""
+        return self.expert_tokens if is_expert(name) else self.tokens
+
+    def _form(self, layer: SparseBitLinear, settings: LinearSettings, tokens: int) -> str:
         """How the layer's forward product reads its codes."""
         if not settings.quantizes_activations:
             return "dense"
@@ -211,9 +217,7 @@ class TernaryState:
         out_features, in_features = layer.weight.shape
         shape, device = (out_features, in_features), layer.weight.device
         try:
-            return sbn_kernels.choose_form(
-                settings.forward_form, settings.sparsity, shape, self.tokens, self.dtype, device
-            )
+            return sbn_kernels.choose_form(settings.forward_form, settings.sparsity, shape, tokens, self.dtype, device)
         except ValueError as error:
             raise InputError(f"linear.forward_form: {error}; choose another, or 'auto'") from None
 
