@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from megatron_sbn.config import Recipe
 from megatron_sbn.errors import InputError
 from megatron_sbn.layers.activation import silu
-from megatron_sbn.layers.experts import globally_numbered, mixture_settings
+from megatron_sbn.layers.experts import average_expert_tokens, globally_numbered, mixture_settings
 from megatron_sbn.layers.linear import HeadLinear, SparseBitLinear
 from megatron_sbn.layers.mlp import fuse_swiglu
 from megatron_sbn.layers.spec import block_spec
@@ -130,7 +130,15 @@ def build_stages(recipe: Recipe, parallel: ParallelState) -> Stages:
     layers = {name: layer for chunk in chunks for name, layer in _sparse_layers(chunk).items()}
     micro_batches = recipe.training.global_batch_size // (recipe.training.micro_batch_size * parallel.data_size)
     tokens = recipe.training.micro_batch_size * recipe.model.seq_length
-    state = TernaryState(layers, recipe.linear, parallel.tensor_group, micro_batches, tokens, activation_dtype(recipe))
+    state = TernaryState(
+        layers,
+        recipe.linear,
+        parallel.tensor_group,
+        micro_batches,
+        tokens,
+        activation_dtype(recipe),
+        average_expert_tokens(recipe, tokens),
+    )
     return Stages(chunks.to(parallel.device), config, state, parameters)
 
 

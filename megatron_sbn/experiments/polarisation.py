@@ -35,6 +35,8 @@ class Polarisation:
 def polarisation(layer: SparseBitLinear, group: dist.ProcessGroup, bins: int = 120, limit: float = 3.0) -> Polarisation:
     """The whole layer's histograms. Every rank of the tensor-parallel `group` calls it and gets the same.
 
+    An expert is whole on its rank: its histograms are that rank's own, without the group.
+
     Raises ValueError unless `bins` and `limit` are positive.
     """
     if bins < 1 or not limit > 0:
@@ -43,7 +45,8 @@ def polarisation(layer: SparseBitLinear, group: dist.ProcessGroup, bins: int = 1
     with layer.store.whole() as weight:
         scaled = weight.double() / _scales(layer, weight, group).unsqueeze(-1)  # [out, in]
     counts = torch.stack([_histogram(scaled, edges), _histogram(_thresholds(scaled, layer.settings.sparsity), edges)])
-    dist.all_reduce(counts, group=group)
+    if layer.weight_shard.shares > 1:
+        dist.all_reduce(counts, group=group)
     weights, thresholds = counts.cpu().numpy()
     return Polarisation(edges, weights, thresholds)
 
@@ -55,10 +58,12 @@ def _scales(layer: SparseBitLinear, weight: Tensor, group: dist.ProcessGroup) ->
     magnitudes = weight.double().abs()
     rows = [torch.cat([torch.arange(start, start + count) for start, count in part]) for part in layer.part_rows]
     sums = torch.stack([magnitudes[part.to(magnitudes.device)].sum() for part in rows])
-    dist.all_reduce(sums, group=group)
+    shares = layer.weight_shard.shares
+    if shares > 1:
+        dist.all_reduce(sums, group=group)
     scales = magnitudes.new_empty(len(magnitudes))
     for part, total in zip(rows, sums, strict=True):
-        terms = len(part) * magnitudes.shape[1] * group.size()
+        terms = len(part) * magnitudes.shape[1] * shares
         scales[part.to(scales.device)] = (total / terms).clamp(min=1e-5)
     return scales
 

@@ -23,7 +23,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_sbn.config import Model, Parallel
+from megatron_sbn.config import Model, Parallel, Recipe
 from megatron_sbn.layers.linear import GatedLinear, RowParallelLinear
 from megatron_sbn.parallel.shard import EXPERTS
 
@@ -112,6 +112,17 @@ def mixture_settings(model: Model, parallel: Parallel) -> dict[str, Any]:
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": 1,
     }
+
+
+def average_expert_tokens(recipe: Recipe, tokens: int) -> int:
+    """Tokens of one expert in one pass, if all experts get the same; `tokens` are those of a micro-batch.
+
+    The ranks of an expert-parallel group bring their tokens, tensor-parallel ones a share of a micro-batch each.
+    """
+    model, parallel = recipe.model, recipe.parallel
+    if model.num_moe_experts is None:
+        return tokens
+    return max(1, tokens * parallel.expert * model.moe_router_topk // (parallel.tensor * model.num_moe_experts))
 
 
 def globally_numbered(name: str, mlp: nn.Module) -> str:

@@ -21,6 +21,7 @@ from megatron_sbn.config import Linear, Phase
 from megatron_sbn.errors import InputError, NumericalError
 from megatron_sbn.functional import LinearSettings, PreparedWeight
 from megatron_sbn.layers.linear import NOT_PREPARED, SparseBitLinear
+from megatron_sbn.parallel.shard import is_expert
 from megatron_sbn.weight_store import ResidentWeight
 
 
@@ -85,6 +86,7 @@ class TernaryState:
         group: the tensor-parallel group.
         micro_batches: backward passes of this rank in one optimizer step.
         tokens: of one micro-batch, for which the form of the forward product is measured; dtype: of its activations.
+        expert_tokens: those that an expert gets on average.
     """
 
     def __init__(
@@ -95,12 +97,13 @@ class TernaryState:
         micro_batches: int = 1,
         tokens: int = 1,
         dtype: torch.dtype = torch.float32,
+        expert_tokens: int = 1,
     ) -> None:
         self.layers = dict(layers)
         self.linear = linear
         self.group = group
         self.micro_batches = micro_batches
-        self.tokens, self.dtype = tokens, dtype
+        self.tokens, self.expert_tokens, self.dtype = tokens, expert_tokens, dtype
         self.preparations = 0
         self._holders = group  # ranks that together hold each weight once
         self._masks: dict[str, Tensor] = {}
@@ -143,9 +146,8 @@ class TernaryState:
             settings, (out_features, in_features) = layer.settings, layer.store.shape
             if settings.quantizes_activations:
                 form, mode = layer.prepared.form, settings.backward
-                served = sbn_kernels.served_by(
-                    settings.backend, form, mode, out_features, in_features, self.tokens, layer.store.device
-                )
+                tokens, device = self._tokens_of(name), layer.store.device
+                served = sbn_kernels.served_by(settings.backend, form, mode, out_features, in_features, tokens, device)
             else:
                 served = "torch: floating products"
             described[f"{name.rpartition('.')[2]} {out_features} x {in_features}"] = served
@@ -210,7 +212,7 @@ class TernaryState:
                 )
         prepared = {}
         for (name, layer), codes in zip(self.layers.items(), made, strict=True):
-            form = self._form(layer, settings)
+            form = self._form(layer, settings, self._tokens_of(name))
             prepared[name] = PreparedWeight(
                 codes=codes.codes,
                 gamma_per_row=gammas[name],
@@ -227,7 +229,11 @@ class TernaryState:
         names = list(self.layers)
         return [names] if self._holders is self.group else [[name] for name in names]
 
-    def _form(self, layer: SparseBitLinear, settings: LinearSettings) -> str:
+    def _tokens_of(self, name: str) -> int:
+        """How many tokens a layer is given at once."""
+        return self.expert_tokens if is_expert(name) else self.tokens
+
+    def _form(self, layer: SparseBitLinear, settings: LinearSettings, tokens: int) -> str:
         """How the layer's forward product reads its codes."""
         if not settings.quantizes_activations:
             return "dense"
@@ -238,12 +244,7 @@ class TernaryState:
             return "dense"
         try:
             return sbn_kernels.choose_form(
-                settings.forward_form,
-                settings.sparsity,
-                layer.store.shape,
-                self.tokens,
-                self.dtype,
-                layer.store.device,
+                settings.forward_form, settings.sparsity, layer.store.shape, tokens, self.dtype, layer.store.device
             )
         except ValueError as error:
             raise InputError(f"linear.forward_form: {error}; choose another, or 'auto'") from None

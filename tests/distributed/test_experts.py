@@ -4,9 +4,12 @@ Compared with one rank and one AdamW on the gathered gradients: weights, scales 
 the rounding that their order allows.
 """
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from test_layouts import expected_codes, expected_gamma
 from test_optimizer_step import norm_of
@@ -14,7 +17,9 @@ from test_resume import interrupted_and_not
 from training_runs import Run, run_of, small_recipe, train_step, trainer_of
 
 from megatron_sbn.errors import NumericalError
+from megatron_sbn.experiments.polarisation import polarisation
 from megatron_sbn.experiments.telemetry import Telemetry
+from megatron_sbn.layers.experts import average_expert_tokens
 from megatron_sbn.parallel.pieces import Pieces, join, relative
 from megatron_sbn.parallel.shard import is_expert
 from megatron_sbn.training.schedule import learning_rate, weight_decay
@@ -239,6 +244,38 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(layout: str, tmp_path
     parallel = small_recipe(EXPERTS + overrides).parallel
     names = sorted(path.name for path in tmp_path.rglob("experts-*"))
     assert names == [f"experts-e{e}-p{p}.safetensors" for e in range(parallel.expert) for p in range(parallel.pipeline)]
+
+
+def look(overrides: tuple[str, ...]) -> tuple[list[int], dict[str, list[np.ndarray]]]:
+    """Sizes of what the ranks exchange to prepare all layers, and the histograms of this rank's first-layer FC2."""
+    with trainer_of(small_recipe(EXPERTS + overrides)) as trainer:
+        state, group = trainer.stages.state, trainer.parallel.tensor_group
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
+            state.prepare(1)
+        sizes = [call.args[0].numel() for call in reduced.call_args_list]
+        names = [name for name in state.layers if "layers.0" in name and name.endswith(("linear_fc2", "linear_proj"))]
+        made = {name: polarisation(state.layers[name], group, bins=12) for name in names}
+    return sizes, {name: [one.weights, one.thresholds] for name, one in made.items()}
+
+
+@pytest.mark.parametrize(("overrides", "exchanged"), [((TENSOR2, EXPERT2), [8, 8]), ((TENSOR2,), [8, 8])])
+def test_scales_of_experts_need_no_exchange(overrides: tuple[str, ...], exchanged: list[int]) -> None:
+    """q, k, v and the attention output of two layers: one MAX and one SUM of eight numbers."""
+    (_, expected), *_ = run_ranks(look, 1, ())
+    for sizes, histograms in run_ranks(look, 2, overrides):
+        assert sizes == exchanged
+        assert len(histograms) == 1 + 4 // (2 if EXPERT2 in overrides else 1)
+        for name, (weights, thresholds) in histograms.items():
+            assert np.array_equal(weights, expected[name][0]), name
+            assert np.array_equal(thresholds, expected[name][1]), name
+
+
+def test_forms_are_measured_for_the_tokens_of_an_expert() -> None:
+    recipe = small_recipe((*EXPERTS, "model.moe_router_topk=3"))
+    assert average_expert_tokens(recipe, 64) == 48
+    assert average_expert_tokens(small_recipe((*EXPERTS, EXPERT2)), 64) == 64
+    assert average_expert_tokens(small_recipe((*EXPERTS, TENSOR2)), 64) == 16
+    assert average_expert_tokens(small_recipe(), 64) == 64
 
 
 def poison(overrides: tuple[str, ...], rank: int) -> tuple[str, bool]:

@@ -10,6 +10,7 @@ from megatron_sbn.parallel.shard import (
     column_shard,
     gated_shard,
     initial_normal,
+    is_expert,
     row_shard,
     whole,
 )
@@ -53,6 +54,27 @@ def test_put_is_the_inverse_of_take(ranges: list[tuple[int, int]], columns: tupl
     written = target >= 0
     assert torch.equal(target[written], FULL[written])
     assert torch.equal(shard.take(target), shard.take(FULL))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_shares_are_how_many_ranks_hold_the_tensor(size: int) -> None:
+    for cut in (row_shard, column_shard, gated_shard):
+        assert cut((24, 6), size - 1, size).shares == size
+    assert row_shard((24,), 0, size).shares == size
+    assert whole((24, 6)).shares == whole((24,)).shares == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "expert"),
+    [
+        ("decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight", True),
+        ("telemetry.masks.decoder.layers.0.mlp.experts.local_experts.3.linear_fc2", True),
+        ("decoder.layers.0.mlp.router.weight", False),
+        ("decoder.layers.0.mlp.linear_fc1.weight", False),
+    ],
+)
+def test_names_of_experts(name: str, expert: bool) -> None:
+    assert is_expert(name) == expert
 
 
 def test_initial_values() -> None:
