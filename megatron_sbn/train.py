@@ -6,7 +6,6 @@ told in one line. The loop itself is training/loop.py.
 
 import os
 import sys
-import warnings
 
 from megatron_sbn import environment
 from megatron_sbn.config import Recipe, load_recipe
@@ -33,19 +32,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _train(recipe: Recipe) -> int:
-    _silence_engines()
+    environment.silence_engines()
+    configure_mlflow()
     # Importing the engines takes seconds: after the checks.
     from megatron_sbn.training.loop import run
 
     run(recipe)
     return 0
-
-
-def _silence_engines() -> None:
-    """Drops warnings that no user of a recipe can act on: optional packages that this project does without."""
-    configure_mlflow()
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
 
 
 def _report(error: SbnError) -> None:

@@ -21,7 +21,7 @@ from megatron_sbn.launch import launch
 if TYPE_CHECKING:
     from megatron_sbn.doctor.report import Trial
 
-SECONDS = 600.0
+START_SECONDS, STEP_SECONDS = 300.0, 5.0
 _RANK = "megatron_sbn.doctor.rank"
 
 
@@ -129,11 +129,12 @@ def _try(cuts: Mapping[str, tuple[int, Recipe]], steps: int) -> "dict[str, Trial
             files[name].write_text(recipe.to_yaml(), encoding="utf-8")
         for ranks in sorted({ranks for ranks, _ in cuts.values()}):
             names = [name for name, (size, _) in cuts.items() if size == ranks]
+            seconds = START_SECONDS + STEP_SECONDS * steps * len(names)
             arguments = [str(steps), folder, *(str(files[name]) for name in names)]
             try:
-                status = launch(arguments, ranks, module=_RANK, seconds=SECONDS)
+                status = launch(arguments, ranks, module=_RANK, seconds=seconds)
             except TimeoutError as error:
-                raise TrialError(f"{', '.join(names)}: {error} within {SECONDS:.0f} s") from None
+                raise TrialError(f"{', '.join(names)}: {error} within {seconds:.0f} s") from None
             if status:
                 raise TrialError(f"{', '.join(names)}: a rank ended with status {status}, see above")
             for name in names:

@@ -53,8 +53,8 @@ def _wide(recipe: Recipe) -> Recipe:
     values = recipe.plain()
     values["parallel"] = {"tensor": MAX_RANKS}
     values["model"] |= {"num_query_groups": None}
-    wide = tiny_recipe(Recipe.model_validate(values), data_size=2 * MAX_RANKS)
-    return _changed(wide, {}, {"num_layers": MAX_RANKS}, {"global_batch_size": 2 * MAX_RANKS * MICRO_BATCH})
+    wide = tiny_recipe(Recipe.model_validate(values))
+    return _changed(wide, {}, {"num_layers": MAX_RANKS}, {"global_batch_size": MAX_RANKS * MICRO_BATCH})
 
 
 def _changed(

@@ -19,6 +19,7 @@ def main(arguments: list[str]) -> int:
     """Trains every recipe on this rank; returns the exit status of errors.py."""
     steps, folder, *recipes = arguments
     environment.end_with_launcher()
+    environment.silence_engines()
     try:
         for path in recipes:
             _trial(load_recipe(path), int(steps), Path(folder) / Path(path).stem)
@@ -34,7 +35,6 @@ def _trial(recipe: Recipe, steps: int, folder: Path) -> None:
     from megatron_sbn.parallel import state as parallel_state
     from megatron_sbn.parallel.cpu import without_cuda
     from megatron_sbn.parallel.pieces import Pieces, write_pieces
-    from megatron_sbn.parallel.replicas import check_replicas
     from megatron_sbn.parallel.traffic import Traffic, group_names
     from megatron_sbn.training.step import Trainer
     from megatron_sbn.training.witness import mask_pieces, prepared_pieces, recorded_hidden_states, recorded_tokens
@@ -43,7 +43,6 @@ def _trial(recipe: Recipe, steps: int, folder: Path) -> None:
     with without_cuda():
         parallel = parallel_state.initialize(recipe)
         stages = build_stages(recipe, parallel)
-        check_replicas(stages.parameters, parallel)
         trainer = Trainer(recipe, parallel, stages)
         stages.state.prepare(0)
         pieces: Pieces = prepared_pieces(stages) | mask_pieces(stages)

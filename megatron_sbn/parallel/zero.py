@@ -37,6 +37,8 @@ import deepspeed.ops
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_set_full_fp32_param
 
+_BUCKET = 1 << 27  # elements
+
 
 @dataclass(frozen=True)
 class _GroupsForDeepSpeed:
@@ -297,8 +299,12 @@ def _engine_config(recipe: Recipe, parallel: ParallelState, model: nn.Module) ->
         "zero_optimization": {
             "stage": recipe.parallel.zero_stage,
             "overlap_comm": False,
-            "contiguous_gradients": False,
+            # A gradient goes to the replica that keeps its masters, and to no other: half of an all-reduce.
+            # DeepSpeed does so with these three together only, through a buffer of this many elements.
+            "contiguous_gradients": True,
+            "use_multi_rank_bucket_allreduce": False,
             "reduce_scatter": True,
+            "reduce_bucket_size": min(_BUCKET, sum(p.numel() for p in model.parameters())),
             # Norms and biases stay whole, for layers that do a norm's work beside their own; matrices are all cut.
             "stage3_param_persistence_threshold": longest_vector,
             **offload,

@@ -21,6 +21,7 @@ from megatron_sbn.config import Recipe
 from megatron_sbn.errors import NumericalError
 from megatron_sbn.model import Stages, language_model_loss
 from megatron_sbn.parallel.gradients import make_finalizer
+from megatron_sbn.parallel.replicas import check_replicas
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.parallel.zero import CutWeight, ZeroOptimizer
 from megatron_sbn.training.schedule import learning_rate, weight_decay
@@ -46,6 +47,7 @@ class Trainer:
         parameters = [logical.parameter for logical in stages.parameters]
         experts = [logical.parameter for logical in stages.parameters if logical.is_expert]
         stages.config.finalize_model_grads_func = make_finalizer(parameters, parallel, stages.tied_embedding, experts)
+        check_replicas(stages.parameters, parallel)  # while every weight is whole
         self.zero = ZeroOptimizer(stages.chunks, recipe, parallel)
         if self.zero.stage == 3:
             stages.state.entrust(CutWeight, parallel.tensor_data_group)

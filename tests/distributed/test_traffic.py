@@ -249,10 +249,26 @@ def test_pipeline_sends_hidden_states_and_their_gradients(overrides: tuple[str, 
 def test_zero_reduces_gradients_and_gathers_weights(stage: int) -> None:
     for totals, metrics, parameters in run_ranks(counted_step, 2, (f"parallel.zero_stage={stage}",)):
         sent = sent_by(totals, "data")
-        # DeepSpeed all-reduces the buckets of gradients that several ranks own parts of. With them go the loss, in
-        # fp64, and what the clipping norm takes.
-        assert sent["all_reduce"] == pytest.approx(parameters * FP32, abs=32)
-        assert sent["all_gather"] == parameters * FP32 / 2
+        assert sent["reduce"] == sent["all_gather"] == parameters * FP32 / 2
+        # The loss, in fp64, and what the clipping norm takes.
+        assert sent["all_reduce"] <= 32
+        assert metrics == {"bytes_data": 2 * sum(sent.values())}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_zero3_gathers_a_ternary_weight_once_a_step(micro_batches: int) -> None:
+    """For its codes; embedding and head, which are dense, for forward and for backward of every micro-batch."""
+    overrides = ("parallel.zero_stage=3", f"training.micro_batch_size={2 // micro_batches}")
+    model = small_recipe().model
+    dense = model.padded_vocab_size * model.hidden_size  # of the embedding, and of the head
+    ((_, _, parameters),) = run_ranks(counted_step, 1, ())
+    linears = parameters - 2 * dense - (2 * model.num_layers + 1) * model.hidden_size
+    for totals, metrics, _ in run_ranks(counted_step, 2, overrides):
+        sent = sent_by(totals, "data")
+        assert sent["reduce_scatter"] == parameters * FP32 / 2
+        rest = sent["all_gather"] - linears * FP32 / 2
+        assert 2 * dense * FP32 / 2 < rest < micro_batches * 4 * dense * FP32 / 2 + (parameters - linears) * FP32 / 2
+        assert rest < linears * FP32 / 2
         assert metrics == {"bytes_data": 2 * sum(sent.values())}
 
 
