@@ -27,6 +27,8 @@ LAYOUTS = {
     "data2-zero3": (2, (ZERO3,)),
     "tensor2-data2-zero3": (4, (TENSOR2, ZERO3)),
     "tensor2-data2-zero3-recomputed": (4, (TENSOR2, ZERO3, "model.recompute_granularity=full")),
+    "pipeline2-uneven": (2, (PIPELINE2, "parallel.num_layers_in_first_pipeline_stage=3")),
+    "pipeline4": (4, ("parallel.pipeline=4",)),
     "tensor2-pipeline2": (4, (TENSOR2, PIPELINE2)),
     "tensor2-pipeline2-whole-sequence": (4, (TENSOR2, PIPELINE2, NO_SEQUENCE)),
     "tensor2-pipeline2-interleaved": (4, (TENSOR2, PIPELINE2, INTERLEAVED)),
@@ -92,6 +94,31 @@ def test_hidden_states_in_bf16_are_equal_to_the_bit(layout: str) -> None:
     # The head is a bf16 product over the whole hidden dimension; vocabulary shards only split the sum of exponentials.
     assert ours.losses[0] == pytest.approx(theirs.losses[0], rel=1e-6)
     assert ours.grad_norms[0] == pytest.approx(theirs.grad_norms[0], rel=5e-3)
+
+
+# Widths that no vector unit divides: 9 groups a row, 17 or 33 tokens on a rank, 88 features, 3 heads of a rank.
+ODD = (
+    *("model.num_layers=2", "model.hidden_size=72", "model.ffn_hidden_size=176", "model.num_attention_heads=6"),
+    *("model.num_query_groups=2", "model.kv_channels=8"),
+)
+ODD_LAYOUTS = {
+    "17-tokens": (2, (TENSOR2, "model.seq_length=34"), ("model.seq_length=34",)),
+    "33-tokens": (2, (TENSOR2, NO_SEQUENCE, "model.seq_length=33"), ("model.seq_length=33",)),
+    "split": (4, (TENSOR2, PIPELINE2, "model.seq_length=34", "training.micro_batch_size=1"), ("model.seq_length=34",)),
+    "one-token-each": (2, (TENSOR2, "model.seq_length=2"), ("model.seq_length=2",)),
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", ODD_LAYOUTS)
+def test_odd_widths_and_token_counts_are_equal_to_the_bit(layout: str, dtype: str) -> None:
+    world_size, overrides, alone = ODD_LAYOUTS[layout]
+    more = (*ODD, f"model.bf16={str(dtype == 'bf16').lower()}")
+    ours, theirs = run_of(world_size, (*more, *overrides), 1, 1), run_of(1, (*more, *alone), 1, 1)
+    assert torch.equal(ours.hidden(), theirs.hidden())
+    assert ours.losses[0] == pytest.approx(theirs.losses[0], rel=1e-6)
+    for name, tensor in theirs.prepared().items():
+        assert torch.equal(ours.prepared()[name], tensor), name
 
 
 @each_layout
