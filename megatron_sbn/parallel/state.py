@@ -132,6 +132,8 @@ def _local_device() -> torch.device:
     os.environ["LOCAL_RANK"] = str(local_rank)
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    # One hardware queue: collectives that overlap with products then start in the order in which they were issued.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
