@@ -139,7 +139,7 @@ def test_ranks_that_do_not_finish_are_named(
 ) -> None:
     monkeypatch.setattr(command, "START_SECONDS", -10.0)
     assert main(["doctor", QUICK, "--ranks"]) == 1
-    assert "single: rank 0 did not finish within" in capsys.readouterr().err
+    assert "sbn: single: rank 0 did not finish within" in capsys.readouterr().err
 
 
 def trial(**changes: torch.Tensor) -> report.Trial:

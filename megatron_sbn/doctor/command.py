@@ -6,6 +6,7 @@ tensor by tensor; with --layouts, every layout of up to four ranks is.
 """
 
 import json
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -129,14 +130,15 @@ def _try(cuts: Mapping[str, tuple[int, Recipe]], steps: int) -> "dict[str, Trial
             files[name].write_text(recipe.to_yaml(), encoding="utf-8")
         for ranks in sorted({ranks for ranks, _ in cuts.values()}):
             names = [name for name, (size, _) in cuts.items() if size == ranks]
+            print(f"starting {ranks} rank{'s' if ranks > 1 else ''}: {'; '.join(names)}", file=sys.stderr, flush=True)
             seconds = START_SECONDS + STEP_SECONDS * steps * len(names)
             arguments = [str(steps), folder, *(str(files[name]) for name in names)]
             try:
                 status = launch(arguments, ranks, module=_RANK, seconds=seconds)
             except TimeoutError as error:
-                raise TrialError(f"{', '.join(names)}: {error} within {seconds:.0f} s") from None
+                raise TrialError(f"{'; '.join(names)}: {error} within {seconds:.0f} s") from None
             if status:
-                raise TrialError(f"{', '.join(names)}: a rank ended with status {status}, see above")
+                raise TrialError(f"{'; '.join(names)}: a rank ended with status {status}, see above")
             for name in names:
                 trials[name] = _read(root / files[name].stem, ranks, name)
     return {name: trials[name] for name in cuts}

@@ -151,11 +151,7 @@ class Loop:
 
     def _save(self, done: int) -> Path:
         stages = self.trainer.stages
-        weights = {}
-        for logical in stages.parameters:
-            with self.trainer.zero.whole([logical.parameter]):
-                whole = logical.parameter.data
-                weights[logical.name] = whole if self.trainer.zero.stage < 3 else whole.cpu().clone()
+        weights = self.trainer.weights()
         weights |= {f"masks.{name}": mask for name, mask in stages.state.mask_state().items()}
         weights |= {f"telemetry.{name}": tensor for name, tensor in self.telemetry.state_tensors().items()}
         snapshot = checkpoint.Snapshot(weights, self.trainer.zero.state_tensors())
@@ -168,9 +164,8 @@ class Loop:
         assert self.folder.resume_from is not None
         step, snapshot = checkpoint.load(self.folder.resume_from, self.layout, self.parallel)
         stages = self.trainer.stages
-        for logical in stages.parameters:
-            with self.trainer.zero.whole([logical.parameter], write=True):
-                checkpoint.restore(logical.parameter.data, snapshot.weights, logical.name, self.folder.resume_from)
+        path = self.folder.resume_from
+        self.trainer.load_weights(lambda target, name: checkpoint.restore(target, snapshot.weights, name, path))
         self.trainer.zero.load_state_tensors(snapshot.optimizer)
         stages.state.load_mask_state(checkpoint.section(snapshot.weights, "masks."), step)
         self.telemetry.load_state_tensors(checkpoint.section(snapshot.weights, "telemetry."))

@@ -6,7 +6,7 @@ The schedule divides by the number of micro-batches and ZeRO averages over data 
 same number of tokens, so the mean of means is the mean. After the update gamma, masks and codes are prepared anew.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -77,6 +77,21 @@ class Trainer:
             raise NumericalError(self._not_finite("gradient norm", norm, step, losses))
         self.stages.state.prepare(step + 1)
         return StepResult(loss, norm, lr, decay)
+
+    def weights(self) -> dict[str, Tensor]:
+        """This rank's parameters by global name: themselves, or copies in host memory where ZeRO-3 has to gather."""
+        tensors = {}
+        for logical in self.stages.parameters:
+            with self.zero.whole([logical.parameter]):
+                whole = logical.parameter.data
+                tensors[logical.name] = whole if self.zero.stage < 3 else whole.cpu().clone()
+        return tensors
+
+    def load_weights(self, put: Callable[[Tensor, str], None]) -> None:
+        """Calls `put(parameter, global name)` for every parameter of this rank, which writes its value."""
+        for logical in self.stages.parameters:
+            with self.zero.whole([logical.parameter], write=True):
+                put(logical.parameter.data, logical.name)
 
     def evaluate(self, samples: np.ndarray) -> float:
         """Mean token loss over all replicas' samples; this one's are int64 [n, tokens + 1], n equal on every rank."""

@@ -22,6 +22,9 @@ LAYOUTS = {
     "tensor2-pipeline2": (4, (TENSOR2, PIPELINE2)),
     "tensor2-data2-zero2": (4, (TENSOR2, "parallel.zero_stage=2")),
     "pipeline2-data2-tied": (4, (PIPELINE2, "model.share_embeddings_and_output_weights=true")),
+    "data2-zero3": (2, ("parallel.zero_stage=3",)),
+    "tensor2-data2-zero3-kept-masks": (4, (TENSOR2, "parallel.zero_stage=3", "linear.mask_interval=3")),
+    "data2-zero2-offload": (2, ("parallel.zero_stage=2", "optimizer.cpu_offload=true")),
     "interleaved-kept-masks": (2, (PIPELINE2, "parallel.virtual_pipeline=2", "linear.mask_interval=3")),
     "single-dense": (1, ("linear.weight_format=dense", "linear.mask_freeze_step=1")),
 }
@@ -41,7 +44,7 @@ def layout_of(trainer: Trainer) -> checkpoint.Layout:
 
 def save(trainer: Trainer, folder: Path, step: int, keep: int = 2) -> Path:
     stages = trainer.stages
-    weights = {p.name: p.parameter.data for p in stages.parameters}
+    weights = trainer.weights()
     weights |= {f"masks.{name}": mask for name, mask in stages.state.mask_state().items()}
     snapshot = checkpoint.Snapshot(weights, trainer.zero.state_tensors())
     return checkpoint.save(folder, step, layout_of(trainer), snapshot, trainer.parallel, keep)
@@ -57,8 +60,7 @@ def read(trainer: Trainer, folder: Path) -> int:
     path = checkpoint.newest(folder)
     assert path is not None
     step, snapshot = checkpoint.load(path, layout_of(trainer), trainer.parallel)
-    for logical in trainer.stages.parameters:
-        checkpoint.restore(logical.parameter.data, snapshot.weights, logical.name, path)
+    trainer.load_weights(lambda target, name: checkpoint.restore(target, snapshot.weights, name, path))
     trainer.zero.load_state_tensors(dict(snapshot.optimizer))
     trainer.stages.state.load_mask_state(checkpoint.section(snapshot.weights, "masks."), step)
     return step

@@ -22,6 +22,7 @@ from megatron_sbn.model import build_stages
 from megatron_sbn.parallel import state as parallel_state
 from megatron_sbn.parallel.cpu import without_cuda
 from megatron_sbn.parallel.pieces import Pieces, join
+from megatron_sbn.parallel.replicas import check_replicas
 from megatron_sbn.parallel.shard import is_expert
 from megatron_sbn.training.step import StepResult, Trainer
 from megatron_sbn.training.witness import gradient_pieces, prepared_pieces, recorded_hidden_states, weight_pieces
@@ -95,6 +96,8 @@ def train(overrides: Sequence[str], steps: int, recorded: int) -> RankRun:
             if step < recorded:
                 run.weights.append(weight_pieces(trainer))
         run.preparations = stages.state.preparations
+        with trainer.zero.whole([p.parameter for p in stages.parameters]):
+            check_replicas(stages.parameters, trainer.parallel)
     return run
 
 
