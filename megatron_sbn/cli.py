@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from megatron_sbn import __version__
-from megatron_sbn.errors import SbnError
+from megatron_sbn.errors import RecipeError, SbnError
+from megatron_sbn.staging import write_whole
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,6 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     except SbnError as error:
         print(f"sbn: {error}", file=sys.stderr)
         return error.status
+    except BrokenPipeError:  # the reader of a list, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("sbn: interrupted", file=sys.stderr)
         return 130
@@ -90,6 +94,31 @@ def doctor(options: argparse.Namespace) -> int:
     return command.run(options.recipe, options.overrides, options.ranks, options.layouts, options.steps, json_file)
 
 
+def sweep(options: argparse.Namespace) -> int:
+    """Lists a sweep's recipes, writes them, or trains them here."""
+    from megatron_sbn.launch import launch
+    from megatron_sbn.sweep import load_sweep
+
+    study = load_sweep(options.sweep)
+    count = len(study.variants)
+    if options.write is not None:
+        Path(options.write).mkdir(parents=True, exist_ok=True)
+        for variant in study.variants:
+            write_whole(Path(options.write) / f"{variant.name}.yaml", variant.recipe.to_yaml().encode())
+        print(f"wrote {count} recipes to {options.write}")
+        return 0
+    if options.number is None:
+        for index, variant in enumerate(study.variants):
+            changes = " ".join(o for o in variant.overrides[1:] if any(o not in v.overrides for v in study.variants))
+            print(f"{index:>4}  {variant.name}  {variant.ranks} rank{'s' if variant.ranks > 1 else ''}  {changes}")
+        return 0
+    if options.number not in range(count):
+        raise RecipeError(f"--run {options.number}: {options.sweep} has recipes 0 to {count - 1}")
+    variant = study.variants[options.number]
+    folder = Path(options.folder) / study.name / variant.name
+    return launch([str(study.base), *variant.overrides, f"run_dir={folder}"], variant.ranks)
+
+
 def quickstart(options: argparse.Namespace) -> int:
     """The main job of the README."""
     from megatron_sbn import quickstart as job
@@ -104,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_prepare(commands)
     _add_doctor(commands)
+    _add_sweep(commands)
     command = _add(commands, "sync", sync, "deliver a run folder's metrics to MLflow, each once")
     command.add_argument("run", nargs="+", metavar="RUN", help="run folder")
     command.add_argument("--uri", help="MLflow server (default: the one of the run's recipe)")
@@ -160,6 +190,19 @@ def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "example: sbn doctor recipes/quickstart.yaml parallel.pipeline=2 --ranks\n"
         "exit status: 0 equal, 1 different, 2 a bad recipe"
     )
+
+
+def _add_sweep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = _add(commands, "sweep", sweep, "expand a sweep file to recipes: list, write, or train one of them")
+    command.add_argument("sweep", metavar="FILE", help="such as recipes/sweeps/n-of-8-tiny.yaml")
+    action = command.add_mutually_exclusive_group(required=True)
+    action.add_argument("--list", action="store_true", help="number, name, ranks and changes of every recipe")
+    action.add_argument("--write", metavar="FOLDER", help="write every resolved recipe to FOLDER/NAME.yaml")
+    action.add_argument(
+        "--run", dest="number", type=int, metavar="K", help="train recipe number K on this machine, or go on with it"
+    )
+    command.add_argument("--folder", default="runs", help="where --run puts STUDY/NAME (default: runs)")
+    command.epilog = "example: sbn sweep recipes/sweeps/n-of-8-tiny.yaml --run 3"
 
 
 def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -54,7 +54,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse_yaml(text: str, where: str) -> Any:  # noqa: ANN401 - anything that YAML can hold
+def parse_yaml(text: str, where: str) -> Any:  # noqa: ANN401 - anything that YAML can hold
+    """What YAML text says, numbers as people write them. Raises RecipeError naming `where`."""
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -70,7 +71,7 @@ def _read_with_extends(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise RecipeError(f"{path}: cannot read this recipe: {error}") from None
-    values = _parse_yaml(text, str(path))
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise RecipeError(f"{path}: a recipe is a mapping of sections (model:, training:, ...)")
     parent = values.pop("extends", None)
@@ -101,4 +102,4 @@ def _apply_override(values: dict[str, Any], override: str, nearest: Callable[[st
         if not isinstance(inner, dict):
             raise RecipeError(f"{override!r}: {section} is not a section{nearest(key)}")
         values = inner
-    values[last] = _parse_yaml(text, repr(override))
+    values[last] = parse_yaml(text, repr(override))

@@ -1,0 +1,140 @@
+"""A sweep file: one recipe and what varies, expanded to named recipes.
+
+    name: n-of-8-tiny
+    recipe: ../tiny/base.yaml                   relative to the sweep file
+    set: {training.steps: 60}                   for all of them; may be left out
+    axes:
+      format:                                   an axis of named variants, each some keys and values
+        ternary: {linear.weight_format: ternary}
+        bf16: {linear.weight_format: dense, model.bf16: true}
+      linear.sparsity: ["8:8", "6:8"]           an axis of one key and its values
+
+Every combination is a recipe, named NAME-VARIANT-VALUE-..., in the order of the axes with the last varying fastest, so
+that a number names the same recipe for ever. The key `ranks` is no recipe key: the number of ranks that the combination
+is meant for. Imports no torch.
+"""
+
+import itertools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from megatron_sbn.config import Recipe, Section, load_recipe
+from megatron_sbn.errors import RecipeError
+from megatron_sbn.feasibility import check_world, model_ranks
+from megatron_sbn.recipe_file import parse_yaml
+
+Values = dict[str, Any]
+RANKS = "ranks"
+
+
+class SweepFile(Section):
+    """The file, as written."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    recipe: str
+    set: Annotated[Values, Field(default_factory=dict)]
+    axes: Annotated[dict[str, list[Any] | dict[str, Values]], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One recipe of a sweep.
+
+    Attributes:
+        name: of the run; unique in the sweep.
+        labels: its value on every axis, by the axis' name.
+        overrides: `section.key=value`, to be given after the recipe's path.
+        ranks: how many it is meant for.
+    """
+
+    name: str
+    labels: dict[str, str]
+    overrides: tuple[str, ...]
+    ranks: int
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A study: its recipes, in order."""
+
+    name: str
+    base: Path
+    variants: tuple[Variant, ...]
+
+
+def load_sweep(path: str | Path) -> Sweep:
+    """Reads and expands a sweep file; every recipe of it can be trained on its ranks. Raises RecipeError."""
+    path = Path(path)
+    file = _read(path)
+    base = path.parent / file.recipe
+    axes = [_axis(path, name, values) for name, values in file.axes.items()]
+    variants = []
+    for combination in itertools.product(*axes):
+        labels = dict(zip(file.axes, (label for label, _ in combination), strict=True))
+        values = dict(file.set)
+        for _, changes in combination:
+            values |= changes
+        variants.append(_variant(path, base, "-".join([file.name, *labels.values()]), labels, values))
+    names = [variant.name for variant in variants]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise RecipeError(f"{path}: two recipes would be called {twice}; give an axis' values different names")
+    return Sweep(file.name, base, tuple(variants))
+
+
+def _read(path: Path) -> SweepFile:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise RecipeError(f"{path}: cannot read this sweep: {error}") from None
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a sweep is a mapping with the keys name, recipe, set and axes")
+    try:
+        return SweepFile.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"])
+        raise RecipeError(f"{path}: {field}: {' '.join(problem['msg'].split())}") from None
+
+
+def _axis(path: Path, name: str, values: list[Any] | dict[str, Values]) -> list[tuple[str, Values]]:
+    """(label, keys and values) of every point of an axis."""
+    if not values:
+        raise RecipeError(f"{path}: axes.{name} is empty; give it a value or leave it out")
+    if isinstance(values, dict):
+        return [(_label(path, name, label), changes) for label, changes in values.items()]
+    return [(_label(path, name, f"{name.rpartition('.')[2]}-{value}"), {name: value}) for value in values]
+
+
+def _label(path: Path, axis: str, text: str) -> str:
+    """Fit for a run's name: 6:8 is 6of8."""
+    label = re.sub(r"(\d+):(\d+)", r"\1of\2", text).replace("sparsity-", "")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", label):
+        raise RecipeError(f"{path}: axes.{axis}: {text!r} is no name for a run; use letters, digits, '.', '_' and '-'")
+    return label
+
+
+def _variant(path: Path, base: Path, name: str, labels: dict[str, str], values: Values) -> Variant:
+    ranks = values.pop(RANKS, None)
+    overrides = (f"name={name}", *(f"{key}={_text(value)}" for key, value in values.items()))
+    try:
+        recipe = load_recipe(base, overrides)
+        fewest = model_ranks(recipe)
+        if ranks is not None and (type(ranks) is not int or ranks < 1):
+            raise RecipeError(f"ranks = {ranks!r} is not a number of ranks")
+        check_world(recipe, fewest if ranks is None else ranks)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {name}: {error}") from None
+    return Variant(name, labels, overrides, fewest if ranks is None else ranks, recipe)
+
+
+def _text(value: Any) -> str:  # noqa: ANN401 - anything that YAML can hold
+    """YAML on one line, read back as the same value."""
+    return yaml.safe_dump(value, default_flow_style=True, width=2**20).removesuffix("...\n").strip()
