@@ -40,11 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
 def train(options: argparse.Namespace) -> int:
     """Checks the recipe, then starts its ranks on this machine."""
     from megatron_sbn.config import load_recipe
-    from megatron_sbn.feasibility import check_world
+    from megatron_sbn.feasibility import check_world, model_ranks
     from megatron_sbn.launch import launch
 
     recipe = load_recipe(options.recipe, options.overrides)
-    ranks = options.nproc_per_node or recipe.parallel.tensor * recipe.parallel.pipeline
+    ranks = options.nproc_per_node or model_ranks(recipe)
     check_world(recipe, ranks)
     return launch([options.recipe, *options.overrides], ranks)
 
@@ -119,6 +119,14 @@ def sweep(options: argparse.Namespace) -> int:
     return launch([str(study.base), *variant.overrides, f"run_dir={folder}"], variant.ranks)
 
 
+def compare(options: argparse.Namespace) -> int:
+    """Prints runs side by side."""
+    from megatron_sbn.experiments.compare import read_run, report
+
+    print(report([read_run(Path(folder)) for folder in options.run_folders]))
+    return 0
+
+
 def quickstart(options: argparse.Namespace) -> int:
     """The main job of the README."""
     from megatron_sbn import quickstart as job
@@ -138,6 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run", nargs="+", metavar="RUN", help="run folder")
     command.add_argument("--uri", help="MLflow server (default: the one of the run's recipe)")
     command.epilog = "example: sbn sync runs/quickstart-* --uri http://mlflow.example:5000"
+    command = _add(commands, "compare", compare, "runs side by side: recipes, metrics at equal tokens and FLOPs")
+    command.add_argument("run_folders", nargs="+", metavar="RUN", help="run folder")
+    command.epilog = "example: sbn compare runs/quickstart-ternary-6of8-* runs/quickstart-dense-bf16-*"
     command = _add(commands, "quickstart", quickstart, "ternary against dense on this machine's own Python library")
     command.add_argument("--prepare-only", action="store_true", help="write the shards and stop")
     command.epilog = "example: sbn quickstart training.steps=300"
@@ -166,7 +177,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--nproc-per-node",
         type=_positive,
         metavar="N",
-        help="ranks to start (default: parallel.tensor x parallel.pipeline)",
+        help="ranks to start (default: one replica of the model)",
     )
     command.epilog = "example: sbn train recipes/quickstart.yaml training.steps=20 run_dir=runs/first"
 

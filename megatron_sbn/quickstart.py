@@ -19,6 +19,7 @@ from megatron_sbn.data import corpus
 from megatron_sbn.errors import InputError, NumericalError
 from megatron_sbn.feasibility import check_world
 from megatron_sbn.launch import launch
+from megatron_sbn.text_table import aligned
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 MODELS = ("quickstart", "quickstart-dense")
@@ -111,15 +112,13 @@ def _outcome(recipe: Recipe, folder: Path) -> Outcome:
 
 def _table(recipes: list[Recipe], outcomes: list[Outcome], unigram: float) -> str:
     header = ("model", "validation perplexity", "vs unigram", "zeros", "flip rate", "tokens/s")
-    rows = [header]
+    rows = []
     for outcome in outcomes:
         flips = "-" if outcome.flip_rate is None else f"{outcome.flip_rate:.2%}"
         gain = f"{unigram / outcome.perplexity:.1f}x better"
         rate = f"{outcome.tokens_per_second:,.0f}"
         rows.append((outcome.name, f"{outcome.perplexity:.2f}", gain, f"{outcome.zero_fraction:.1%}", flips, rate))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = ["", *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)]
-    lines.insert(2, "  ".join("-" * width for width in widths))
+    lines = ["", *aligned(header, rows)]
     lines += ["", f"unigram perplexity of the held-out text: {unigram:.1f}"]
     lines += [f"run folder: {outcome.folder}" for outcome in outcomes]
     uri = recipes[0].tracking.uri or f"sqlite:///{(Path('runs') / 'mlflow.db').resolve()}"

@@ -1,0 +1,93 @@
+"""Runs side by side: recipe keys that differ, metrics at equal tokens and FLOPs, from folders as runs write them."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sbn.cli import main
+from megatron_sbn.config import load_recipe
+from megatron_sbn.experiments.compare import at_equal, differences, read_run, report
+from megatron_sbn.experiments.flops import model_flops_per_token
+from megatron_sbn.experiments.metrics import MetricsFile
+
+TINY = Path(__file__).parents[2] / "recipes" / "tiny" / "ternary-6of8.yaml"
+
+
+def run_folder(path: Path, overrides: tuple[str, ...], every: int, steps: int, loss: float) -> Path:
+    """A run that measured its loss, loss / step, at every `every`-th of its steps."""
+    path.mkdir()
+    (path / "recipe.yaml").write_text(load_recipe(TINY, overrides).to_yaml())
+    file = MetricsFile(path / "metrics.jsonl")
+    for step in range(every, steps + 1, every):
+        file.append(step, {"loss": loss / step, "tokens_per_second": 100.0 * step})
+    file.close()
+    return path
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    """10 samples a step, measured every 4 steps up to 40; and 20 a step, every 3 up to 12."""
+    batch = "training.micro_batch_size=10"
+    return [
+        run_folder(tmp_path / "a", ("training.global_batch_size=10", batch), 4, 40, 80.0),
+        run_folder(tmp_path / "b", ("training.global_batch_size=20", batch, "linear.sparsity=4:8"), 3, 12, 60.0),
+    ]
+
+
+def test_recipe_keys_that_differ(folders: list[Path]) -> None:
+    assert differences([read_run(folder) for folder in folders]) == [
+        ("linear.sparsity", ["6:8", "4:8"]),
+        ("training.global_batch_size", ["10", "20"]),
+    ]
+
+
+def test_at_equal_tokens_nobody_has_trained_on_more(folders: list[Path]) -> None:
+    runs = [read_run(folder) for folder in folders]
+    chosen = at_equal(runs, "loss", lambda run, step: run.tokens(step))
+    # b's last measurement, 12 steps of 20, are 24 of a's steps.
+    assert chosen == [(24, 80.0 / 24), (12, 5.0)]
+    assert runs[0].tokens(24) == runs[1].tokens(12) == 24 * 10 * 128
+    assert at_equal(runs, "validation_loss", lambda run, step: run.tokens(step)) is None
+
+
+def test_flops_follow_the_sparsity(folders: list[Path]) -> None:
+    runs = [read_run(folder) for folder in folders]
+    for run in runs:
+        dense, sparse = model_flops_per_token(run.recipe)
+        assert run.flops(7, sparse=False) == pytest.approx(run.tokens(7) * dense)
+        assert run.flops(7, sparse=True) == pytest.approx(run.tokens(7) * sparse)
+    # 4:8 saves more than 6:8: 12 steps of b cost less than 24 of a, and a has to stop earlier.
+    chosen = at_equal(runs, "loss", lambda run, step: run.flops(step, sparse=True))
+    assert chosen is not None
+    assert chosen[1][0] == 12
+    assert chosen[0][0] == 20
+    assert runs[0].flops(24, sparse=True) > runs[1].flops(12, sparse=True) > runs[0].flops(20, sparse=True)
+
+
+def test_phases_change_the_flops_of_a_token(tmp_path: Path) -> None:
+    phases = "linear.phases=[{step: 4, sparsity: 4:8}, {step: 9, sparsity: 2:8}]"
+    run = read_run(run_folder(tmp_path / "p", (phases,), 1, 3, 1.0))
+    per_step = run.tokens(1)
+    costs = [model_flops_per_token(run.recipe, step)[1] for step in (0, 4, 9)]
+    assert len(set(costs)) == 3
+    assert run.flops(4, sparse=True) == pytest.approx(4 * per_step * costs[0])
+    expected = per_step * (4 * costs[0] + 5 * costs[1] + 3 * costs[2])
+    assert run.flops(12, sparse=True) == pytest.approx(expected)
+
+
+def test_the_report(folders: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", *map(str, folders)]) == 0
+    text = capsys.readouterr().out
+    assert text.strip() == report([read_run(folder) for folder in folders])
+    rows = [line.split() for line in text.splitlines()]
+    assert ["linear.sparsity", "6:8", "4:8"] in rows
+    assert ["loss", "3.072e+04", "3.3333", "(step", "24)", "5", "(step", "12)"] in rows
+    assert ["tokens_per_second", "2,200", "750"] in rows
+    assert text.count("at equal") == 3
+
+
+def test_what_is_no_run_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path}: is no run folder" in error
+    assert error.count("\n") == 1
