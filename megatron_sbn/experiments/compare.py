@@ -3,12 +3,14 @@
     tokens(step) = step * global_batch_size * seq_length
     FLOPs(step)  = tokens' model FLOPs up to that step, dense-equivalent or sparse-effective (flops.py)
 
-"At equal tokens" is at the largest number that every run has measured or passed; of each run the last value at or
-before it counts, so runs that measure at other steps are compared a little early, never with more training. The same
-for FLOPs. Reads run folders; imports no torch.
+"At equal tokens" is at the largest number at which every run has measured a metric or gone past; runs that measured
+before and after it, but not there, are read off the line between the two (marked ~). The same for FLOPs. Reads run
+folders; imports no torch.
 """
 
+import bisect
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,20 +73,44 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
-def at_equal(runs: Sequence[Run], metric: str, cost: Callable[[Run, int], float]) -> list[tuple[int, float]] | None:
-    """(step, value) of every run at the largest cost that all have reached; None where a run lacks the metric."""
+@dataclass(frozen=True)
+class Reading:
+    """A metric at some cost; `measured` is False where it lies between two measurements. `step` may be a fraction."""
+
+    step: float
+    value: float
+    measured: bool
+
+    def __str__(self) -> str:
+        """The value, with ~ where it is interpolated, and its step."""
+        return f"{'' if self.measured else '~'}{self.value:.5g} (step {self.step:.4g})"
+
+
+def at_equal(runs: Sequence[Run], metric: str, cost: Callable[[Run, int], float]) -> tuple[float, list[Reading]] | None:
+    """(cost, every run's reading there) at the largest cost that all have reached; None where a run has no value."""
     points = [run.points(metric) for run in runs]
     if not all(points):
         return None
     budget = min(cost(run, own[-1][0]) for run, own in zip(runs, points, strict=True))
-    chosen = []
-    for run, own in zip(runs, points, strict=True):
-        # Costs are sums of floats: one at the budget may exceed it in the last bits.
-        within = [point for point in own if cost(run, point[0]) <= budget * (1 + 1e-12)]
-        if not within:
-            return None
-        chosen.append(within[-1])
-    return chosen
+    readings = [_read_at(run, own, cost, budget) for run, own in zip(runs, points, strict=True)]
+    found = [reading for reading in readings if reading is not None]
+    return (budget, found) if len(found) == len(runs) else None
+
+
+def _read_at(
+    run: Run, points: Sequence[tuple[int, float]], cost: Callable[[Run, int], float], budget: float
+) -> Reading | None:
+    """Linear between the measurements around `budget`; None before the first."""
+    costs = [cost(run, step) for step, _ in points]
+    for (step, value), spent in zip(points, costs, strict=True):
+        if math.isclose(spent, budget, rel_tol=1e-12):  # costs are sums of floats
+            return Reading(step, value, measured=True)
+    after = bisect.bisect(costs, budget)
+    if after == 0:
+        return None
+    (step, value), (next_step, next_value) = points[after - 1 : after + 1]
+    share = (budget - costs[after - 1]) / (costs[after] - costs[after - 1])
+    return Reading(step + share * (next_step - step), value + share * (next_value - value), measured=False)
 
 
 def report(runs: Sequence[Run]) -> str:
@@ -99,10 +125,10 @@ def report(runs: Sequence[Run]) -> str:
     for what, cost in costs:
         rows = []
         for metric in METRICS:
-            chosen = at_equal(runs, metric, cost)
-            if chosen is not None:
-                spent = min(cost(run, step) for run, (step, _) in zip(runs, chosen, strict=True))
-                rows.append((metric, f"{spent:.4g}", *(f"{value:.5g} (step {step})" for step, value in chosen)))
+            found = at_equal(runs, metric, cost)
+            if found is not None:
+                budget, readings = found
+                rows.append((metric, f"{budget:.4g}", *map(str, readings)))
         lines += ["", f"at equal {what}", *aligned(("metric", what, *names), rows)]
     speeds = [[value for _, value in run.points("tokens_per_second")] for run in runs]
     told = [f"{median(speed):,.0f}" if speed else "-" for speed in speeds]

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_sbn.cli import main
 from megatron_sbn.config import load_recipe
-from megatron_sbn.experiments.compare import at_equal, differences, read_run, report
+from megatron_sbn.experiments.compare import Reading, at_equal, differences, read_run, report
 from megatron_sbn.experiments.flops import model_flops_per_token
 from megatron_sbn.experiments.metrics import MetricsFile
 
@@ -43,10 +43,11 @@ def test_recipe_keys_that_differ(folders: list[Path]) -> None:
 
 def test_at_equal_tokens_nobody_has_trained_on_more(folders: list[Path]) -> None:
     runs = [read_run(folder) for folder in folders]
-    chosen = at_equal(runs, "loss", lambda run, step: run.tokens(step))
     # b's last measurement, 12 steps of 20, are 24 of a's steps.
-    assert chosen == [(24, 80.0 / 24), (12, 5.0)]
-    assert runs[0].tokens(24) == runs[1].tokens(12) == 24 * 10 * 128
+    tokens = runs[0].tokens(24)
+    assert tokens == runs[1].tokens(12) == 24 * 10 * 128
+    expected = (tokens, [Reading(24, 80.0 / 24, measured=True), Reading(12, 5.0, measured=True)])
+    assert at_equal(runs, "loss", lambda run, step: run.tokens(step)) == expected
     assert at_equal(runs, "validation_loss", lambda run, step: run.tokens(step)) is None
 
 
@@ -56,12 +57,24 @@ def test_flops_follow_the_sparsity(folders: list[Path]) -> None:
         dense, sparse = model_flops_per_token(run.recipe)
         assert run.flops(7, sparse=False) == pytest.approx(run.tokens(7) * dense)
         assert run.flops(7, sparse=True) == pytest.approx(run.tokens(7) * sparse)
-    # 4:8 saves more than 6:8: 12 steps of b cost less than 24 of a, and a has to stop earlier.
-    chosen = at_equal(runs, "loss", lambda run, step: run.flops(step, sparse=True))
-    assert chosen is not None
-    assert chosen[1][0] == 12
-    assert chosen[0][0] == 20
-    assert runs[0].flops(24, sparse=True) > runs[1].flops(12, sparse=True) > runs[0].flops(20, sparse=True)
+    # 4:8 saves more than 6:8: 12 steps of b cost less than 24 of a, between whose measurements at 20 and 24 it ends.
+    found = at_equal(runs, "loss", lambda run, step: run.flops(step, sparse=True))
+    assert found is not None
+    budget, (a, b) = found
+    assert b == Reading(12, 5.0, measured=True)
+    assert budget == runs[1].flops(12, sparse=True)
+    assert 20 < a.step < 24
+    assert runs[0].flops(1, sparse=True) * a.step == pytest.approx(budget)
+    share = (a.step - 20) / 4
+    assert a.value == pytest.approx((1 - share) * 80.0 / 20 + share * 80.0 / 24)
+    assert not a.measured
+    assert str(a).startswith("~")
+
+
+def test_before_a_runs_first_measurement_there_is_nothing_to_compare(tmp_path: Path) -> None:
+    early = read_run(run_folder(tmp_path / "early", (), 1, 2, 1.0))
+    late = read_run(run_folder(tmp_path / "late", (), 3, 6, 1.0))
+    assert at_equal([early, late], "loss", lambda run, step: run.tokens(step)) is None
 
 
 def test_phases_change_the_flops_of_a_token(tmp_path: Path) -> None:
