@@ -127,6 +127,16 @@ def compare(options: argparse.Namespace) -> int:
     return 0
 
 
+def report(options: argparse.Namespace) -> int:
+    """Writes the page of a study."""
+    from megatron_sbn.experiments.report import write_report
+
+    output = Path(options.output) if options.output else Path(options.study) / "report"
+    write_report(Path(options.study), output)
+    print(f"wrote {output / 'index.md'}")
+    return 0
+
+
 def quickstart(options: argparse.Namespace) -> int:
     """The main job of the README."""
     from megatron_sbn import quickstart as job
@@ -149,6 +159,10 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(commands, "compare", compare, "runs side by side: recipes, metrics at equal tokens and FLOPs")
     command.add_argument("run_folders", nargs="+", metavar="RUN", help="run folder")
     command.epilog = "example: sbn compare runs/quickstart-ternary-6of8-* runs/quickstart-dense-bf16-*"
+    command = _add(commands, "report", report, "a page, a table and figures of a folder of runs")
+    command.add_argument("study", metavar="STUDY", help="folder of run folders, such as runs/n-of-8-tiny")
+    command.add_argument("--output", metavar="FOLDER", help="where the page goes (default: STUDY/report)")
+    command.epilog = "example: sbn report runs/n-of-8-tiny"
     command = _add(commands, "quickstart", quickstart, "ternary against dense on this machine's own Python library")
     command.add_argument("--prepare-only", action="store_true", help="write the shards and stop")
     command.epilog = "example: sbn quickstart training.steps=300"

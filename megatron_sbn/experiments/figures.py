@@ -1,0 +1,114 @@
+"""Figures of a study: perplexity over sparsity, loss over tokens. The only importer of matplotlib.
+
+Colours of the formats are the same in every figure (blue ternary, orange dense) and differ in lightness too, so that
+they survive a grey print; seeds are a band from the lowest to the highest around their mean.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+from matplotlib import pyplot as plt
+
+COLOURS = {"ternary": "#1f5fa8", "dense": "#e07b1a"}
+MARKERS = {"ternary": "o", "dense": "s"}
+COLLAPSE = 1.10
+"""A model has collapsed where its perplexity is more than this many times that of its own dense run."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Perplexity of one format over N of N:M: means, lowest and highest over seeds, in the order of `n`."""
+
+    weight_format: str
+    group: int  # M
+    n: tuple[int, ...]
+    mean: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    def normalised(self) -> "Curve | None":
+        """Over the mean of N = M; None where that was not run."""
+        if self.group not in self.n:
+            return None
+        unit = self.mean[self.n.index(self.group)]
+        scaled = [tuple(value / unit for value in values) for values in (self.mean, self.low, self.high)]
+        return Curve(self.weight_format, self.group, self.n, *scaled)
+
+
+def perplexity_over_sparsity(curves: Sequence[Curve], group: int, path: Path) -> None:
+    """Two panels: raw perplexity, and over each format's own N = M = `group`, with the collapse line."""
+    figure, (raw, normalised) = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
+    for curve in curves:
+        _draw(raw, curve)
+        scaled = curve.normalised()
+        if scaled is not None:
+            _draw(normalised, scaled)
+    raw.set_ylabel("validation perplexity")
+    normalised.set_ylabel(f"perplexity / that of {group}:{group}")
+    normalised.axhline(COLLAPSE, color="0.4", linewidth=1, linestyle="--")
+    normalised.annotate(
+        f"collapse: +{COLLAPSE - 1:.0%}", (0.02, COLLAPSE), xycoords=("axes fraction", "data"), va="bottom", color="0.3"
+    )
+    for axes in (raw, normalised):
+        axes.set_xlabel(f"N of N:{group} (weights kept in every {group})")
+        axes.set_xticks(range(min(min(curve.n) for curve in curves), group + 1))
+        axes.invert_xaxis()
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    raw.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _draw(axes: Any, curve: Curve) -> None:  # noqa: ANN401 - matplotlib's own
+    colour = COLOURS.get(curve.weight_format, "0.3")
+    marker = MARKERS.get(curve.weight_format, "x")
+    axes.plot(curve.n, curve.mean, color=colour, marker=marker, linewidth=1.8, label=_called(curve.weight_format))
+    axes.fill_between(curve.n, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
+
+
+def _called(weight_format: str) -> str:
+    return "BF16" if weight_format == "dense" else weight_format
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Training loss of one run: (tokens, nats a token), with what tells it from others."""
+
+    weight_format: str
+    sparsity: tuple[int, int]
+    points: tuple[tuple[float, float], ...]
+
+
+def loss_over_tokens(traces: Sequence[Trace], path: Path) -> None:
+    """One panel a format on a common scale, a shade for each N:M, a line for each seed."""
+    formats = sorted({trace.weight_format for trace in traces}, reverse=True)
+    size = (1.0 + 4.6 * len(formats), 4.4)
+    figure, panels = plt.subplots(
+        1, len(formats), figsize=size, sharex=True, sharey=True, squeeze=False, constrained_layout=True
+    )
+    colours = plt.get_cmap("viridis")
+    for axes, weight_format in zip(panels[0], formats, strict=True):
+        own = [trace for trace in traces if trace.weight_format == weight_format]
+        kept = sorted({trace.sparsity for trace in own}, key=lambda nm: nm[0] / nm[1], reverse=True)
+        for trace in own:
+            tokens, values = zip(*trace.points, strict=True)
+            shade = colours(0.9 * kept.index(trace.sparsity) / max(1, len(kept) - 1))
+            axes.plot([t / 1e6 for t in tokens], values, color=shade, linewidth=1.1)
+        for sparsity in kept:  # one entry for all seeds
+            shade = colours(0.9 * kept.index(sparsity) / max(1, len(kept) - 1))
+            axes.plot([], [], color=shade, linewidth=2, label="{}:{}".format(*sparsity))
+        axes.set_title(_called(weight_format))
+        axes.set_xlabel("tokens (millions)")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize="small", ncols=2, loc="upper right")
+    panels[0][0].set_ylabel("training loss (nats / token)")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,140 @@
+"""`sbn report STUDY`: a folder of runs -> a page, a table and figures that answer "does it pay at this scale?".
+
+    report/index.md         the page                    report/perplexity.png    over N:M, raw and normalised
+    report/runs.csv         one line a run              report/loss.png          training loss over tokens
+
+Reads recipe.yaml and metrics.jsonl of every run in the study's folder. Runs that have not finished are in the table,
+marked, and not in the curves. A normalised perplexity is over the mean of the same format's N = M runs; where it first
+exceeds 1.10, going down in N, the format has collapsed.
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, median
+
+from megatron_sbn.errors import InputError
+from megatron_sbn.experiments.compare import Run, read_run
+from megatron_sbn.experiments.figures import COLLAPSE, Curve, Trace, loss_over_tokens, perplexity_over_sparsity
+from megatron_sbn.staging import write_whole
+
+COLUMNS = (
+    *("run", "weight_format", "sparsity", "seed", "steps", "tokens", "finished", "loss", "validation_perplexity"),
+    *("zero_fraction", "flip_rate_cumulative", "tokens_per_second"),
+)
+
+
+def read_study(folder: Path) -> list[Run]:
+    """Runs of a folder, by name. Raises InputError where there is none."""
+    found = [path.parent for path in sorted(folder.glob("*/recipe.yaml"))]
+    runs = [read_run(path) for path in found if (path / "metrics.jsonl").is_file()]
+    if not runs:
+        raise InputError(f"{folder}: holds no run folders (recipe.yaml and metrics.jsonl); name the folder of a study")
+    return runs
+
+
+def finished(run: Run) -> bool:
+    """Whether the last step of the recipe was measured."""
+    return bool(run.lines) and int(run.lines[-1]["step"]) >= run.recipe.training.steps
+
+
+def curves(runs: Sequence[Run], group: int) -> list[Curve]:
+    """Final validation perplexity of finished runs over N of N:`group`, one curve a format, seeds as ranges."""
+    values: dict[str, dict[int, list[float]]] = {}
+    for run in runs:
+        points = run.points("validation_perplexity")
+        n, m = run.recipe.linear.sparsity
+        if not finished(run) or not points or (m != group and n != m):
+            continue
+        kept = group if n == m else n
+        values.setdefault(run.recipe.linear.weight_format, {}).setdefault(kept, []).append(points[-1][1])
+    made = []
+    for weight_format, by_n in sorted(values.items(), reverse=True):
+        order = sorted(by_n, reverse=True)
+        spread = [by_n[n] for n in order]
+        ranges = (tuple(map(mean, spread)), tuple(map(min, spread)), tuple(map(max, spread)))
+        made.append(Curve(weight_format, group, tuple(order), *ranges))
+    return made
+
+
+def collapse_point(curve: Curve) -> int | None:
+    """The largest N whose mean perplexity is over 1.10 of the dense one's; None if there is none, or no dense run."""
+    scaled = curve.normalised()
+    if scaled is None:
+        return None
+    return next((n for n, value in zip(scaled.n, scaled.mean, strict=True) if value > COLLAPSE), None)
+
+
+def write_report(folder: Path, output: Path) -> None:
+    """Writes the page, the table and the figures of the study in `folder`. Raises InputError."""
+    runs = read_study(folder)
+    output.mkdir(parents=True, exist_ok=True)
+    group = max((m for run in runs for n, m in [run.recipe.linear.sparsity] if n < m), default=8)
+    made = curves(runs, group)
+    page = [f"# {folder.name}", "", *_summary(runs)]
+    if made:
+        perplexity_over_sparsity(made, group, output / "perplexity.png")
+        page += ["", "## Perplexity over sparsity", "", "![perplexity over N:M](perplexity.png)", ""]
+        page += _table(made, group)
+    measured = [(run, [(run.tokens(step), value) for step, value in run.points("loss")]) for run in runs]
+    traces = [
+        Trace(run.recipe.linear.weight_format, run.recipe.linear.sparsity, tuple(points))
+        for run, points in measured
+        if points
+    ]
+    if traces:
+        loss_over_tokens(traces, output / "loss.png")
+        page += ["", "## Training loss", "", "![training loss over tokens](loss.png)"]
+    page += ["", "Every run: [runs.csv](runs.csv). Metrics are defined in docs/metrics.md."]
+    write_whole(output / "runs.csv", _csv(runs).encode())
+    write_whole(output / "index.md", ("\n".join(page) + "\n").encode())
+
+
+def _summary(runs: Sequence[Run]) -> list[str]:
+    ended = [run for run in runs if finished(run)]
+    tokens = sorted({int(run.tokens(run.recipe.training.steps)) for run in runs})
+    told = " or ".join(f"{count / 1e6:.3g}M" for count in tokens)
+    lines = [f"{len(runs)} runs, {len(ended)} finished; {told} tokens each."]
+    lines += [f"Not finished: {run.name}." for run in runs if run not in ended]
+    return lines
+
+
+def _table(made: Sequence[Curve], group: int) -> list[str]:
+    """Markdown: a line for each N, two columns a format, and the collapse points."""
+    order = sorted({n for curve in made for n in curve.n}, reverse=True)
+    header = "| N:M | " + " | ".join(f"{curve.weight_format} | / {group}:{group}" for curve in made) + " |"
+    lines = [header, "|---|" + "---:|---:|" * len(made)]
+    for n in order:
+        cells = []
+        for curve in made:
+            raw, scaled = (dict(zip(c.n, c.mean, strict=True)) if c else {} for c in (curve, curve.normalised()))
+            cells += [f"{raw[n]:.2f}" if n in raw else "-", f"{scaled[n]:.3f}" if n in scaled else "-"]
+        lines.append(f"| {n}:{group} | " + " | ".join(cells) + " |")
+    lines.append("")
+    for curve in made:
+        point = collapse_point(curve)
+        where = f"at {point}:{group}" if point is not None else "nowhere in this study"
+        lines.append(f"- {curve.weight_format}: perplexity first exceeds {COLLAPSE:.2f} of {group}:{group} {where}.")
+    return lines
+
+
+def _csv(runs: Sequence[Run]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for run in runs:
+        steps = int(run.lines[-1]["step"]) if run.lines else 0
+        linear = run.recipe.linear
+        known = (run.name, linear.weight_format, "{}:{}".format(*linear.sparsity), run.recipe.training.seed)
+        measured = [_last(run, name) for name in COLUMNS[7:11]]
+        speeds = [value for _, value in run.points("tokens_per_second")]
+        writer.writerow(
+            (*known, steps, int(run.tokens(steps)), finished(run), *measured, f"{median(speeds):.1f}" if speeds else "")
+        )
+    return text.getvalue()
+
+
+def _last(run: Run, metric: str) -> str:
+    points = run.points(metric)
+    return repr(points[-1][1]) if points else ""

@@ -1,0 +1,106 @@
+"""A study's page, table and figures, from folders as runs write them."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from megatron_sbn.cli import main
+from megatron_sbn.config import load_recipe
+from megatron_sbn.experiments.figures import Curve
+from megatron_sbn.experiments.metrics import MetricsFile
+from megatron_sbn.experiments.report import collapse_point, curves, read_study
+
+TINY = Path(__file__).parents[2] / "recipes" / "tiny" / "base.yaml"
+STEPS = 4
+# Perplexity of one seed, and how much higher the other's is.
+PERPLEXITY = {
+    "ternary": {8: 100.0, 6: 104.0, 4: 108.0, 2: 120.0},
+    "dense": {8: 90.0, 6: 95.0, 4: 104.0, 2: 150.0},
+}
+SEEDS = {1: 0.0, 2: 6.0}
+
+
+def run_folder(study: Path, weight_format: str, n: int, seed: int, steps: int = STEPS) -> None:
+    folder = study / f"{weight_format}-{n}-seed{seed}"
+    folder.mkdir(parents=True)
+    overrides = (f"linear.weight_format={weight_format}", f"linear.sparsity={n}:8", f"training.seed={seed}")
+    recipe = load_recipe(TINY, (*overrides, f"training.steps={STEPS}", "optimizer.lr_decay_steps=20"))
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    file = MetricsFile(folder / "metrics.jsonl")
+    for step in range(1, steps + 1):
+        file.append(step, {"loss": 8.0 - step / 10 - n / 100, "tokens_per_second": 1000.0 + step})
+    if steps == STEPS:
+        file.append(STEPS, {"validation_perplexity": PERPLEXITY[weight_format][n] + SEEDS[seed], "zero_fraction": 0.3})
+    file.close()
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    folder = tmp_path / "n-of-8"
+    for weight_format, by_n in PERPLEXITY.items():
+        for n in by_n:
+            for seed in SEEDS:
+                run_folder(folder, weight_format, n, seed)
+    return folder
+
+
+def test_curves_are_means_and_ranges_over_seeds(study: Path) -> None:
+    run_folder(study, "ternary", 6, 3, steps=2)  # not finished: in no curve
+    ternary, dense = curves(read_study(study), 8)
+    assert (ternary.weight_format, ternary.group, ternary.n) == ("ternary", 8, (8, 6, 4, 2))
+    assert ternary.mean == (103.0, 107.0, 111.0, 123.0)
+    assert ternary.low == (100.0, 104.0, 108.0, 120.0)
+    assert ternary.high == (106.0, 110.0, 114.0, 126.0)
+    assert dense.mean == (93.0, 98.0, 107.0, 153.0)
+    scaled = dense.normalised()
+    assert scaled is not None
+    assert scaled.mean == pytest.approx((1.0, 98 / 93, 107 / 93, 153 / 93))
+
+
+def test_the_collapse_point_is_the_first_n_above_ten_percent(study: Path) -> None:
+    ternary, dense = curves(read_study(study), 8)
+    assert collapse_point(ternary) == 2  # 123/103; 111/103 is 1.078
+    assert collapse_point(dense) == 4  # 107/93 is 1.15
+    assert collapse_point(Curve("ternary", 8, (8, 4), (100.0, 110.0), (100.0, 110.0), (100.0, 110.0))) is None
+    assert collapse_point(Curve("ternary", 8, (6, 4), (1.0, 9.0), (1.0, 9.0), (1.0, 9.0))) is None
+
+
+def test_the_report(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_folder(study, "ternary", 6, 3, steps=2)
+    assert main(["report", str(study)]) == 0
+    output = study / "report"
+    assert str(output / "index.md") in capsys.readouterr().out
+    page = (output / "index.md").read_text()
+    assert "17 runs, 16 finished; 0.00819M tokens each." in page
+    assert "Not finished: ternary-6-seed3." in page
+    assert "| N:M | ternary | / 8:8 | dense | / 8:8 |" in page
+    assert "| 6:8 | 107.00 | 1.039 | 98.00 | 1.054 |" in page
+    assert "- dense: perplexity first exceeds 1.10 of 8:8 at 4:8." in page
+    for name in ("perplexity.png", "loss.png"):
+        assert f"({name})" in page
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+        assert (output / name).stat().st_size > 20_000
+    with (output / "runs.csv").open() as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 17
+    row = rows["dense-2-seed2"]
+    assert (row["weight_format"], row["sparsity"], row["seed"], row["finished"]) == ("dense", "2:8", "2", "True")
+    assert (float(row["validation_perplexity"]), float(row["tokens_per_second"])) == (156.0, 1002.5)
+    assert rows["ternary-6-seed3"]["finished"] == "False"
+    assert rows["ternary-6-seed3"]["validation_perplexity"] == ""
+    assert main(["report", str(study)]) == 0  # its own folder is no run
+
+
+def test_a_study_without_a_dense_run_has_no_normalised_column(tmp_path: Path) -> None:
+    run_folder(tmp_path / "s", "ternary", 6, 1)
+    run_folder(tmp_path / "s", "ternary", 4, 1)
+    assert main(["report", str(tmp_path / "s"), "--output", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page" / "index.md").read_text()
+    assert "| 6:8 | 104.00 | - |" in page
+    assert "nowhere in this study" in page
+
+
+def test_an_empty_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"{tmp_path}: holds no run folders" in capsys.readouterr().err
