@@ -160,9 +160,10 @@ def ternary_linear(
     flat, scales = _rows(x_q), s_x.reshape(-1, 1)
     with torch.autocast("cpu", enabled=False):
         y = _exact_product(len(flat), codes, form)(flat)
-    y.mul_(scales).mul_(gamma_per_row)
-    if bias is not None:
-        y.add_(bias.float())
+    for rows in _blocks(*y.shape):  # all passes over a block while it is in cache
+        block = y[rows].mul_(scales[rows]).mul_(gamma_per_row)
+        if bias is not None:
+            block.add_(bias.float())
     return y.to(out_dtype).view(*x_q.shape[:-1], len(codes))
 
 

@@ -55,12 +55,17 @@ def _merge_exchange(size: int) -> Iterator[tuple[int, int]]:
         p //= 2
 
 
-def _finite(w: Tensor) -> None:
-    """Raise ValueError if `w` is not a float matrix or holds NaN or Inf; one pass, no temporary."""
+def _check_matrix(w: Tensor) -> None:
+    """Raise ValueError if `w` is not a float matrix."""
     if w.dim() != 2 or not w.is_floating_point():
         raise ValueError(f"weights must be a float [out, in] matrix, got {w.dtype} of shape {tuple(w.shape)}")
-    if w.numel() and not bool(torch.stack(torch.aminmax(w)).isfinite().all()):
+
+
+def _finite(block: Tensor) -> Tensor:
+    """Return `block`, [rows, in], as fp32; ValueError if it holds NaN or Inf. Brings it into the cache on the way."""
+    if not bool(torch.stack(torch.aminmax(block)).isfinite().all()):
         raise ValueError("weights hold NaN or Inf: neither a mask nor codes can be computed from them")
+    return block.float()
 
 
 def _least_kept(reciprocal: Tensor) -> Tensor:
@@ -128,13 +133,15 @@ def _cutter(w: Tensor, n: int, m: int) -> _Cutter:
 def nm_mask(w: Tensor, n: int, m: int) -> Tensor:
     """Return the N:M mask, bool [out, in]: see `reference.nm_mask`."""
     reference.check_sparsity(n, m, w.shape[-1])
-    _finite(w)
+    _check_matrix(w)
     if n == m:
+        for rows in _blocks(w):
+            _finite(w[rows])
         return torch.ones(w.shape, dtype=torch.bool)
     mask = torch.empty(w.shape, dtype=torch.bool)
     cutter = _cutter(w, n, m)
     for rows in _blocks(w):
-        groups = w[rows].float().reshape(-1, m)
+        groups = _finite(w[rows]).reshape(-1, m)
         _mask_block(groups, mask[rows].view(-1, m), *cutter.cut(groups), n)
     return mask
 
@@ -164,12 +171,12 @@ def codes_from_gamma(
     if mask_source != "latent" and mask is None and n < m:
         return reference.codes_from_gamma(w, gamma_per_row, n, m, mask_source=mask_source, with_mask=with_mask)
     reference.check_code_arguments(w, gamma_per_row, n, m, mask_source, mask)
-    _finite(w)
+    _check_matrix(w)
     least = _least_kept(torch.ones(()) / gamma_per_row).unsqueeze(1)  # [out, 1]
     codes = torch.empty(w.shape, dtype=torch.int8)
     if mask is not None or n == m:
         for rows in _blocks(w):
-            _ternary(w[rows].float(), least[rows], codes[rows])
+            _ternary(_finite(w[rows]), least[rows], codes[rows])
             if mask is not None:
                 codes[rows].mul_(mask[rows])
         if mask is None and with_mask:
@@ -178,7 +185,7 @@ def codes_from_gamma(
     made = torch.empty(w.shape, dtype=torch.bool) if with_mask else None
     cutter = _cutter(w, n, m)
     for rows in _blocks(w):
-        block = w[rows].float()
+        block = _finite(w[rows])
         groups = block.reshape(-1, m)
         lowest, tied = cutter.cut(groups)
         if made is not None:
