@@ -32,6 +32,7 @@ LAYOUTS = {
     "data2": (2, ()),
     "data2-expert2": (2, (EXPERT2,)),
     "data2-expert2-zero2": (2, (EXPERT2, ZERO2)),
+    "data2-expert2-offload": (2, (EXPERT2, "optimizer.cpu_offload=true")),
     "tensor2": (2, (TENSOR2,)),
     "tensor2-expert2": (2, (TENSOR2, EXPERT2)),
     "pipeline2": (2, (PIPELINE2,)),

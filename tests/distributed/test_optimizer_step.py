@@ -112,3 +112,27 @@ def test_many_micro_batches_are_one_big_batch(form: str, model: tuple[str, ...])
     for name, gradient in many.gradients(0).items():
         assert gradient.dtype == torch.float32
         assert relative(gradient, one.gradients(0)[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        ("linear.backward=int8",),
+        ("linear.sr_ste_decay=0.1",),
+        ("linear.masked_gradient=masked",),
+        ("linear.activation_bits=none",),
+        ("linear.order=mask_then_quant",),
+        ("linear.weight_format=dense", "linear.sparsity=6:8"),
+    ],
+    ids=lambda variant: variant[0].removeprefix("linear."),
+)
+def test_zero3_trains_every_variant_as_zero1_does(variant: tuple[str, ...]) -> None:
+    """Weights that are seldom there whole: scales of survivors, SR-STE's decay and floating products gather them."""
+    overrides = ("model.num_layers=2", *COMMON, *variant)
+    cut, whole = run_of(2, (*overrides, ZERO3), 2, 2), run_of(2, overrides, 2, 2)
+    assert cut.losses[0] == pytest.approx(whole.losses[0], rel=1e-6)
+    for name, tensor in whole.prepared().items():
+        assert torch.equal(cut.prepared()[name], tensor), name
+    for name, gradient in whole.gradients(0).items():
+        assert relative(cut.gradients(0)[name], gradient) < 1e-5, name
+    assert cut.grad_norms[0] == pytest.approx(whole.grad_norms[0], rel=1e-5)
