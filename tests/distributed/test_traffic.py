@@ -277,6 +277,17 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...], set[str]]] = {
     "tensor2-pipeline2-tied": (4, (TENSOR2, PIPELINE2, TIED), {"bytes_tensor", "bytes_pipeline"}),
     "tensor2-data2": (4, (TENSOR2, "parallel.zero_stage=2"), {"bytes_tensor", "bytes_data"}),
     "pipeline2-data2": (4, (PIPELINE2, "training.micro_batch_size=1"), {"bytes_pipeline", "bytes_data"}),
+    "tensor2-data2-zero3": (4, (TENSOR2, "parallel.zero_stage=3"), {"bytes_tensor", "bytes_data"}),
+    "tensor2-expert2": (
+        2,
+        (TENSOR2, "model.num_moe_experts=4", "parallel.expert=2", "model.num_layers=2"),
+        {"bytes_tensor", "bytes_expert"},
+    ),
+    "data2-expert2-balanced": (
+        2,
+        ("model.num_moe_experts=4", "parallel.expert=2", "model.num_layers=2", "model.moe_aux_loss_coeff=0.01"),
+        {"bytes_data", "bytes_expert"},
+    ),
 }
 
 
@@ -285,7 +296,7 @@ def test_all_that_is_sent_is_under_a_known_group(layout: str) -> None:
     world_size, overrides, names = LAYOUTS[layout]
     ranks = run_ranks(counted_step, world_size, overrides)
     groups = {group for totals, _, _ in ranks for group, _ in totals}
-    assert groups <= {"tensor", "pipeline", "data", "model"}
+    assert groups <= {"tensor", "pipeline", "data", "model", "expert"}
     metrics = ranks[0][1]
     assert set(metrics) == names
     assert all(rank[1] == metrics for rank in ranks)
