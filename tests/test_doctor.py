@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,8 @@ def test_a_table_of_layouts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     kept = (layouts.SPREAD, "pipeline 2, 3 layers and 1", "data 2, ZeRO-3")
     monkeypatch.setattr(command, "candidates", lambda recipe: {k: v for k, v in every(recipe).items() if k in kept})
     assert main(["doctor", QUICK, "--layouts", "--steps", "2"]) == 0
-    rows = {line[:32].strip(): line[32:].split() for line in capsys.readouterr().out.splitlines()}
+    lines = (re.split(r"  +", line) for line in capsys.readouterr().out.splitlines())
+    rows = {name: cells for name, *cells in lines}
     assert set(kept) <= set(rows)
     for name in kept:
         assert rows[name][:3] == ["equal"] * 3

@@ -21,13 +21,6 @@ training: {steps: 10, global_batch_size: 16, micro_batch_size: 4}
 """
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("recipes") / "base.yaml"
-    path.write_text(RECIPE)
-    return path
-
-
 @pytest.mark.parametrize(
     ("overrides", "told", "way_out"),
     [

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_sbn.config import load_recipe
 from megatron_sbn.errors import RecipeError
-from megatron_sbn.feasibility import check_world
+from megatron_sbn.feasibility import check_world, model_ranks
 
 RECIPE = """
 name: base
@@ -16,13 +16,6 @@ data: {train: some/shard}
 training: {steps: 10, global_batch_size: 16, micro_batch_size: 4}
 """
 NONE = "model.num_moe_experts=null"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("recipes") / "base.yaml"
-    path.write_text(RECIPE)
-    return path
 
 
 @pytest.mark.parametrize(
@@ -36,6 +29,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("parallel.expert=3", "num_moe_experts = 4 is not divisible by parallel.expert = 3", "a multiple of 3"),
         ("parallel.expert=8", "num_moe_experts = 4 is not divisible by parallel.expert = 8", "divides 4"),
         ("parallel.tensor=2 parallel.sequence=false", "parallel.sequence = false with parallel.tensor = 2", "=true"),
+        ("parallel.zero_stage=3", "parallel.zero_stage = 3 with model.num_moe_experts", "zero_stage = 1 or 2"),
         ("linear.sr_ste_decay=1e-4", "linear.sr_ste_decay = 0.0001", "use 0"),
         ("model.moe_ffn_hidden_size=44", "linear.sparsity = 6:8: model.moe_ffn_hidden_size = 44", "a multiple of 8"),
         ("model.moe_ffn_hidden_size=null", "linear.sparsity = 6:8: model.ffn_hidden_size = 100", "a multiple of 8"),
@@ -52,18 +46,24 @@ def test_what_cannot_be_trained_is_refused(overrides: str, told: str, way_out: s
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "width", "ranks"),
     [
-        "",
-        "parallel.expert=4",
-        "model.moe_router_topk=1 model.moe_aux_loss_coeff=0.01 model.add_bias_linear=true",
+        ("", 48, 1),
+        ("parallel.expert=4", 48, 4),
+        ("model.moe_router_topk=1 model.moe_aux_loss_coeff=0.01 model.add_bias_linear=true", 48, 1),
         # An expert is whole on its rank: tensor parallelism does not cut its 48 features into 12.
-        "parallel.tensor=4 parallel.expert=2",
-        "linear.sparsity=8:8 model.moe_ffn_hidden_size=null",
+        ("parallel.tensor=4 parallel.expert=2", 48, 4),
+        ("parallel.tensor=2 parallel.expert=4 parallel.pipeline=2", 48, 8),
+        ("linear.sparsity=8:8 model.moe_ffn_hidden_size=null", 100, 1),
     ],
 )
-def test_what_can_be_trained_is_not_refused(overrides: str, base: Path) -> None:
-    load_recipe(base, overrides.split())
+def test_what_can_be_trained_is_not_refused(overrides: str, width: int, ranks: int, base: Path) -> None:
+    recipe = load_recipe(base, overrides.split())
+    assert (recipe.model.mlp_width, model_ranks(recipe)) == (width, ranks)
+    check_world(recipe, ranks)
+    for fewer in range(1, ranks):
+        with pytest.raises(RecipeError):
+            check_world(recipe, fewer)
 
 
 @pytest.mark.parametrize(

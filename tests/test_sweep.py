@@ -76,12 +76,16 @@ def test_shapes_are_qwens(size: str, shape: tuple[int, ...]) -> None:
     assert training.global_batch_size * model.seq_length == 1048576
 
 
-def test_every_sweep_expands() -> None:
+def test_every_sweep_expands(tmp_path: Path) -> None:
     files = sorted(path.stem for path in (RECIPES / "sweeps").glob("*.yaml"))
     assert files == sorted(SWEEPS)
     for name, count in SWEEPS.items():
         study = load_sweep(RECIPES / "sweeps" / f"{name}.yaml")
         assert (study.name, len(study.variants)) == (name, count)
+        for variant in study.variants:
+            file = tmp_path / f"{variant.name}.yaml"
+            file.write_text(variant.recipe.to_yaml())
+            assert load_recipe(file) == variant.recipe
 
 
 def test_names_labels_and_order() -> None:

@@ -18,6 +18,7 @@ from megatron_sbn.doctor.tiny import one_rank, tiny_recipe
 from megatron_sbn.errors import RecipeError, SbnError
 from megatron_sbn.feasibility import check_world, model_ranks
 from megatron_sbn.launch import launch
+from megatron_sbn.text_table import aligned
 
 if TYPE_CHECKING:
     from megatron_sbn.doctor.report import Trial
@@ -97,23 +98,20 @@ def check_layouts(recipe: Recipe, steps: int, json_file: Path | None = None) -> 
     trials = _try({"single": (1, wide), **cuts}, steps)
     single = trials.pop("single")
     print(f"{recipe.name}: a tiny model under every layout of up to four ranks, {steps} steps, beside one rank")
-    print(
-        f"{'layout':<32}{'codes':<8}{'x_q':<10}{'hidden':<10}{'loss at 1':<11}{'grad norm':<11}"
-        f"{f'loss at {steps}':<12}{'from one rank':<15}bytes a step"
-    )
-    print(f"{'one rank':<73}{'':<9}{single.losses[-1]:<12.6f}")
+    ends = (f"loss at {steps}", "from one rank", "bytes a step")
+    header = ("layout", "codes", "x_q", "hidden", "loss at 1", "grad norm", *ends)
+    last = single.losses[-1]
+    rows: list[tuple[str, ...]] = [("one rank", *("",) * 5, f"{last:.6f}", "", "")]
     told, equal = {}, True
     for name, trial in trials.items():
         lines = report.compare(cuts[name][1], trial, single)
         columns = [report.verdict(report.worst(lines, kind)) for kind in ("codes", "x_q", "hidden")]
         columns += [report.verdict(line) for line in lines[-2:]]
-        sent = sum(trial.bytes_sent.values())
-        print(
-            f"{name:<32}{columns[0]:<8}{columns[1]:<10}{columns[2]:<10}{columns[3]:<11}{columns[4]:<11}"
-            f"{trial.losses[-1]:<12.6f}{abs(trial.losses[-1] - single.losses[-1]):<15.1e}{sent:>12,.0f}"
-        )
+        off, sent = abs(trial.losses[-1] - last), sum(trial.bytes_sent.values())
+        rows.append((name, *columns, f"{trial.losses[-1]:.6f}", f"{off:.1e}", f"{sent:,.0f}"))
         equal = equal and all(line.equal for line in lines)
         told[name] = report.as_json(lines, trial) | {"losses": trial.losses, "grad_norms": trial.grad_norms}
+    print("\n".join(aligned(header, rows)))
     print(f"({SPREAD}: what rounding alone does to a run; codes, x_q and hidden states are those of the first step)")
     if json_file is not None:
         json_file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")

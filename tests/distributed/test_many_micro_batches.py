@@ -4,7 +4,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from torch import Tensor
-from training_runs import samples_of, small_recipe, trainer_of
+from training_runs import batch_of, small_recipe, trainer_of
 
 from megatron_sbn.parallel.pieces import relative
 from megatron_sbn.training.witness import gradient_pieces
@@ -42,7 +42,7 @@ def accumulate(overrides: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor, Te
             accumulated.update({name: piece.value for name, piece in gradient_pieces(trainer.stages).items()})
 
         trainer.stages.config.finalize_model_grads_func = finalize_and_record
-        trainer.step(0, samples_of(recipe, 0))
+        trainer.step(0, batch_of(recipe, 0))
         return {name: (accumulated[name], exact[name], coarse[name], seen[name]) for name in logical}
 
 

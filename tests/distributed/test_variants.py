@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from training_runs import run_of, run_ranks, samples_of, small_recipe, train_step, trainer_of
+from training_runs import batch_of, run_of, run_ranks, small_recipe, train_step, trainer_of
 
 from megatron_sbn.layers.ternary_state import settings_at
 from megatron_sbn.parallel.pieces import relative
@@ -251,7 +251,7 @@ def test_masks_do_not_outlive_a_phase_without_any() -> None:
 
 def evaluation_of(overrides: tuple[str, ...]) -> tuple[float, float, bool]:
     recipe = small_recipe(overrides)
-    samples = samples_of(recipe, 5)
+    samples = batch_of(recipe, 5)
     with trainer_of(recipe) as trainer:
         train_step(trainer, 0)
         mine = samples[trainer.rows()]

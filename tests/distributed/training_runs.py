@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from ranks import run_ranks
 from torch import Tensor
 
 from megatron_sbn.config import Recipe, load_recipe
+from megatron_sbn.doctor.tiny import batch_of
 from megatron_sbn.feasibility import check_world
 from megatron_sbn.model import build_stages
 from megatron_sbn.parallel import state as parallel_state
@@ -35,13 +35,6 @@ def small_recipe(overrides: Sequence[str] = ()) -> Recipe:
     return load_recipe(SMALL, list(overrides))
 
 
-def samples_of(recipe: Recipe, step: int) -> np.ndarray:
-    """The global batch of a step, int64 [global_batch, tokens + 1]: a fixed random walk that can be learnt."""
-    rng = np.random.default_rng(1000 + step)
-    shape = (recipe.training.global_batch_size, recipe.model.seq_length + 1)
-    return (rng.integers(0, 7, shape).cumsum(axis=1) % recipe.model.vocab_size).astype(np.int64)
-
-
 @contextmanager
 def trainer_of(recipe: Recipe) -> Iterator[Trainer]:
     """A trainer of the recipe on this rank, prepared for step 0; its groups are left afterwards."""
@@ -57,7 +50,7 @@ def trainer_of(recipe: Recipe) -> Iterator[Trainer]:
 
 def train_step(trainer: Trainer, step: int) -> StepResult:
     """One step on this rank's share of the step's samples."""
-    return trainer.step(step, samples_of(trainer.recipe, step)[trainer.rows()])
+    return trainer.step(step, batch_of(trainer.recipe, step)[trainer.rows()])
 
 
 @dataclass
@@ -81,7 +74,7 @@ def train(overrides: Sequence[str], steps: int, recorded: int) -> RankRun:
         stages = trainer.stages
         run = RankRun(trainer.parallel.data_rank, prepared=prepared_pieces(stages))
         with recorded_hidden_states(trainer) as run.hidden:
-            run.evaluation = trainer.evaluate(samples_of(recipe, 99)[trainer.rows()])
+            run.evaluation = trainer.evaluate(batch_of(recipe, 99)[trainer.rows()])
         finalize = stages.config.finalize_model_grads_func
 
         def finalize_and_record(*args: Any, **kwargs: Any) -> None:
