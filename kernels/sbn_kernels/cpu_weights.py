@@ -3,11 +3,13 @@
     T      = |w| with one row per position in a group                 [m, groups]
     lowest = the (m-n+1)-th smallest of each column of T              a network of minima and maxima, [groups]
     cut    = max(lowest, the least |w| of the row that is not rounded to 0)
-    C      = (w >= cut) - (w <= -cut)
+    C      = copysign(|w| >= cut, w)
 
 Only the comparators that the wanted order statistic depends on are kept (15 of 19 for m = 8), and each is two
 vectorised passes, where sorting handles one group of 8 at a time. A column whose lowest survivor equals its largest
 loser is a tie at the cut; those groups, rare with fp32 weights, get their mask by counting ranks, lower index first.
+Comparisons write fp32, which is converted afterwards: those that write bool are half as fast, and slower still where a
+short row meets one value.
 
 "Not rounded to 0" is a comparison as well: rint(fl(w * r)) >= 1 exactly if fl(w * r) > 1/2, and fl is monotonic, so
 each row has a least such w (`_least_kept`). Results equal `sbn_kernels.reference` bit for bit.
@@ -61,11 +63,12 @@ def _check_matrix(w: Tensor) -> None:
         raise ValueError(f"weights must be a float [out, in] matrix, got {w.dtype} of shape {tuple(w.shape)}")
 
 
-def _finite(block: Tensor) -> Tensor:
-    """Return `block`, [rows, in], as fp32; ValueError if it holds NaN or Inf. Brings it into the cache on the way."""
-    if not bool(torch.stack(torch.aminmax(block)).isfinite().all()):
+def _magnitudes(block: Tensor, out: Tensor) -> Tensor:
+    """Return `out` = |block|, fp32 [rows, in]; ValueError if it holds NaN or Inf."""
+    torch.abs(block if block.dtype == torch.float32 else block.float(), out=out)
+    if not bool(out.amax().isfinite()):
         raise ValueError("weights hold NaN or Inf: neither a mask nor codes can be computed from them")
-    return block.float()
+    return out
 
 
 def _least_kept(reciprocal: Tensor) -> Tensor:
@@ -97,14 +100,13 @@ class _Cutter:
         self.network = selection_network(m, (m - n - 1, m - n))
         self.columns = torch.empty(m, groups)
         self.spare = [torch.empty(groups) for _ in range(m + 2)]
-        self.spread = torch.empty(groups, m)
 
-    def cut(self, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """[groups, m] -> (lowest survivor fp32 [groups], whether it equals the largest loser bool [groups])."""
-        count = len(groups)
+    def cut(self, magnitudes: Tensor) -> tuple[Tensor, Tensor]:
+        """|w| [groups, m] -> (lowest survivor fp32 [groups, 1], groups whose largest loser equals it int64 [tied])."""
+        count = len(magnitudes)
         columns = self.columns[:, :count]
-        _transpose_exactly(groups, columns)
-        rows, free = list(columns.abs_().unbind(0)), [buffer[:count] for buffer in self.spare]
+        _transpose_exactly(magnitudes, columns)
+        rows, free = list(columns.unbind(0)), [buffer[:count] for buffer in self.spare]
         owned = [False] * self.m
         for i, j, low, high in self.network:
             x, y = rows[i], rows[j]
@@ -115,43 +117,47 @@ class _Cutter:
             free += [old for old, mine in ((x, owned[i]), (y, owned[j])) if mine]
             owned[i], owned[j] = low, high
         lowest, loser = rows[self.m - self.n], rows[self.m - self.n - 1]
-        return lowest, lowest == loser
+        return lowest.unsqueeze(1), (lowest == loser).nonzero().squeeze(1)
+
+    def mask(self, magnitudes: Tensor, lowest: Tensor, tied: Tensor, marks: Tensor, out: Tensor) -> None:
+        """Writes the mask, bool [groups, m], for the cut that was found; `marks`: fp32 memory of that shape."""
+        out.copy_(torch.ge(magnitudes, lowest, out=marks))
+        if len(tied):
+            out[tied] = reference.keep_largest(magnitudes[tied], self.n, self.m)
 
 
-def _blocks(w: Tensor) -> Iterator[slice]:
-    """Slices of whole rows with about 2^20 elements."""
-    step = max(1, _BLOCK_ELEMENTS // max(1, w.shape[1]))
-    for start in range(0, w.shape[0] if w.numel() else 0, step):
-        yield slice(start, min(start + step, w.shape[0]))
+class _Blocks:
+    """A weight in blocks of whole rows with about 2^20 elements, and memory for the passes over one of them."""
 
+    def __init__(self, w: Tensor) -> None:
+        self.w = w
+        self.step = max(1, _BLOCK_ELEMENTS // max(1, w.shape[1]))
+        self._magnitudes, self._marks = torch.empty(2, min(self.step, w.shape[0]), w.shape[1]).unbind(0)
 
-def _cutter(w: Tensor, n: int, m: int) -> _Cutter:
-    rows = min(w.shape[0], max(1, _BLOCK_ELEMENTS // max(1, w.shape[1])))
-    return _Cutter(n, m, rows * w.shape[1] // m)
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(rows, |w| of these rows, fp32 memory of the same shape); ValueError at a block with NaN or Inf."""
+        for start in range(0, self.w.shape[0] if self.w.numel() else 0, self.step):
+            rows = slice(start, min(start + self.step, self.w.shape[0]))
+            count = rows.stop - rows.start
+            yield rows, _magnitudes(self.w[rows], self._magnitudes[:count]), self._marks[:count]
+
+    def cutter(self, n: int, m: int) -> _Cutter:
+        """Of the blocks' groups."""
+        return _Cutter(n, m, self._marks.numel() // m)
 
 
 def nm_mask(w: Tensor, n: int, m: int) -> Tensor:
     """Return the N:M mask, bool [out, in]: see `reference.nm_mask`."""
     reference.check_sparsity(n, m, w.shape[-1])
     _check_matrix(w)
-    if n == m:
-        for rows in _blocks(w):
-            _finite(w[rows])
-        return torch.ones(w.shape, dtype=torch.bool)
-    mask = torch.empty(w.shape, dtype=torch.bool)
-    cutter = _cutter(w, n, m)
-    for rows in _blocks(w):
-        groups = _finite(w[rows]).reshape(-1, m)
-        _mask_block(groups, mask[rows].view(-1, m), *cutter.cut(groups), n)
+    mask = torch.ones(w.shape, dtype=torch.bool)
+    blocks = _Blocks(w)
+    cutter = blocks.cutter(n, m) if n < m else None
+    for rows, magnitudes, marks in blocks:
+        if cutter is not None:
+            groups = magnitudes.view(-1, m)
+            cutter.mask(groups, *cutter.cut(groups), marks.view(-1, m), mask[rows].view(-1, m))
     return mask
-
-
-def _mask_block(groups: Tensor, mask: Tensor, lowest: Tensor, tied: Tensor, n: int) -> None:
-    """Writes the mask of [groups, m] values for the cut that was found."""
-    torch.ge(groups.abs(), lowest.unsqueeze(1), out=mask)
-    where = tied.nonzero().squeeze(1)
-    if len(where):
-        mask[where] = reference.keep_largest(groups[where].abs(), n, groups.shape[1])
 
 
 def codes_from_gamma(
@@ -174,32 +180,30 @@ def codes_from_gamma(
     _check_matrix(w)
     least = _least_kept(torch.ones(()) / gamma_per_row).unsqueeze(1)  # [out, 1]
     codes = torch.empty(w.shape, dtype=torch.int8)
+    blocks = _Blocks(w)
     if mask is not None or n == m:
-        for rows in _blocks(w):
-            _ternary(_finite(w[rows]), least[rows], codes[rows])
+        for rows, magnitudes, marks in blocks:
+            _ternary(w[rows], magnitudes, least[rows], marks, codes[rows])
             if mask is not None:
                 codes[rows].mul_(mask[rows])
         if mask is None and with_mask:
             mask = torch.ones(w.shape, dtype=torch.bool)
         return codes, mask if with_mask else None
     made = torch.empty(w.shape, dtype=torch.bool) if with_mask else None
-    cutter = _cutter(w, n, m)
-    for rows in _blocks(w):
-        block = _finite(w[rows])
-        groups = block.reshape(-1, m)
+    cutter = blocks.cutter(n, m)
+    for rows, magnitudes, marks in blocks:
+        groups, spare, block = magnitudes.view(-1, m), marks.view(-1, m), codes[rows].view(-1, m)
         lowest, tied = cutter.cut(groups)
         if made is not None:
-            _mask_block(groups, made[rows].view(-1, m), lowest, tied, n)
-        cuts = torch.maximum(lowest.view(len(block), -1), least[rows]).view(-1, 1)
-        # Comparisons of short rows with one value each are not vectorised, those with a value for each weight are.
-        _ternary(groups, cutter.spread[: len(groups)].copy_(cuts), codes[rows].view(-1, m))
-        where = tied.nonzero().squeeze(1)
-        if len(where):
-            kept = reference.keep_largest(groups[where].abs(), n, m)
-            codes[rows].view(-1, m)[where] *= kept
+            cutter.mask(groups, lowest, tied, spare, made[rows].view(-1, m))
+        cuts = torch.maximum(lowest.view(len(magnitudes), -1), least[rows]).view(-1, 1)
+        _ternary(w[rows].reshape(-1, m), groups, cuts, spare, block)
+        if len(tied):
+            block[tied] *= reference.keep_largest(groups[tied], n, m)
     return codes, made
 
 
-def _ternary(values: Tensor, cuts: Tensor, out: Tensor) -> None:
-    """out = (values >= cuts) - (values <= -cuts), int8."""
-    torch.sub((values >= cuts).view(torch.int8), (values <= -cuts).view(torch.int8), out=out)
+def _ternary(values: Tensor, magnitudes: Tensor, cuts: Tensor, marks: Tensor, out: Tensor) -> None:
+    """out = copysign(magnitudes >= cuts, values), int8; `marks`: fp32 memory."""
+    torch.ge(magnitudes, cuts, out=marks)
+    out.copy_(torch.copysign(marks, values, out=marks))
