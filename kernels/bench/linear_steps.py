@@ -109,26 +109,25 @@ class Step:
 
 
 def prepare_weight(w: Tensor, step: Step) -> tuple[Tensor, ...]:
-    """Gamma and codes of one weight as training makes them: codes, gamma fp32 [out], and on CUDA codes^T."""
+    """Gamma and codes of one weight as training makes them: codes, gamma fp32 [out], codes^T."""
     if w.is_cuda:
         made = weight_prepare.prepare([w], [step.layer.parts], step.n, step.m)
         return tuple(tensors[0] for tensors in made)
     gamma = kernels.gamma_rows(kernels.weight_scales(w, step.layer.parts), step.layer.parts)
     codes, _ = kernels.codes_from_gamma(w, gamma, step.n, step.m, with_mask=False)
-    return codes, gamma
+    return codes, gamma, codes.t().contiguous()
 
 
 def _ours(step: Step, mode: str, inputs: Inputs) -> Call:
     """Our forward and backward; on CUDA in the form of the product that is fastest, as "auto" chooses it."""
     x, dy = inputs["x"], inputs["dy"]
     codes, gamma = inputs["codes"], inputs["gamma"]
-    codes_t: Tensor | None = None
+    codes_t = codes.t().contiguous()
     form, packed = "dense", tuple[Tensor, ...]()
     if x.is_cuda:
         shape = (step.layer.out_features, step.layer.in_features)
         form = forward_forms.choose_form(step.n, step.m, *shape, step.tokens, step.dtype, x.device)
         packed = forward_forms.pack_form(form, codes, step.n, step.m)
-        codes_t = codes.t().contiguous()
     bounds = (0, *accumulate(step.layer.parts))
 
     def call() -> tuple[Tensor, Tensor, Tensor]:

@@ -29,12 +29,13 @@ from sbn_kernels import reference, tuning
 from sbn_kernels.exact_sum import SCALE_FLOOR
 
 _BLOCK_ELEMENTS = 1 << 19
+_PRODUCT_ELEMENTS = 1 << 20
 _WORTH_MEASURING = 1 << 22
 
 
-def _blocks(rows: int, width: int) -> Iterator[slice]:
-    """Slices of `rows` rows whose blocks of `width` columns have about 2^19 elements."""
-    step = max(64, _BLOCK_ELEMENTS // max(1, width))
+def _blocks(rows: int, width: int, elements: int = _BLOCK_ELEMENTS) -> Iterator[slice]:
+    """Slices of `rows` rows whose blocks of `width` columns have about so many elements."""
+    step = max(64, elements // max(1, width))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
@@ -50,42 +51,38 @@ def quantize_activations(x: Tensor, bits: int = 8, *, abs_max: Tensor | None = N
         return reference.quantize_activations(x, bits, abs_max=abs_max)
     if abs_max is not None and abs_max.shape != x.shape[:-1]:
         raise ValueError(f"abs_max has shape {tuple(abs_max.shape)}, expected {tuple(x.shape[:-1])}: one per token")
-    flat = _rows(x)
-    given = None if abs_max is None else abs_max.reshape(-1)
-    x_q = torch.empty(flat.shape, dtype=torch.int8)
-    s_x = torch.empty(len(flat))
-    scaled = _block_buffer(flat)
-    for rows in _blocks(*flat.shape):
-        block = flat[rows].float()
-        a = (row_abs_max(block) if given is None else given[rows]).clamp(min=SCALE_FLOOR)
-        rounded = _scale_block(scaled[: len(block)], block, a, s_x[rows]).round_()
-        # Its own maximum never takes a token past 127, another's might.
-        x_q[rows] = rounded if given is None else rounded.clamp_(-128.0, 127.0)
+    x_q, s_x = _round_rows(_rows(x), SCALE_FLOOR, given=None if abs_max is None else abs_max.reshape(-1))
     return x_q.view(x.shape), s_x.view(x.shape[:-1])
 
 
-def row_abs_max(x: Tensor) -> Tensor:
-    """max|x| of each row of fp32 [rows, k], NaN as +Inf; [rows]."""
-    # Not aminmax, which is not vectorised along a row and ten times slower.
-    return torch.maximum(x.amax(dim=1), x.amin(dim=1).neg_()).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+def _round_rows(
+    t: Tensor, floor: float, *, factors: Tensor | None = None, given: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return (rint(g * (127/a)) int8 [rows, k], a/127 fp32 [rows]) of g = t * factors; 0 and NaN where a is not finite.
 
-
-def _block_buffer(t: Tensor) -> Tensor:
-    """fp32 memory for the largest of `_blocks`, used again by every one of them."""
-    first = next(_blocks(*t.shape), slice(0, 0))
-    return torch.empty(first.stop, t.shape[1])
-
-
-def _scale_block(scaled: Tensor, block: Tensor, a: Tensor, scales: Tensor) -> Tensor:
-    """Return scaled = block * (127/a), and scales = a/127; rows whose a is not finite give 0 and NaN."""
-    r = torch.full((), 127.0) / a
-    torch.div(a, torch.full((), 127.0), out=scales)
-    bad = ~(r.isfinite() & scales.isfinite())
-    torch.mul(block, r.unsqueeze(1), out=scaled)
+    Args:
+        t: float [rows, k].
+        floor: a = max(max|g|, floor).
+        factors: fp32 [k]; None: ones.
+        given: fp32 [rows] in place of max|g|; then results are clipped to [-128, 127].
+    """
+    top = torch.full((), 127.0)
+    rounded, a = torch.empty(t.shape, dtype=torch.int8), torch.empty(len(t))
+    buffer = torch.empty(next(_blocks(*t.shape), slice(0, 0)).stop, t.shape[1])
+    for rows in _blocks(*t.shape):
+        scaled = buffer[: rows.stop - rows.start]
+        block = t[rows].float() if factors is None else torch.mul(t[rows], factors, out=scaled)
+        # Not aminmax, which is not vectorised along a row and ten times slower.
+        most = torch.maximum(block.amax(dim=1), block.amin(dim=1).neg_()) if given is None else given[rows]
+        a[rows] = most.clamp(min=floor)
+        torch.mul(block, (top / a[rows]).unsqueeze(1), out=scaled).round_()
+        # Its own maximum never takes a row past 127, another's might.
+        rounded[rows] = scaled if given is None else scaled.clamp_(-128.0, 127.0)
+    s = a / top
+    bad = ~((top / a).isfinite() & s.isfinite())
     if bool(bad.any()):
-        scaled[bad] = 0.0
-        scales[bad] = torch.nan
-    return scaled
+        rounded[bad], s[bad] = 0, torch.nan
+    return rounded, s
 
 
 def _onednn(codes: Tensor) -> Callable[[Tensor], Tensor]:
@@ -130,10 +127,36 @@ def product_form(tokens: int, codes: Tensor) -> str:
     return tuning.choose("cpu_product", key | {"threads": torch.get_num_threads()}, candidates, device=codes.device)
 
 
-def _exact_product(tokens: int, codes: Tensor, form: str | None) -> Callable[[Tensor], Tensor]:
-    """Return the product with `codes` int8 [out, in] in the given form, or the fastest for so many tokens."""
+def _scaled_product(
+    x_q: Tensor,
+    s_x: Tensor,
+    codes: Tensor,
+    gamma_per_row: Tensor | None = None,
+    bias: Tensor | None = None,
+    form: str | None = None,
+) -> Tensor:
+    """Return ((x_q @ codes^T) * s_x) * gamma + bias, fp32 [tokens, out]; all passes over a block while it is in cache.
+
+    `_int_mm` makes integers that have to be converted, so its products are made by blocks too; oneDNN writes fp32 in
+    place and is slower in blocks.
+    """
     matrix = codes.contiguous()
-    return _FORMS[form or product_form(tokens, matrix)](matrix)
+    form = form or product_form(len(x_q), matrix)
+    with torch.autocast("cpu", enabled=False):
+        product = _FORMS[form](matrix)
+        if form == "int_mm":
+            y = torch.empty(len(x_q), len(codes))
+            parts = ((rows, product(x_q[rows])) for rows in _blocks(len(x_q), len(codes), _PRODUCT_ELEMENTS))
+        else:
+            y = product(x_q)
+            parts = ((rows, y[rows]) for rows in _blocks(*y.shape))
+        for rows, accumulators in parts:
+            block = torch.mul(accumulators, s_x[rows].unsqueeze(1), out=y[rows])
+            if gamma_per_row is not None:
+                block.mul_(gamma_per_row)
+            if bias is not None:
+                block.add_(bias.float())
+    return y
 
 
 def int_matmul(x_q: Tensor, codes: Tensor, *, form: str | None = None) -> Tensor:
@@ -141,7 +164,8 @@ def int_matmul(x_q: Tensor, codes: Tensor, *, form: str | None = None) -> Tensor
     reference.check_int8(x_q, codes)
     flat = _rows(x_q)
     with torch.autocast("cpu", enabled=False):
-        y = _exact_product(len(flat), codes, form)(flat)
+        matrix = codes.contiguous()
+        y = _FORMS[form or product_form(len(flat), matrix)](matrix)(flat)
     return y.view(*x_q.shape[:-1], len(codes))
 
 
@@ -155,15 +179,9 @@ def ternary_linear(
     *,
     form: str | None = None,
 ) -> Tensor:
-    """Return Y [..., out]: see `reference.ternary_linear`; scaled where the product wrote it."""
+    """Return Y [..., out]: see `reference.ternary_linear`."""
     reference.check_int8(x_q, codes)
-    flat, scales = _rows(x_q), s_x.reshape(-1, 1)
-    with torch.autocast("cpu", enabled=False):
-        y = _exact_product(len(flat), codes, form)(flat)
-    for rows in _blocks(*y.shape):  # all passes over a block while it is in cache
-        block = y[rows].mul_(scales[rows]).mul_(gamma_per_row)
-        if bias is not None:
-            block.add_(bias.float())
+    y = _scaled_product(_rows(x_q), s_x.reshape(-1), codes, gamma_per_row, bias, form)
     return y.to(out_dtype).view(*x_q.shape[:-1], len(codes))
 
 
@@ -171,26 +189,18 @@ def input_gradient(
     dy: Tensor, codes: Tensor, gamma_per_row: Tensor, codes_t: Tensor | None = None, mode: str = "exact"
 ) -> Tensor:
     """Return dX [..., in] in dY's dtype: see `reference.input_gradient`, from which "exact" differs by rounding."""
-    flat = _rows(dy)
+    flat, shape = _rows(dy), (*dy.shape[:-1], codes.shape[1])
+    if mode != "exact":
+        g_q, s = _round_rows(flat, reference.ROW_FLOOR, factors=gamma_per_row)
+        return _scaled_product(g_q, s, codes.t() if codes_t is None else codes_t).to(dy.dtype).view(shape)
     with torch.autocast("cpu", enabled=False):
-        if mode == "exact":
-            dx = torch.empty(len(flat), codes.shape[1], dtype=dy.dtype)
-            matrix = codes.float().mul_(gamma_per_row.unsqueeze(1))
-            if dy.dtype == torch.float32:
-                return torch.mm(flat, matrix, out=dx).view(*dy.shape[:-1], codes.shape[1])
-            for rows in _blocks(*flat.shape):
-                dx[rows] = flat[rows].float() @ matrix
-            return dx.view(*dy.shape[:-1], codes.shape[1])
-        g_q, s = torch.empty(flat.shape, dtype=torch.int8), torch.empty(len(flat))
-        g = _block_buffer(flat)
+        dx = torch.empty(len(flat), codes.shape[1], dtype=dy.dtype)
+        matrix = codes.float().mul_(gamma_per_row.unsqueeze(1))
+        if dy.dtype == torch.float32:
+            return torch.mm(flat, matrix, out=dx).view(shape)
         for rows in _blocks(*flat.shape):
-            torch.mul(flat[rows], gamma_per_row, out=g[: rows.stop - rows.start])
-            block = g[: rows.stop - rows.start]
-            a = row_abs_max(block).clamp(min=reference.ROW_FLOOR)
-            g_q[rows] = _scale_block(block, block, a, s[rows]).round_()
-        turned = codes.t() if codes_t is None else codes_t
-        y = _exact_product(len(flat), turned, None)(g_q).mul_(s.unsqueeze(1))
-    return y.to(dy.dtype).view(*dy.shape[:-1], codes.shape[1])
+            dx[rows] = flat[rows].float() @ matrix
+    return dx.view(shape)
 
 
 def weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor, mode: str = "exact") -> Tensor:
