@@ -1,1 +1,1 @@
-"""Slurm: what a batch job decides (job), the record of its attempts (attempts), and submitting it (submit, snapshot)."""
+"""Slurm: what a batch job decides (job), and the record of its attempts (attempts)."""

@@ -2,8 +2,8 @@
 
     {"job": "12", "restart": 0, "state": "FAILED", "exit_status": 1, "checkpoint": 40, "reason": "...", "time": ...}
 
-The failure budget counts failures in a row, of one job, without a newer checkpoint in between: a run that gets on is not
-given up for one bad node a week, and one that fails at the same place is not paid for again and again. Statuses that
+The failure budget counts failures in a row, of one job, without a newer checkpoint in between: a run that gets on is
+not given up for one bad node a week, and one that fails at one place is not paid for again and again. Statuses that
 come again whatever is tried (2 bad recipe or input, 3 numerical failure, 4 no whole checkpoint) are not retried at all.
 """
 
@@ -83,10 +83,7 @@ def failures_in_a_row(attempts: list[Attempt], job: str) -> int:
             continue
         progress = attempt.checkpoint > checkpoint
         checkpoint = attempt.checkpoint
-        if attempt.state != "FAILED":
-            count = 0
-        else:
-            count = 1 if progress else count + 1
+        count = 0 if attempt.state != "FAILED" else 1 if progress else count + 1
     return count
 
 

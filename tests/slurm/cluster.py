@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -77,12 +78,11 @@ class Cluster:
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> "Cluster":
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._stop)
             self._start_munge()
             self._start_slurm()
-        except BaseException:
-            self._stop()
-            raise
+            undo.pop_all()
         return self
 
     def __exit__(

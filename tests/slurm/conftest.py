@@ -1,7 +1,6 @@
 """One Slurm for all tests of this folder; without Slurm they are skipped, with the reason."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from cluster import Cluster, missing

@@ -47,7 +47,7 @@ tracking: {{enabled: false}}
 
 def submit(cluster: Cluster, recipe: Path, *words: str, script: str = "train", options: tuple[str, ...] = ()) -> str:
     export = f"--export=ALL,SBN_ENV={recipe.parent}/env.sh,SBN_CODE={ROOT},SBN_LOGS={recipe.parent}"
-    command = ["sbatch", "--parsable", "--nodes=2", "--time=5", f"--output={recipe.parent}/%x-%A.out", export]
+    command = ["sbatch", "--parsable", "--nodes=2", "--time=20", f"--output={recipe.parent}/%x-%A.out", export]
     return cluster.output(*command, *options, str(ROOT / "slurm" / f"{script}.sbatch"), str(recipe), *words)
 
 
@@ -122,7 +122,7 @@ def test_scancel_leaves_a_checkpoint_and_the_kill_switch_keeps_jobs_from_startin
 
 
 def test_a_job_that_fails_again_and_again_ends_after_its_budget(cluster: Cluster, recipe: Path) -> None:
-    """A run folder that cannot be read is status 1 in the making: its recipe.yaml is a folder."""
+    """metrics.jsonl is a folder here: rank 0 cannot open it, which is status 1 at every start."""
     run = recipe.parent / "failing"
     (run / "metrics.jsonl").mkdir(parents=True)
     job = submit(cluster, recipe, f"run_dir={run}")
