@@ -220,6 +220,7 @@ class Checkpoint(Section):
     interval: NonNegative = 0
     keep: Positive = 2
     resume: Literal["auto", "never", "required"] = "auto"
+    signal_deadline: NonNegative = 600  # seconds from SIGTERM or SIGUSR1 to a forced exit; 0: none
 
 
 class Tracking(Section):

@@ -5,6 +5,7 @@ Imports no torch.
 
 import ctypes
 import os
+import re
 import signal
 import sys
 import warnings
@@ -13,27 +14,69 @@ from megatron_sbn.errors import RecipeError
 
 LAUNCHED = "SBN_LAUNCHED"
 _PR_SET_PDEATHSIG = 1
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0  # slurm.h: interactive, batch and extern steps
 
 
 def rank() -> int:
     """This process's global rank."""
     if "RANK" in os.environ:
         return _number("RANK")
-    return _number("SLURM_PROCID") if "SLURM_STEP_ID" in os.environ else 0
+    return _number("SLURM_PROCID") if in_srun_task() else 0
 
 
 def world_size() -> int:
-    """How many ranks the launcher started."""
+    """How many ranks the launcher started. Raises RecipeError where the variables contradict each other."""
+    size = 1
     if "WORLD_SIZE" in os.environ:
-        return _number("WORLD_SIZE")
-    return _number("SLURM_NTASKS") if "SLURM_STEP_ID" in os.environ else 1
+        size = _number("WORLD_SIZE")
+    elif in_srun_task():
+        size = _number("SLURM_STEP_NUM_TASKS")
+    if not 0 <= rank() < size:
+        raise RecipeError(
+            f"rank {rank()} of {size}: RANK and WORLD_SIZE (or srun's variables) contradict each other; "
+            "start with torchrun, srun or sbn train, or unset them"
+        )
+    return size
 
 
 def local_rank() -> int:
     """This process's rank on its node."""
     if "LOCAL_RANK" in os.environ:
         return _number("LOCAL_RANK")
-    return _number("SLURM_LOCALID") if "SLURM_STEP_ID" in os.environ else 0
+    return _number("SLURM_LOCALID") if in_srun_task() else 0
+
+
+def in_srun_task() -> bool:
+    """Whether srun started this process as one of a step's tasks.
+
+    A batch script and the shell of salloc have SLURM_NTASKS, and some SLURM_PROCID, but no step; the interactive step
+    of a site that uses one has a number above all real ones.
+    """
+    step = os.environ.get("SLURM_STEP_ID", "")
+    return step.isdigit() and int(step) < _FIRST_SPECIAL_STEP and "SLURM_STEP_NUM_TASKS" in os.environ
+
+
+def master_address() -> str:
+    """Where rank 0 is: MASTER_ADDR, else the first node of the step."""
+    return os.environ.get("MASTER_ADDR") or first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+
+
+def master_port() -> int:
+    """MASTER_PORT, else one made of job and step: the same on all nodes, another for a job beside this one.
+
+    Between 15000 and 29999, below the ports that Linux gives to outgoing connections.
+    """
+    if "MASTER_PORT" in os.environ:
+        return _number("MASTER_PORT")
+    return 15000 + (_number("SLURM_JOB_ID") + 1009 * _number("SLURM_STEP_ID")) % 15000
+
+
+def first_host(nodes: str) -> str:
+    """The first of a Slurm node list: gpu[003-005,9],login -> gpu003."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodes)
+    if match is None:
+        raise RecipeError(f"SLURM_STEP_NODELIST = {nodes!r} is no list of nodes; set MASTER_ADDR")
+    return "".join(part or "" for part in match.groups())
 
 
 def end_with_launcher() -> None:

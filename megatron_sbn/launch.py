@@ -1,4 +1,4 @@
-"""Starts the ranks of a single-node run: what `torchrun --nproc-per-node N` does, with exit statuses kept.
+"""Starts this machine's ranks of a run: what `torchrun --nproc-per-node N` does, with exit statuses kept.
 
 torchrun answers 1 whatever a rank's status was; `sbn train` passes on the first failing rank's own (errors.py), so that
 a script can tell a bad recipe from a numerical failure. Imports no torch, so the ranks start at once.
@@ -12,25 +12,48 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from types import FrameType
 
 from megatron_sbn.environment import LAUNCHED
+from megatron_sbn.errors import STOPPED
 
 GRACE_SECONDS = 15.0
 _POLL_SECONDS = 0.1
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Where this machine stands among those of the run; by default it is the only one.
+
+    `address` and `port` are those of rank 0's machine (port 0: any that is free here).
+    """
+
+    count: int = 1
+    number: int = 0
+    address: str = "127.0.0.1"
+    port: int = 0
 
 
 def launch(
-    arguments: list[str], ranks: int, *, module: str = "megatron_sbn.train", seconds: float | None = None
+    arguments: list[str],
+    ranks: int,
+    *,
+    machines: Machines | None = None,
+    module: str = "megatron_sbn.train",
+    seconds: float | None = None,
 ) -> int:
-    """Runs `python -m MODULE ARGUMENTS` on `ranks` local ranks; returns the first failing rank's status.
+    """Runs `python -m MODULE ARGUMENTS` on `ranks` ranks of this machine; returns the first failing rank's status.
 
-    When one rank fails the others are asked to end (SIGTERM), then killed. SIGINT and SIGTERM are passed on. After
-    `seconds`, if given, ranks that have not finished are ended, and TimeoutError names them.
+    When one rank fails the others are asked to end (SIGTERM), then killed. SIGINT, SIGTERM and SIGUSR1 are passed on;
+    75 (stopped when asked to) is the status if it is a rank's. After `seconds`, if given, ranks that have not finished
+    are ended, and TimeoutError names them.
     """
     deadline = time.monotonic() + seconds if seconds is not None else None
-    port = _free_port()
-    processes = [_start([module, *arguments], rank, ranks, port) for rank in range(ranks)]
+    machines = machines or Machines()
+    machines = machines if machines.port else replace(machines, port=_free_port())
+    processes = [_start([module, *arguments], rank, ranks, machines) for rank in range(ranks)]
     with _forward_signals(processes):
         try:
             return _wait(processes, deadline)
@@ -38,16 +61,16 @@ def launch(
             _end(processes)
 
 
-def _start(command: list[str], rank: int, ranks: int, port: int) -> "subprocess.Popen[bytes]":
+def _start(command: list[str], rank: int, ranks: int, machines: Machines) -> "subprocess.Popen[bytes]":
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     environment = {"OMP_NUM_THREADS": threads} | os.environ
     environment |= {
-        "RANK": str(rank),
+        "RANK": str(machines.number * ranks + rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
+        "WORLD_SIZE": str(machines.count * ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_ADDR": machines.address,
+        "MASTER_PORT": str(machines.port),
         LAUNCHED: "1",
     }
     return subprocess.Popen([sys.executable, "-m", *command], env=environment)
@@ -59,6 +82,8 @@ def _wait(processes: "list[subprocess.Popen[bytes]]", deadline: float | None) ->
             waiting = [str(rank) for rank, process in enumerate(processes) if process.poll() is None]
             raise TimeoutError(f"rank {', '.join(waiting)} did not finish")
         statuses = [process.poll() for process in processes]
+        if STOPPED in statuses:  # all of them are about to end by themselves: the checkpoint is there
+            return _await_the_rest(processes)
         failed = [status for status in statuses if status]
         if failed:
             # A status above 0 is a rank's own; below 0 it was killed by that signal.
@@ -66,6 +91,13 @@ def _wait(processes: "list[subprocess.Popen[bytes]]", deadline: float | None) ->
         if all(status == 0 for status in statuses):
             return 0
         time.sleep(_POLL_SECONDS)
+
+
+def _await_the_rest(processes: "list[subprocess.Popen[bytes]]") -> int:
+    deadline = time.monotonic() + GRACE_SECONDS
+    while time.monotonic() < deadline and any(process.poll() is None for process in processes):
+        time.sleep(_POLL_SECONDS)
+    return STOPPED
 
 
 def _end(processes: "list[subprocess.Popen[bytes]]") -> None:
@@ -88,7 +120,7 @@ def _forward_signals(processes: "list[subprocess.Popen[bytes]]") -> Iterator[Non
             if process.poll() is None:
                 process.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
         yield
     finally:

@@ -37,8 +37,7 @@ def _train(recipe: Recipe) -> int:
     # Importing the engines takes seconds: after the checks.
     from megatron_sbn.training.loop import run
 
-    run(recipe)
-    return 0
+    return run(recipe)
 
 
 def _report(error: SbnError) -> None:

@@ -140,11 +140,14 @@ def _local_device() -> torch.device:
 
 def _join(rank: int, world_size: int, device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if environment.in_srun_task() and world_size > 1:
+        os.environ["MASTER_ADDR"] = environment.master_address()
+        os.environ["MASTER_PORT"] = str(environment.master_port())
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=TIMEOUT)
         return
     if world_size > 1:
-        raise RecipeError("environment variable MASTER_ADDR is not set; start several ranks with torchrun")
+        raise RecipeError("environment variable MASTER_ADDR is not set; start several ranks with torchrun or srun")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -7,6 +7,7 @@ Steps are counted by what is done: step 1 is the first update, and checkpoint st
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_sbn.config import Recipe
 from megatron_sbn.data.dataset import batch, build_dataset
+from megatron_sbn.errors import STOPPED
 from megatron_sbn.experiments.flops import model_flops_per_token
 from megatron_sbn.experiments.metrics import MetricsFile
 from megatron_sbn.experiments.telemetry import Telemetry
@@ -27,18 +29,34 @@ from megatron_sbn.parallel.traffic import Totals, Traffic, group_names, step_met
 from megatron_sbn.training import checkpoint
 from megatron_sbn.training.console import Console
 from megatron_sbn.training.evaluate import Evaluator
-from megatron_sbn.training.run_folder import RunFolder, open_run_folder
+from megatron_sbn.training.run_folder import RunFolder, open_run_folder, recorded
+from megatron_sbn.training.signals import Reason, StopRequest, listening
 from megatron_sbn.training.step import StepResult, Trainer
 
 
-def run(recipe: Recipe) -> Path:
-    """Trains a recipe on this rank, from its start or its last checkpoint; returns the run folder."""
+def run(recipe: Recipe) -> int:
+    """Trains a recipe on this rank, from its start or its last checkpoint.
+
+    Returns 0, or 75 (errors.STOPPED) where it was asked to stop (`signals.py`) and is checkpointed.
+    """
     with without_cuda():
         parallel = parallel_state.initialize(recipe)
         with open_run_folder(recipe, parallel) as folder:
-            Loop(recipe, parallel, folder).run()
+            request = StopRequest(folder.path, parallel)
+            with recorded(folder, parallel), listening(request, recipe.checkpoint.signal_deadline):
+                reason = Loop(recipe, parallel, folder).run(request)
         parallel_state.finalize()
-    return folder.path
+    return STOPPED if reason else 0
+
+
+EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+@dataclass
+class Ending:
+    """How a run ended, in MLflow's words."""
+
+    status: EndStatus = "FINISHED"
 
 
 class Loop:
@@ -57,6 +75,7 @@ class Loop:
         self.traffic = Traffic(group_names(parallel))
         self.sent: Totals = {}  # by the last step
         self.first = self._resume() if self.folder.resume_from else 0
+        self.saved = self.first  # the step of the last checkpoint
         stages.state.prepare(self.first)
         self.metrics = MetricsFile(self.folder.metrics) if parallel.rank == 0 else None
         if self.metrics is not None:
@@ -75,23 +94,39 @@ class Loop:
             expert=parallel.expert,
         )
 
-    def run(self) -> None:
-        """All steps that are left."""
+    def run(self, request: StopRequest) -> Reason:
+        """All steps that are left, or until the ranks agree that they were asked to stop; returns why."""
         training = self.recipe.training
         console = Console(self.folder.log, self.first, training.steps, self.parallel.rank == 0)
         console.say(self._introduction())
         for layer, served in self.trainer.stages.state.kernels().items():
             console.say(f"kernels: {layer}: {served}")
-        with self._tracked(), self.traffic:
+        reason = Reason.NONE
+        with self._tracked() as ending, self.traffic:
             if self.first == 0:
                 self._measure(console, 0)
             for step in range(self.first, training.steps):
+                reason = request.agreed()
+                if reason:
+                    self._stop(console, step, reason)
+                    ending.status = "KILLED"
+                    break
                 result, seconds = self._step(step)
                 self._after_step(console, step + 1, result, seconds)
+            else:
+                self.folder.tell(self.parallel, "FINISHED", 0, training.steps)
         if self.metrics is not None:
             self.metrics.close()
-        console.say(f"done: {training.steps} steps; run folder {self.folder.path}")
+        ended = f"stopped at a request ({reason.name})" if reason else f"done: {training.steps} steps"
+        console.say(f"{ended}; run folder {self.folder.path}")
         console.close()
+        return reason
+
+    def _stop(self, console: Console, done: int, reason: Reason) -> None:
+        """Saves what is not saved yet, then says so: whoever reads STOPPED may rely on the checkpoint."""
+        if done > self.first and self.saved != done:
+            console.say(f"step {done}: saved {self._save(done)}")
+        self.folder.tell(self.parallel, "STOPPED", STOPPED, done, reason.name)
 
     def _step(self, step: int) -> tuple[StepResult, float]:
         self.traffic.restart()
@@ -150,6 +185,7 @@ class Loop:
             self.metrics.append(done, values)
 
     def _save(self, done: int) -> Path:
+        self.saved = done
         stages = self.trainer.stages
         weights = self.trainer.weights()
         weights |= {f"masks.{name}": mask for name, mask in stages.state.mask_state().items()}
@@ -187,13 +223,14 @@ class Loop:
         )
 
     @contextmanager
-    def _tracked(self) -> Iterator[None]:
-        """MLflow on rank 0, told truthfully how the run ended."""
+    def _tracked(self) -> Iterator["Ending"]:
+        """MLflow on rank 0, told truthfully how the run ended: FINISHED unless the body says or raises otherwise."""
         tracker = self._tracker()
-        status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+        ending = Ending()
+        status: EndStatus = "FAILED"
         try:
-            yield
-            status = "FINISHED"
+            yield ending
+            status = ending.status
         except KeyboardInterrupt:
             status = "KILLED"
             raise

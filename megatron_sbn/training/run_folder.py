@@ -4,6 +4,8 @@
     metrics.jsonl      one object a line (docs/metrics.md)
     checkpoints/       step-N folders and `latest`
     logs/rank-0.log    what was printed
+    status.json        how the run stands (run_status.py)
+    STOP               made by a person: the run stops at the next step, checkpointed
 
 `run_dir` names it, and then a second start continues what is there (`checkpoint.resume: auto`); without it every start
 is a new run in runs/NAME-TIME.
@@ -18,9 +20,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_sbn.config import Recipe
-from megatron_sbn.errors import CheckpointError, InputError
+from megatron_sbn.errors import CheckpointError, InputError, SbnError
 from megatron_sbn.experiments.provenance import mask_secrets
 from megatron_sbn.parallel.state import ParallelState
+from megatron_sbn.run_status import State, read_status, saved_step, write_status
 from megatron_sbn.staging import exclusive, write_whole
 from megatron_sbn.training import checkpoint
 
@@ -53,6 +56,30 @@ class RunFolder:
     def log(self) -> Path:
         """What rank 0 printed."""
         return self.path / "logs" / "rank-0.log"
+
+    def tell(self, parallel: ParallelState, state: State, exit_status: int | None, step: int, reason: str = "") -> None:
+        """Writes status.json, on rank 0."""
+        if parallel.rank == 0:
+            write_status(self.path, state, exit_status, step, reason)
+
+
+@contextmanager
+def recorded(folder: RunFolder, parallel: ParallelState) -> Iterator[None]:
+    """RUNNING in status.json while the body runs, and FAILED if it raises; other ends are the body's to tell."""
+    folder.tell(parallel, "RUNNING", None, saved_step(folder.path))
+    reason, status = "ended without a word; see the logs", 1
+    try:
+        yield
+    except SbnError as error:
+        reason, status = mask_secrets(str(error)), error.status
+        raise
+    except KeyboardInterrupt:
+        reason, status = "interrupted", 130
+        raise
+    finally:
+        told = read_status(folder.path) if parallel.rank == 0 else None
+        if told is not None and told.state == "RUNNING":
+            folder.tell(parallel, "FAILED", status, saved_step(folder.path), reason)
 
 
 @contextmanager

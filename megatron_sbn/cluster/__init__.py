@@ -1,0 +1,1 @@
+"""Slurm: what a batch job decides (job), and the record of its attempts (attempts)."""

@@ -1,0 +1,160 @@
+"""What the batch scripts in slurm/ ask: `python -m megatron_sbn.cluster.job ACTION TARGET [section.key=value ...]`.
+
+    begin    on the batch host, before srun: 0 start the ranks, 10 there is nothing to do
+    node     one task a node, under srun: starts this node's ranks and waits for them
+    end      on the batch host, after srun: 75 start this job again, else the job's exit status
+
+TARGET is a recipe, or with --number K recipe K of a sweep. `node` answers 0 for a run that stopped in order, so that
+srun --kill-on-bad-exit=1 ends the other nodes for a failure alone; how the run ended is in its folder (run_status.py).
+Imports no torch.
+"""
+
+import argparse
+import os
+import socket
+import sys
+from pathlib import Path
+
+from megatron_sbn import environment
+from megatron_sbn.cluster.attempts import Limits, decide, failures_in_a_row, read_attempts, record_attempt
+from megatron_sbn.config import Recipe, load_recipe
+from megatron_sbn.errors import STOPPED, RecipeError, SbnError
+from megatron_sbn.feasibility import check_world, model_ranks
+from megatron_sbn.launch import Machines, launch
+from megatron_sbn.run_status import read_status, saved_step, slurm_attempt, write_status
+from megatron_sbn.sweep import load_sweep
+
+NOTHING_TO_DO = 10
+
+
+class Task:
+    """One run of a job: its recipe, folder, and the words that start its ranks."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.ranks: int | None = None
+        if options.number is None:
+            self.words = [options.target, *options.overrides]
+            self.recipe: Recipe = load_recipe(options.target, options.overrides)
+            folder = Path(self.recipe.run_dir or Path("runs") / f"{self.recipe.name}-{_job_name()}")
+        else:
+            sweep = load_sweep(options.target)
+            if options.number not in range(len(sweep.variants)):
+                raise RecipeError(f"--number {options.number}: {options.target} has {len(sweep.variants)} recipes")
+            variant = sweep.variants[options.number]
+            self.words, self.recipe = [str(sweep.base), *variant.overrides], variant.recipe
+            self.ranks = variant.ranks
+            folder = Path(options.folder) / sweep.name / variant.name
+        self.folder = folder.absolute()
+        self.words.append(f"run_dir={self.folder}")
+
+
+def begin(task: Task) -> int:
+    """Whether there is anything to do; a predecessor that died without a word is entered as a failure."""
+    status = read_status(task.folder)
+    if status is not None and status.state == "RUNNING" and status.job:
+        write_status(task.folder, "FAILED", None, saved_step(task.folder), f"job {status.job} ended without a word")
+        told = read_status(task.folder)
+        if told is not None:
+            record_attempt(task.folder, told)
+    if status is not None and status.state == "FINISHED" and status.step >= task.recipe.training.steps:
+        print(f"{task.folder}: finished already, {status.step} steps")
+        return NOTHING_TO_DO
+    if _switched_off(task.folder):
+        print(f"{task.folder}: there is a STOP file; remove it to go on")
+        return NOTHING_TO_DO
+    (task.folder / "logs").mkdir(parents=True, exist_ok=True)
+    write_status(task.folder, "RUNNING", None, saved_step(task.folder))
+    return 0
+
+
+def node(task: Task) -> int:
+    """This node's ranks; a failure is told in the run folder by whoever sees it first."""
+    machines = Machines(
+        environment.world_size(), environment.rank(), environment.master_address(), environment.master_port()
+    )
+    job, restart = slurm_attempt()
+    print(f"job {job} restart {restart} node {machines.number} ({socket.gethostname()})", flush=True)
+    ranks = _ranks_per_node(task, machines.count)
+    check_world(task.recipe, ranks * machines.count)
+    status = launch(task.words, ranks, machines=machines)
+    told = read_status(task.folder)
+    if status not in (0, STOPPED) and (told is None or told.state == "RUNNING"):
+        reason = (
+            f"node {machines.number} ({socket.gethostname()}): status {status}; see logs/node-{machines.number}.log"
+        )
+        write_status(task.folder, "FAILED", status, saved_step(task.folder), reason)
+    return 0 if status == STOPPED else status
+
+
+def end(task: Task, srun_status: int, asked: str) -> int:
+    """Records the attempt and says what is next."""
+    status = read_status(task.folder)
+    if status is None or status.state == "RUNNING":
+        write_status(
+            task.folder, "FAILED", srun_status or 1, saved_step(task.folder), f"srun ended with status {srun_status}"
+        )
+        status = read_status(task.folder)
+    assert status is not None
+    record_attempt(task.folder, status)
+    failures = failures_in_a_row(read_attempts(task.folder), status.job)
+    limits = Limits(_setting("SBN_MAX_RESTARTS", 50), _setting("SBN_MAX_FAILURES", 3))
+    verdict = decide(status, failures, limits, ending=asked == "TERM", switched_off=_switched_off(task.folder))
+    print(f"{task.folder}: {'starts again' if verdict.again else 'ends'}: {verdict.reason}")
+    return STOPPED if verdict.again else _final(verdict.exit_status)
+
+
+def _final(status: int) -> int:
+    """75 is the script's word for "again"; a run that stopped for good ends with 1, so that nothing waits on it."""
+    return 1 if status == STOPPED else status
+
+
+def _ranks_per_node(task: Task, nodes: int) -> int:
+    per_node = _setting("SBN_NPROC_PER_NODE", 0) or _setting("SLURM_GPUS_ON_NODE", 0)
+    if task.ranks is None:
+        return per_node or max(1, model_ranks(task.recipe) // nodes)
+    if task.ranks % nodes:
+        raise RecipeError(f"{task.recipe.name}: its {task.ranks} ranks cannot be spread evenly over {nodes} nodes")
+    return task.ranks // nodes
+
+
+def _job_name() -> str:
+    """The same at every restart of a job, and another for every task of an array."""
+    array, number = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}-{number}" if array and number else slurm_attempt()[0] or "job"
+
+
+def _switched_off(folder: Path) -> bool:
+    """A STOP file in the run folder, or beside all runs of a study."""
+    return (folder / "STOP").exists() or (folder.parent / "STOP").exists()
+
+
+def _setting(name: str, otherwise: int) -> int:
+    text = os.environ.get(name, "")
+    if text and not text.isdigit():
+        raise RecipeError(f"environment variable {name} = {text!r} is not a number; set it in slurm/env.sh")
+    return int(text) if text else otherwise
+
+
+def main(arguments: list[str]) -> int:
+    """Runs an action; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_sbn.cluster.job", description="for slurm/*.sbatch")
+    parser.add_argument("action", choices=("begin", "node", "end"))
+    parser.add_argument("--number", type=int, help="of a sweep's recipe")
+    parser.add_argument("--folder", default="runs", help="where STUDY/NAME goes (default: runs)")
+    parser.add_argument("--srun-status", type=int, default=0)
+    parser.add_argument("--asked", default="", help="signal that the batch shell got: USR1 or TERM")
+    parser.add_argument("target", metavar="RECIPE|SWEEP")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_args(arguments)
+    try:
+        task = Task(options)
+        if options.action == "begin":
+            return begin(task)
+        return node(task) if options.action == "node" else end(task, options.srun_status, options.asked)
+    except SbnError as error:
+        print(f"sbn: {error}", file=sys.stderr, flush=True)
+        return error.status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

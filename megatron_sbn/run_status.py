@@ -1,0 +1,73 @@
+"""status.json in the run folder: how the run stands, for scripts and for people. Imports no torch.
+
+    {"state": "STOPPED", "exit_status": 75, "step": 40, "reason": "SIGUSR1", "job": "12", "restart": 0, "time": ...}
+
+RUNNING until the run says otherwise: FINISHED (all steps), STOPPED (checkpointed because it was asked to) or FAILED.
+Rank 0 writes it, whole or not at all. It is what a Slurm job goes by: torchrun and srun give one number for many ranks
+(torchrun 1 for every failure, srun the highest, 143 for those that it killed), and none for a node that died.
+"""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from megatron_sbn.staging import write_whole
+
+FILE_NAME = "status.json"
+State = Literal["RUNNING", "FINISHED", "STOPPED", "FAILED"]
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """The content of status.json.
+
+    Attributes:
+        state: RUNNING, FINISHED, STOPPED or FAILED.
+        exit_status: of errors.py; None while it runs, or where nobody was left to tell.
+        step: steps that are done, and saved where the state is STOPPED.
+        reason: why it stopped or failed.
+        job, restart: Slurm's job id and restart count; "" and 0 elsewhere.
+        time: seconds since 1970.
+    """
+
+    state: State
+    exit_status: int | None
+    step: int
+    reason: str
+    job: str
+    restart: int
+    time: float
+
+
+def read_status(folder: Path) -> RunStatus | None:
+    """The run's status; None where there is none, or none that can be read."""
+    try:
+        values = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+        return RunStatus(**{field.name: values[field.name] for field in fields(RunStatus)})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_status(folder: Path, state: State, exit_status: int | None, step: int, reason: str = "") -> None:
+    """Replaces the run's status. Raises InputError where it cannot be written."""
+    job, restart = slurm_attempt()
+    status = RunStatus(state, exit_status, step, reason, job, restart, round(time.time(), 3))
+    write_whole(folder / FILE_NAME, json.dumps(asdict(status)).encode() + b"\n")
+
+
+def saved_step(folder: Path) -> int:
+    """The step of the newest checkpoint; 0 where there is none."""
+    try:
+        name = (folder / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+        return int(name.removeprefix("step-"))
+    except (OSError, ValueError):
+        return 0
+
+
+def slurm_attempt() -> tuple[str, int]:
+    """(job id, restart count) of the Slurm job that this process belongs to; ("", 0) elsewhere."""
+    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return os.environ.get("SLURM_JOB_ID", ""), int(restart) if restart.isdigit() else 0

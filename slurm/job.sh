@@ -1,0 +1,52 @@
+# What the batch scripts share: start the ranks of a run, pass signals on, start the job again. Sourced; SBN_CODE is the
+# folder of the code. What is decided is decided in megatron_sbn/cluster/job.py.
+# shellcheck shell=bash
+
+# shellcheck source=slurm/env.sh
+source "${SBN_ENV:-$SBN_CODE/slurm/env.sh}"
+sbn_node_environment
+export SBN_MAX_RESTARTS SBN_MAX_FAILURES PYTHONUNBUFFERED=1
+# The code of this job, whatever is in the working folder or installed.
+export PYTHONSAFEPATH=1 PYTHONPATH="$SBN_CODE:$SBN_CODE/kernels${PYTHONPATH:+:$PYTHONPATH}"
+# A job that was submitted from within a step inherits that step's variables.
+unset "${!SLURM_STEP_@}" SLURM_STEPID
+
+sbn_job() {
+    "${SBN_CONTAINER[@]}" "$SBN_PYTHON" -m megatron_sbn.cluster.job "$@"
+}
+
+# sbn_run LOG TARGET ARGUMENT...: one run, begun or gone on with; returns 75 if the job is to start again.
+sbn_run() {
+    local log=$1 status=0 asked="" srun=""
+    shift
+    sbn_job begin "$@" || { status=$?; [ "$status" = 10 ] && return 0; return "$status"; }
+    trap 'asked=${asked:-USR1}; [ -n "$srun" ] && kill -USR1 "$srun"' USR1
+    trap 'asked=TERM; [ -n "$srun" ] && kill -TERM "$srun"' TERM
+    # In the background: a shell runs its traps only while it waits, not while a command of its own runs.
+    srun --ntasks-per-node=1 --kill-on-bad-exit=1 --open-mode=append --output="$log" \
+        "${SBN_CONTAINER[@]}" "$SBN_PYTHON" -m megatron_sbn.cluster.job node "$@" &
+    srun=$!
+    # `wait` returns early when a trap has run.
+    while :; do
+        wait "$srun" && status=0 || status=$?
+        kill -0 "$srun" 2>/dev/null || break
+    done
+    sbn_job end --srun-status "$status" --asked "$asked" "$@"
+}
+
+# This job again, in its turn: of an array, this task alone.
+sbn_requeue() {
+    local job=$SLURM_JOB_ID
+    [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    scontrol requeue "$job"
+}
+
+# sbn_main LOG TARGET ARGUMENT...: a whole job.
+sbn_main() {
+    sbn_run "$@"
+    local status=$?
+    if [ "$status" = 75 ]; then
+        sbn_requeue && sleep 60 # until Slurm ends this script
+    fi
+    exit "$status"
+}

@@ -1,0 +1,79 @@
+"""Ranks as torchrun, srun and plain python tell them, and what is no rank at all inside Slurm."""
+
+import os
+
+import pytest
+
+from megatron_sbn import environment
+from megatron_sbn.errors import RecipeError
+
+# What `env` printed in each place under Slurm 22.05.
+TASK = {
+    "SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "n[1-2]",
+}  # fmt: skip
+BATCH = {"SLURM_JOB_ID": "12", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+SALLOC = {"SLURM_JOB_ID": "12", "SLURM_NTASKS": "3"}
+INTERACTIVE = TASK | {"SLURM_STEP_ID": str(0xFFFFFFFA)}
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("SLURM_") or name in (*TORCHRUN, "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, (0, 1, 0)),
+        (TORCHRUN, (3, 4, 1)),
+        (TASK, (1, 2, 0)),
+        (TASK | TORCHRUN, (3, 4, 1)),  # torchrun, or a launcher, under srun
+        (BATCH, (0, 1, 0)),
+        (SALLOC, (0, 1, 0)),
+        (INTERACTIVE, (0, 1, 0)),
+    ],
+    ids=["plain", "torchrun", "srun", "launcher under srun", "batch script", "salloc", "interactive step"],
+)
+def test_where_a_process_stands(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: tuple[int, int, int]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert (environment.rank(), environment.world_size(), environment.local_rank()) == expected
+
+
+@pytest.mark.parametrize(
+    "variables", [{"RANK": "4", "WORLD_SIZE": "4"}, {"RANK": "1"}, {"WORLD_SIZE": "0"}, {"RANK": "-1"}]
+)
+def test_a_rank_outside_the_world_is_one_line(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError, match="contradict each other"):
+        environment.world_size()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n1", "n1"), ("n[1-2]", "n1"), ("gpu[003-005,9],login", "gpu003"), ("a,b", "a"), ("r1n[7,9]-ib", "r1n7-ib")],
+)
+def test_the_first_of_a_node_list(nodes: str, first: str) -> None:
+    assert environment.first_host(nodes) == first
+
+
+def test_address_and_port_are_the_same_on_every_node_and_others_for_another_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in TASK.items():
+        monkeypatch.setenv(name, value)
+    assert environment.master_address() == "n1"
+    port = environment.master_port()
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    assert 15000 <= port < 30000
+    assert environment.master_port() != port
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    assert (environment.master_address(), environment.master_port()) == ("10.0.0.1", 29500)
