@@ -51,6 +51,7 @@ def _parse_shards(value: Any) -> Any:  # noqa: ANN401 - anything that YAML can h
 
 Sparsity = Annotated[tuple[int, int], BeforeValidator(_parse_sparsity)]
 ActivationBits = Annotated[Literal[8, 4] | None, BeforeValidator(_parse_bits)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 WeightFormat = Literal["ternary", "dense"]
 
 
@@ -229,12 +230,13 @@ class Tracking(Section):
     enabled: bool = True
     uri: str | None = None  # None: sqlite:/// beside the run folders
     experiment: str = "megatron_sbn"
+    study: Name | None = None  # parent run in MLflow that groups the runs of a study; sweeps set their own name
 
 
 class Recipe(Section):
     """One experiment."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Name
     run_dir: str | None = None
     model: Model
     linear: Linear = Linear()

@@ -10,7 +10,8 @@
       linear.sparsity: ["8:8", "6:8"]           an axis of one key and its values
 
 Every combination is a recipe, named NAME-VARIANT-VALUE-..., in the order of the axes with the last varying fastest, so
-that a number names the same recipe for ever. The key `ranks` is no recipe key: the number of ranks that the combination
+that a number names the same recipe for ever. All are children of one MLflow run, the study's, named NAME unless
+`tracking.study` is set. The key `ranks` is no recipe key: the number of ranks that the combination
 is meant for. Imports no torch.
 """
 
@@ -23,19 +24,20 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError
 
-from megatron_sbn.config import Recipe, Section, load_recipe
+from megatron_sbn.config import Name, Recipe, Section, load_recipe
 from megatron_sbn.errors import RecipeError
 from megatron_sbn.feasibility import check_world, model_ranks
 from megatron_sbn.recipe_file import parse_yaml
 
 Values = dict[str, Any]
 RANKS = "ranks"
+STUDY = "tracking.study"
 
 
 class SweepFile(Section):
     """The file, as written."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Name
     recipe: str
     set: Annotated[Values, Field(default_factory=dict)]
     axes: Annotated[dict[str, list[Any] | dict[str, Values]], Field(min_length=1)]
@@ -77,7 +79,7 @@ def load_sweep(path: str | Path) -> Sweep:
     variants = []
     for combination in itertools.product(*axes):
         labels = dict(zip(file.axes, (label for label, _ in combination), strict=True))
-        values = dict(file.set)
+        values = {STUDY: file.name} | file.set
         for _, changes in combination:
             values |= changes
         variants.append(_variant(path, base, "-".join([file.name, *labels.values()]), labels, values))

@@ -15,6 +15,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from megatron_sbn.config import Recipe
+
 PACKAGES = ("megatron_sbn", "torch", "megatron-core", "deepspeed", "triton", "mlflow")
 SLURM = {"SLURM_JOB_ID": "slurm_job_id", "SLURM_ARRAY_TASK_ID": "slurm_array_task_id"}
 _USER_INFO = re.compile(r"(?<=://)[^/\s'\"]*@")
@@ -44,6 +46,28 @@ def describe_environment() -> dict[str, str]:
     tags |= {tag: os.environ[name] for name, tag in SLURM.items() if name in os.environ}
     if "SLURM_JOB_ID" in os.environ:
         tags["slurm_restart_count"] = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return tags
+
+
+def describe_recipe(recipe: Recipe, ranks: int) -> dict[str, str]:
+    """Tags to filter and group runs by: run_kind, study, weight_format, sparsity, layout's degrees, tokens, seed."""
+    training, parallel = recipe.training, recipe.parallel
+    tags = {
+        "run_kind": "run",
+        "weight_format": recipe.linear.weight_format,
+        "sparsity": "{}:{}".format(*recipe.linear.sparsity),
+        "backward": recipe.linear.backward,
+        "activation_dtype": "bf16" if recipe.model.bf16 else "fp32",
+        "parameter_dtype": recipe.optimizer.parameter_dtype,
+        "ranks": str(ranks),
+        "tensor": str(parallel.tensor),
+        "pipeline": str(parallel.pipeline),
+        "zero_stage": str(parallel.zero_stage),
+        "tokens": str(training.steps * training.global_batch_size * recipe.model.seq_length),
+        "seed": str(training.seed),
+    }
+    if recipe.tracking.study is not None:
+        tags["study"] = recipe.tracking.study
     return tags
 
 

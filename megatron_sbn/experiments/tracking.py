@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_sbn.errors import DeliveryError, InputError, SbnError
 from megatron_sbn.experiments.metrics import Line, read_new
-from megatron_sbn.experiments.provenance import describe_environment, mask_secrets
+from megatron_sbn.experiments.provenance import describe_environment, describe_recipe, mask_secrets
 from megatron_sbn.experiments.run_record import FILE_NAME, RunRecord, RunRecordFile, new_key, read_record
+from megatron_sbn.experiments.study import STUDY_TAG, Study
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
-__all__ = ["Tracker", "configure_mlflow", "default_uri", "describe_environment", "sync"]
+__all__ = ["Tracker", "configure_mlflow", "default_uri", "describe_environment", "describe_recipe", "sync"]
 
 METRICS_NAME = "metrics.jsonl"
 KEY_TAG = "run_key"
@@ -224,6 +225,7 @@ class _Delivery:
         with self._conversation():
             ended = _milliseconds(record.ended or time.time())
             self._client.set_terminated(self._run_id, record.status, ended)
+            self._join_study()
 
     @contextmanager
     def _conversation(self) -> Iterator[None]:
@@ -259,9 +261,21 @@ class _Delivery:
         run = self._known_run() or self._run_by_key(self._experiment_id())
         self._file.update(run_id=run.info.run_id)
         self._describe(run)
+        self._experiment = run.info.experiment_id
+        self._study: Study | None = None
+        self._join_study()
         self._offset = 0
         self._last_steps = {metric.key: metric.step for metric in run.data.to_proto().metrics}
         self._connected = True
+
+    def _join_study(self) -> None:
+        """Puts the run under its study's parent, if it is of one."""
+        record = self._file.record
+        if STUDY_TAG not in record.tags:
+            return
+        if self._study is None:
+            self._study = Study(self._client, self._experiment, record.tags[STUDY_TAG])
+        self._study.adopt(self._run_id, _milliseconds(record.started))
 
     def _known_run(self) -> "Run | None":
         from mlflow.exceptions import RESOURCE_DOES_NOT_EXIST, ErrorCode, MlflowException

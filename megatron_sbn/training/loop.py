@@ -20,7 +20,7 @@ from megatron_sbn.errors import STOPPED
 from megatron_sbn.experiments.flops import model_flops_per_token
 from megatron_sbn.experiments.metrics import MetricsFile
 from megatron_sbn.experiments.telemetry import Telemetry
-from megatron_sbn.experiments.tracking import Tracker, default_uri, describe_environment
+from megatron_sbn.experiments.tracking import Tracker, default_uri, describe_environment, describe_recipe
 from megatron_sbn.model import build_stages
 from megatron_sbn.parallel import state as parallel_state
 from megatron_sbn.parallel.cpu import without_cuda
@@ -242,13 +242,14 @@ class Loop:
         recipe = self.recipe
         if self.parallel.rank != 0 or not recipe.tracking.enabled:
             return None
-        tags = describe_environment() | {
-            "layout": self.parallel.describe(),
-            "weight_format": recipe.linear.weight_format,
-            "sparsity": "{}:{}".format(*recipe.linear.sparsity),
-            "parameter_dtype": recipe.optimizer.parameter_dtype,
-            "run_folder": str(self.folder.path.resolve()),
-        }
+        tags = (
+            describe_environment()
+            | describe_recipe(recipe, self.parallel.world_size)
+            | {
+                "layout": self.parallel.describe(),
+                "run_folder": str(self.folder.path.resolve()),
+            }
+        )
         return Tracker(
             run_dir=self.folder.path,
             name=self.folder.path.name,

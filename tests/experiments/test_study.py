@@ -1,0 +1,123 @@
+"""Runs of a study are children of one parent run, whoever starts first, and the parent says how the study stands."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from megatron_sbn.config import load_recipe
+from megatron_sbn.experiments.metrics import MetricsFile
+from megatron_sbn.experiments.provenance import describe_recipe
+from megatron_sbn.experiments.study import KIND_TAG, PARENT_TAG, STUDY_TAG, Study, standing
+from megatron_sbn.experiments.tracking import Tracker, default_uri, sync
+from megatron_sbn.sweep import load_sweep
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables take seconds to make: once for all tests."""
+    folder = tmp_path_factory.mktemp("database")
+    MlflowClient(default_uri(folder)).search_experiments()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def uri(tmp_path: Path, empty_database: Path) -> str:
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    return default_uri(tmp_path)
+
+
+def track(folder: Path, uri: str) -> Tracker:
+    folder.mkdir(exist_ok=True)
+    metrics = MetricsFile(folder / "metrics.jsonl")
+    metrics.truncate_after(0)
+    metrics.append(1, {"loss": 2.0})
+    metrics.close()
+    tags = {STUDY_TAG: "n-of-8", KIND_TAG: "run"}
+    return Tracker(folder, folder.name, "experiment", uri, {}, tags, [], poll_seconds=0.01)
+
+
+def rows(uri: str, kind: str) -> list:  # type: ignore[type-arg]
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("experiment")
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id], f"tags.{KIND_TAG} = '{kind}'")
+    return sorted(found, key=lambda run: run.info.run_name)
+
+
+def test_runs_have_one_parent_and_it_follows_them(tmp_path: Path, uri: str) -> None:
+    first, second = track(tmp_path / "a", uri), track(tmp_path / "b", uri)
+    assert first.close("FINISHED")
+    assert second.close("FAILED")
+    (parent,) = rows(uri, "study")
+    children = rows(uri, "run")
+    assert parent.info.run_name == "n-of-8"
+    assert [child.info.run_name for child in children] == ["a", "b"]
+    assert {child.data.tags[PARENT_TAG] for child in children} == {parent.info.run_id}
+    assert parent.info.status == "FAILED"
+    # The failed one is continued, and ends well: so does the study.
+    assert track(tmp_path / "b", uri).close("FINISHED")
+    (parent,) = rows(uri, "study")
+    assert parent.info.status == "FINISHED"
+    assert parent.info.end_time is not None
+    assert len(rows(uri, "run")) == 2
+
+
+def test_delivering_again_adds_no_parent(tmp_path: Path, uri: str) -> None:
+    assert track(tmp_path / "a", uri).close("FINISHED")
+    sync(tmp_path / "a")
+    assert len(rows(uri, "study")) == 1
+    assert len(rows(uri, "run")) == 1
+
+
+def test_two_parents_become_one(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("experiment")
+    theirs = client.create_run(experiment, 1000, {STUDY_TAG: "n-of-8", KIND_TAG: "study"}, "n-of-8")
+    run = client.create_run(experiment, 2000, {STUDY_TAG: "n-of-8", KIND_TAG: "run"}, "a")
+    ours = Study(client, experiment, "n-of-8")
+    # What our first search sees: the other job's parent is not there yet.
+    search, first = ours._parents, [[]]
+    monkeypatch.setattr(ours, "_parents", lambda: first.pop() if first else search())
+    ours.adopt(run.info.run_id, 2000)
+    assert [parent.info.run_id for parent in rows(uri, "study")] == [theirs.info.run_id]
+    assert client.get_run(run.info.run_id).data.tags[PARENT_TAG] == theirs.info.run_id
+
+
+def test_a_later_run_of_an_older_clock_moves_all_to_its_parent(uri: str) -> None:
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("experiment")
+    ours = Study(client, experiment, "n-of-8")
+    run = client.create_run(experiment, 2000, {STUDY_TAG: "n-of-8", KIND_TAG: "run"}, "a")
+    ours.adopt(run.info.run_id, 2000)
+    older = client.create_run(experiment, 1000, {STUDY_TAG: "n-of-8", KIND_TAG: "study"}, "n-of-8")
+    ours.adopt(run.info.run_id, 2000)  # as it does when the run ends
+    assert client.get_run(run.info.run_id).data.tags[PARENT_TAG] == older.info.run_id
+    assert [parent.info.run_id for parent in rows(uri, "study")] == [older.info.run_id]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected"),
+    [
+        (["FINISHED", "RUNNING", "FAILED"], "RUNNING"),
+        (["SCHEDULED", "FINISHED"], "RUNNING"),
+        (["FINISHED", "KILLED", "FAILED"], "FAILED"),
+        (["KILLED", "FINISHED"], "KILLED"),
+        (["FINISHED"], "FINISHED"),
+    ],
+)
+def test_standing(statuses: list[str], expected: str) -> None:
+    assert standing(statuses) == expected
+
+
+def test_sweeps_are_studies_and_tags_say_what_to_filter_by() -> None:
+    variants = load_sweep(RECIPES / "sweeps" / "n-of-8-tiny.yaml").variants
+    assert {variant.recipe.tracking.study for variant in variants} == {"n-of-8-tiny"}
+    tags = describe_recipe(variants[2].recipe, 1)
+    assert tags["study"] == "n-of-8-tiny"
+    assert (tags["weight_format"], tags["sparsity"], tags["seed"]) == ("ternary", "7:8", "1234")
+    assert tags["tokens"] == str(120 * 16 * 128)
+    assert "study" not in describe_recipe(load_recipe(RECIPES / "quickstart.yaml"), 2)
