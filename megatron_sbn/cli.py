@@ -129,10 +129,13 @@ def compare(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """Writes the page of a study."""
-    from megatron_sbn.experiments.report import write_report
+    from megatron_sbn.experiments.report import read_study, write_report
+    from megatron_sbn.experiments.tracking import delivered_study
 
-    output = Path(options.output) if options.output else Path(options.study) / "report"
-    write_report(Path(options.study), output)
+    study = Path(options.study)
+    runs = delivered_study(options.uri, options.study) if options.uri else read_study(study)
+    output = Path(options.output or (f"{options.study}-report" if options.uri else study / "report"))
+    write_report(study.name, runs, output)
     print(f"wrote {output / 'index.md'}")
     return 0
 
@@ -159,10 +162,13 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(commands, "compare", compare, "runs side by side: recipes, metrics at equal tokens and FLOPs")
     command.add_argument("run_folders", nargs="+", metavar="RUN", help="run folder")
     command.epilog = "example: sbn compare runs/quickstart-ternary-6of8-* runs/quickstart-dense-bf16-*"
-    command = _add(commands, "report", report, "a page, a table and figures of a folder of runs")
-    command.add_argument("study", metavar="STUDY", help="folder of run folders, such as runs/n-of-8-tiny")
-    command.add_argument("--output", metavar="FOLDER", help="where the page goes (default: STUDY/report)")
-    command.epilog = "example: sbn report runs/n-of-8-tiny"
+    command = _add(commands, "report", report, "a page, a table and figures of a study")
+    command.add_argument("study", metavar="STUDY", help="folder of run folders, or with --uri a study's name")
+    command.add_argument("--uri", help="read the study's runs from this MLflow instead")
+    command.add_argument("--output", metavar="FOLDER", help="where the page goes (default: STUDY/report, STUDY-report)")
+    command.epilog = (
+        "example: sbn report runs/n-of-8-tiny\n         sbn report n-of-8-tiny --uri http://mlflow.example:5000"
+    )
     command = _add(commands, "quickstart", quickstart, "ternary against dense on this machine's own Python library")
     command.add_argument("--prepare-only", action="store_true", help="write the shards and stop")
     command.epilog = "example: sbn quickstart training.steps=300"

@@ -10,7 +10,7 @@ import sys
 from megatron_sbn import environment
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.errors import RecipeError, SbnError
-from megatron_sbn.experiments.tracking import configure_mlflow
+from megatron_sbn.experiments.mlflow_settings import configure_mlflow
 from megatron_sbn.feasibility import check_world
 
 USAGE = "usage: torchrun --nproc-per-node N -m megatron_sbn.train RECIPE [section.key=value ...]"

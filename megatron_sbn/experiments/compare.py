@@ -20,6 +20,7 @@ from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.errors import InputError, RecipeError
 from megatron_sbn.experiments.flops import model_flops_per_token
 from megatron_sbn.experiments.metrics import Line, read_metrics
+from megatron_sbn.experiments.run_record import FILE_NAME, read_record
 from megatron_sbn.text_table import aligned
 
 METRICS = ("loss", "validation_loss", "validation_perplexity", "grad_norm", "flip_rate", "zero_fraction")
@@ -28,11 +29,12 @@ _OF_NO_INTEREST = ("name", "run_dir")
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder: its resolved recipe and its metrics."""
+    """A run: its folder or name, its resolved recipe and its metrics; on how many ranks, if that was recorded."""
 
     folder: Path
     recipe: Recipe
     lines: list[Line]
+    ranks: int | None = None
 
     @property
     def name(self) -> str:
@@ -63,7 +65,13 @@ def read_run(folder: Path) -> Run:
         recipe = load_recipe(folder / "recipe.yaml")
     except RecipeError as error:
         raise InputError(f"{folder}: is no run folder: {error}") from None
-    return Run(folder, recipe, read_metrics(folder / "metrics.jsonl"))
+    return Run(folder, recipe, read_metrics(folder / "metrics.jsonl"), _ranks(folder / FILE_NAME))
+
+
+def _ranks(path: Path) -> int | None:
+    """Of a tracked run's record."""
+    tags = read_record(path).tags if path.exists() else {}
+    return int(tags["ranks"]) if "ranks" in tags else None
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

@@ -1,4 +1,4 @@
-"""Figures of a study: perplexity over sparsity, loss over tokens. The only importer of matplotlib.
+"""Figures of a study: perplexity over sparsity, loss over tokens, speed over ranks. The only importer of matplotlib.
 
 Colours of the formats are the same in every figure (blue ternary, orange dense) and differ in lightness too, so that
 they survive a grey print; seeds are a band from the lowest to the highest around their mean.
@@ -110,5 +110,45 @@ def loss_over_tokens(traces: Sequence[Trace], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize="small", ncols=2, loc="upper right")
     panels[0][0].set_ylabel("training loss (nats / token)")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Tokens/s of one layout over the number of ranks, in the order of `ranks`."""
+
+    layout: str
+    ranks: tuple[int, ...]
+    tokens_per_second: tuple[float, ...]
+
+    @property
+    def efficiency(self) -> tuple[float, ...]:
+        """Tokens/s a rank over that of the layout's fewest ranks."""
+        each = [speed / ranks for ranks, speed in zip(self.ranks, self.tokens_per_second, strict=True)]
+        return tuple(value / each[0] for value in each)
+
+
+def speed_over_ranks(layouts: Sequence[Scaling], path: Path) -> None:
+    """Two panels: tokens/s a rank, and the efficiency, a line for each layout."""
+    figure, (speed, efficiency) = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
+    markers = "os^Dv<>P"
+    for index, layout in enumerate(layouts):
+        style = {"marker": markers[index % len(markers)], "linewidth": 1.8, "color": f"C{index}"}
+        each = [total / ranks for ranks, total in zip(layout.ranks, layout.tokens_per_second, strict=True)]
+        speed.plot(layout.ranks, each, label=layout.layout, **style)
+        efficiency.plot(layout.ranks, [100 * value for value in layout.efficiency], **style)
+    speed.set_ylabel("tokens / s / rank")
+    efficiency.set_ylabel("efficiency (% of the fewest ranks')")
+    efficiency.axhline(100, color="0.4", linewidth=1, linestyle="--")
+    counts = sorted({ranks for layout in layouts for ranks in layout.ranks})
+    for axes in (speed, efficiency):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.set_xlabel("ranks")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    speed.legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)

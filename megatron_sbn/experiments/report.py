@@ -1,11 +1,12 @@
-"""`sbn report STUDY`: a folder of runs -> a page, a table and figures that answer "does it pay at this scale?".
+"""`sbn report STUDY`: the runs of a study -> a page, a table and figures that answer "does it pay at this scale?".
 
     report/index.md         the page                    report/perplexity.png    over N:M, raw and normalised
     report/runs.csv         one line a run              report/loss.png          training loss over tokens
+                                                        report/scaling.png       speed over ranks, if they vary
 
-Reads recipe.yaml and metrics.jsonl of every run in the study's folder. Runs that have not finished are in the table,
-marked, and not in the curves. A normalised perplexity is over the mean of the same format's N = M runs; where it first
-exceeds 1.10, going down in N, the format has collapsed.
+Reads recipe.yaml and metrics.jsonl of every run in the study's folder, or the study's runs in MLflow. Runs that have
+not finished are in the table, marked, and not in the curves. A normalised perplexity is over the mean of the same
+format's N = M runs; where it first exceeds 1.10, going down in N, the format has collapsed.
 """
 
 import csv
@@ -16,12 +17,20 @@ from statistics import mean, median
 
 from megatron_sbn.errors import InputError
 from megatron_sbn.experiments.compare import Run, read_run
-from megatron_sbn.experiments.figures import COLLAPSE, Curve, Trace, loss_over_tokens, perplexity_over_sparsity
+from megatron_sbn.experiments.figures import (
+    COLLAPSE,
+    Curve,
+    Scaling,
+    Trace,
+    loss_over_tokens,
+    perplexity_over_sparsity,
+    speed_over_ranks,
+)
 from megatron_sbn.staging import write_whole
 
 COLUMNS = (
     *("run", "weight_format", "sparsity", "seed", "steps", "tokens", "finished", "loss", "validation_perplexity"),
-    *("zero_fraction", "flip_rate_cumulative", "tokens_per_second"),
+    *("zero_fraction", "flip_rate_cumulative", "tokens_per_second", "ranks"),
 )
 
 
@@ -66,13 +75,28 @@ def collapse_point(curve: Curve) -> int | None:
     return next((n for n, value in zip(scaled.n, scaled.mean, strict=True) if value > COLLAPSE), None)
 
 
-def write_report(folder: Path, output: Path) -> None:
-    """Writes the page, the table and the figures of the study in `folder`. Raises InputError."""
-    runs = read_study(folder)
+def scalings(runs: Sequence[Run]) -> list[Scaling]:
+    """Median tokens/s over ranks, for each layout that ran on several numbers of them; runs that share both: mean."""
+    speeds: dict[str, dict[int, list[float]]] = {}
+    for run in runs:
+        measured = [value for _, value in run.points("tokens_per_second")]
+        if measured and run.ranks is not None:
+            parallel = run.recipe.parallel
+            layout = f"tensor {parallel.tensor} x pipeline {parallel.pipeline}, ZeRO-{parallel.zero_stage}"
+            speeds.setdefault(layout, {}).setdefault(run.ranks, []).append(median(measured))
+    return [
+        Scaling(layout, tuple(sorted(by_ranks)), tuple(mean(by_ranks[ranks]) for ranks in sorted(by_ranks)))
+        for layout, by_ranks in sorted(speeds.items())
+        if len(by_ranks) > 1
+    ]
+
+
+def write_report(name: str, runs: Sequence[Run], output: Path) -> None:
+    """Writes the page, the table and the figures of a study's runs."""
     output.mkdir(parents=True, exist_ok=True)
     group = max((m for run in runs for n, m in [run.recipe.linear.sparsity] if n < m), default=8)
     made = curves(runs, group)
-    page = [f"# {folder.name}", "", *_summary(runs)]
+    page = [f"# {name}", "", *_summary(runs)]
     if made:
         perplexity_over_sparsity(made, group, output / "perplexity.png")
         page += ["", "## Perplexity over sparsity", "", "![perplexity over N:M](perplexity.png)", ""]
@@ -86,6 +110,11 @@ def write_report(folder: Path, output: Path) -> None:
     if traces:
         loss_over_tokens(traces, output / "loss.png")
         page += ["", "## Training loss", "", "![training loss over tokens](loss.png)"]
+    layouts = scalings(runs)
+    if layouts:
+        speed_over_ranks(layouts, output / "scaling.png")
+        page += ["", "## Speed over ranks", "", "![tokens per second over ranks](scaling.png)", ""]
+        page += _scaling_table(layouts)
     page += ["", "Every run: [runs.csv](runs.csv). Metrics are defined in docs/metrics.md."]
     write_whole(output / "runs.csv", _csv(runs).encode())
     write_whole(output / "index.md", ("\n".join(page) + "\n").encode())
@@ -119,6 +148,15 @@ def _table(made: Sequence[Curve], group: int) -> list[str]:
     return lines
 
 
+def _scaling_table(layouts: Sequence[Scaling]) -> list[str]:
+    """Markdown: a line for each layout and number of ranks."""
+    lines = ["| layout | ranks | tokens/s | tokens/s a rank | efficiency |", "|---|---:|---:|---:|---:|"]
+    for layout in layouts:
+        for ranks, speed, share in zip(layout.ranks, layout.tokens_per_second, layout.efficiency, strict=True):
+            lines.append(f"| {layout.layout} | {ranks} | {speed:,.0f} | {speed / ranks:,.0f} | {share:.0%} |")
+    return lines
+
+
 def _csv(runs: Sequence[Run]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -129,9 +167,8 @@ def _csv(runs: Sequence[Run]) -> str:
         known = (run.name, linear.weight_format, "{}:{}".format(*linear.sparsity), run.recipe.training.seed)
         measured = [_last(run, name) for name in COLUMNS[7:11]]
         speeds = [value for _, value in run.points("tokens_per_second")]
-        writer.writerow(
-            (*known, steps, int(run.tokens(steps)), finished(run), *measured, f"{median(speeds):.1f}" if speeds else "")
-        )
+        speed = f"{median(speeds):.1f}" if speeds else ""
+        writer.writerow((*known, steps, int(run.tokens(steps)), finished(run), *measured, speed, run.ranks or ""))
     return text.getvalue()
 
 

@@ -6,14 +6,19 @@
 Runs of a study start at the same time on different machines, and MLflow makes no run only once. So whoever finds no
 parent makes one, and everybody takes the oldest (start time, then id), when it starts and again when it ends; a parent
 that was made in vain has no children and is deleted by its maker.
+
+MLflow's client comes from tracking.py, which also turns its failures into one line.
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
+from megatron_sbn.config import load_recipe
+from megatron_sbn.errors import InputError
+from megatron_sbn.experiments.compare import Run
+from megatron_sbn.experiments.metrics import Line
 
 PARENT_TAG, STUDY_TAG, KIND_TAG = "mlflow.parentRunId", "study", "run_kind"
 _PAGE = 1000
@@ -26,7 +31,7 @@ class Study:
         client: MLflow's. experiment_id: of the runs. name: of the study.
     """
 
-    def __init__(self, client: "MlflowClient", experiment_id: str, name: str) -> None:
+    def __init__(self, client: Any, experiment_id: str, name: str) -> None:  # noqa: ANN401 - MlflowClient
         self._client = client
         self._experiment_id = experiment_id
         self._name = name
@@ -46,7 +51,7 @@ class Study:
             self._made = None
         self._tell(parents[0])
 
-    def _tell(self, parent: "Run") -> None:
+    def _tell(self, parent: Any) -> None:  # noqa: ANN401 - mlflow.entities.Run
         """Gives the parent the status of its children."""
         status = standing(child.info.status for child in self._children(parent.info.run_id))
         if status == "RUNNING":
@@ -55,15 +60,44 @@ class Study:
         else:
             self._client.set_terminated(parent.info.run_id, status)
 
-    def _parents(self) -> "list[Run]":
-        """Parents of this name, the oldest first."""
-        query = f"tags.{STUDY_TAG} = '{self._name}' and tags.{KIND_TAG} = 'study'"
-        found = self._client.search_runs([self._experiment_id], query, max_results=_PAGE)
-        return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+    def _parents(self) -> list[Any]:
+        return _parents(self._client, [self._experiment_id], self._name)
 
-    def _children(self, parent: str | None) -> "list[Run]":
-        query = f"tags.`{PARENT_TAG}` = '{parent}'"
-        return list(self._client.search_runs([self._experiment_id], query, max_results=_PAGE))
+    def _children(self, parent: str | None) -> list[Any]:
+        return _children(self._client, self._experiment_id, parent)
+
+
+def _parents(client: Any, experiment_ids: list[str], name: str) -> list[Any]:  # noqa: ANN401 - MlflowClient
+    """Parents of this name, the oldest first."""
+    query = f"tags.{STUDY_TAG} = '{name}' and tags.{KIND_TAG} = 'study'"
+    found = client.search_runs(experiment_ids, query, max_results=_PAGE)
+    return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+
+
+def _children(client: Any, experiment_id: str, parent: str | None) -> list[Any]:  # noqa: ANN401 - MlflowClient
+    return list(client.search_runs([experiment_id], f"tags.`{PARENT_TAG}` = '{parent}'", max_results=_PAGE))
+
+
+def delivered(client: Any, name: str) -> list[Run]:  # noqa: ANN401 - MlflowClient
+    """The runs of a study as MLflow has them, by name. Raises InputError where it has no such study."""
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    parents = _parents(client, experiments, name)
+    if not parents:
+        raise InputError(f"MLflow has no study {name!r}; the Study column of its page, or `sbn sweep FILE`, names it")
+    runs = [run for parent in parents for run in _children(client, parent.info.experiment_id, parent.info.run_id)]
+    return [_delivered_run(client, run) for run in sorted(runs, key=lambda run: str(run.info.run_name))]
+
+
+def _delivered_run(client: Any, run: Any) -> Run:  # noqa: ANN401 - MlflowClient, mlflow.entities.Run
+    by_step: dict[int, Line] = {}
+    for name in run.data.metrics:
+        for point in client.get_metric_history(run.info.run_id, name):
+            by_step.setdefault(point.step, {"step": point.step})[name] = point.value
+    with TemporaryDirectory() as folder:
+        recipe = load_recipe(client.download_artifacts(run.info.run_id, "recipe.yaml", folder))
+    ranks = run.data.tags.get("ranks")
+    lines = [by_step[step] for step in sorted(by_step)]
+    return Run(Path(run.info.run_name), recipe, lines, int(ranks) if ranks else None)
 
 
 def standing(statuses: Iterable[str]) -> str:

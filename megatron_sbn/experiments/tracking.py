@@ -13,7 +13,6 @@ and `sync` delivers them later. mlflow takes seconds to import, so that happens 
 """
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,15 +22,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megatron_sbn.errors import DeliveryError, InputError, SbnError
+from megatron_sbn.experiments.compare import Run
 from megatron_sbn.experiments.metrics import Line, read_new
+from megatron_sbn.experiments.mlflow_settings import configure_mlflow
 from megatron_sbn.experiments.provenance import describe_environment, describe_recipe, mask_secrets
 from megatron_sbn.experiments.run_record import FILE_NAME, RunRecord, RunRecordFile, new_key, read_record
-from megatron_sbn.experiments.study import STUDY_TAG, Study
+from megatron_sbn.experiments.study import STUDY_TAG, Study, delivered
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric, Run
+    from mlflow.entities import Metric
+    from mlflow.entities import Run as MlflowRun
 
-__all__ = ["Tracker", "configure_mlflow", "default_uri", "describe_environment", "describe_recipe", "sync"]
+__all__ = ["Tracker", "default_uri", "delivered_study", "describe_environment", "describe_recipe", "sync"]
 
 METRICS_NAME = "metrics.jsonl"
 KEY_TAG = "run_key"
@@ -39,24 +41,7 @@ FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 2.0, 300.0
 CLOSING_ATTEMPTS = 3
 # MLflow's limits on one request and on one value.
 METRICS_PER_BATCH, ENTRIES_PER_BATCH, PARAM_LENGTH, TAG_LENGTH = 1000, 100, 6000, 8000
-# What mlflow reads when it is imported or called; whoever sets these outside keeps his values. Retries are this
-# module's work, so that mlflow's own do not hold the thread for minutes.
-_MLFLOW_SETTINGS = (
-    ("MLFLOW_DISABLE_TELEMETRY", "true"),
-    ("MLFLOW_LOGGING_LEVEL", "ERROR"),
-    ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
-    ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
-    ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10"),
-    ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"),
-    ("GIT_PYTHON_REFRESH", "quiet"),
-)
 _log = logging.getLogger("megatron_sbn")
-
-
-def configure_mlflow() -> None:
-    """Sets what mlflow reads at its first import: call it before DeepSpeed is imported, which imports mlflow too."""
-    for name, value in _MLFLOW_SETTINGS:
-        os.environ.setdefault(name, value)
 
 
 def default_uri(runs_dir: Path) -> str:
@@ -198,6 +183,32 @@ def _at_destination(record: RunRecord, experiment: str, uri: str) -> RunRecord:
     return replace(record, experiment=experiment, uri=uri, run_id=None, delivered_step=None)
 
 
+def delivered_study(uri: str, name: str) -> list[Run]:
+    """The runs of a study that MLflow has. Raises InputError for an unknown study, DeliveryError for no MLflow."""
+    with _conversation(uri):
+        from mlflow import MlflowClient
+
+        return delivered(MlflowClient(uri), name)
+
+
+@contextmanager
+def _conversation(uri: str) -> Iterator[None]:
+    """mlflow's failures as one line without secrets."""
+    configure_mlflow()
+    try:
+        from alembic.util import CommandError
+        from mlflow.exceptions import MlflowException
+        from requests import RequestException
+        from sqlalchemy.exc import SQLAlchemyError
+    except ImportError as error:
+        raise DeliveryError(f"mlflow cannot be imported ({error}); install it, or set tracking.enabled=false") from None
+    try:
+        yield
+    except (MlflowException, RequestException, SQLAlchemyError, CommandError, OSError, ImportError) as error:
+        reason = " ".join(mask_secrets(str(error)).split())[:300]
+        raise DeliveryError(f"MLflow at {mask_secrets(uri)} cannot be reached: {reason}") from None
+
+
 class _Delivery:
     """All that is said to MLflow about one run. Every method may be repeated after any failure."""
 
@@ -229,23 +240,13 @@ class _Delivery:
 
     @contextmanager
     def _conversation(self) -> Iterator[None]:
-        """mlflow's failures as one line without secrets; after any, the next attempt connects anew."""
-        configure_mlflow()
+        """After any failure the next attempt connects anew."""
         try:
-            from alembic.util import CommandError
-            from mlflow.exceptions import MlflowException
-            from requests import RequestException
-            from sqlalchemy.exc import SQLAlchemyError
-        except ImportError as error:
-            raise DeliveryError(
-                f"mlflow cannot be imported ({error}); install it, or set tracking.enabled=false"
-            ) from None
-        try:
-            yield
-        except (MlflowException, RequestException, SQLAlchemyError, CommandError, OSError, ImportError) as error:
+            with _conversation(self._uri):
+                yield
+        except DeliveryError:
             self._connected = False
-            reason = " ".join(mask_secrets(str(error)).split())[:300]
-            raise DeliveryError(f"MLflow at {mask_secrets(self._uri)} cannot be reached: {reason}") from None
+            raise
 
     @property
     def _run_id(self) -> str:
@@ -277,7 +278,7 @@ class _Delivery:
             self._study = Study(self._client, self._experiment, record.tags[STUDY_TAG])
         self._study.adopt(self._run_id, _milliseconds(record.started))
 
-    def _known_run(self) -> "Run | None":
+    def _known_run(self) -> "MlflowRun | None":
         from mlflow.exceptions import RESOURCE_DOES_NOT_EXIST, ErrorCode, MlflowException
 
         if self._file.record.run_id is None:
@@ -310,7 +311,7 @@ class _Delivery:
         experiment_id: str = experiment.experiment_id
         return experiment_id
 
-    def _run_by_key(self, experiment_id: str) -> "Run":
+    def _run_by_key(self, experiment_id: str) -> "MlflowRun":
         record = self._file.record
         found = self._client.search_runs([experiment_id], f"tags.{KEY_TAG} = '{record.key}'", max_results=1)
         if found:
@@ -318,7 +319,7 @@ class _Delivery:
         started = _milliseconds(record.started)
         return self._client.create_run(experiment_id, started, {KEY_TAG: record.key}, record.name)
 
-    def _describe(self, run: "Run") -> None:
+    def _describe(self, run: "MlflowRun") -> None:
         """Parameters that MLflow lacks, all tags, and RUNNING for a run that is continued."""
         from mlflow.entities import Param, RunTag
 

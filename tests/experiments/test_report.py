@@ -7,9 +7,10 @@ import pytest
 
 from megatron_sbn.cli import main
 from megatron_sbn.config import load_recipe
-from megatron_sbn.experiments.figures import Curve
+from megatron_sbn.experiments.figures import Curve, Scaling
 from megatron_sbn.experiments.metrics import MetricsFile
-from megatron_sbn.experiments.report import collapse_point, curves, read_study
+from megatron_sbn.experiments.report import collapse_point, curves, read_study, scalings
+from megatron_sbn.experiments.run_record import FILE_NAME, RunRecord, RunRecordFile, new_key
 
 TINY = Path(__file__).parents[2] / "recipes" / "tiny" / "base.yaml"
 STEPS = 4
@@ -104,3 +105,25 @@ def test_a_study_without_a_dense_run_has_no_normalised_column(tmp_path: Path) ->
 def test_an_empty_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert f"{tmp_path}: holds no run folders" in capsys.readouterr().err
+
+
+def test_speed_over_ranks(tmp_path: Path) -> None:
+    study = tmp_path / "weak"
+    for ranks, tensor, speed in ((1, 1, 100.0), (2, 1, 180.0), (4, 1, 300.0), (2, 2, 90.0)):
+        folder = study / f"r{ranks}-t{tensor}"
+        folder.mkdir(parents=True)
+        recipe = load_recipe(TINY, (f"parallel.tensor={tensor}", "training.steps=2", "optimizer.lr_decay_steps=30"))
+        (folder / "recipe.yaml").write_text(recipe.to_yaml())
+        file = MetricsFile(folder / "metrics.jsonl")
+        file.append(1, {"loss": 8.0, "tokens_per_second": speed})
+        file.append(2, {"loss": 7.0, "tokens_per_second": speed})
+        file.close()
+        record = RunRecord(new_key(), folder.name, "e", "sqlite:///x.db", 0.0, {}, {"ranks": str(ranks)}, [])
+        RunRecordFile(folder / FILE_NAME, record).update(status="FINISHED")
+    (scaling,) = scalings(read_study(study))  # tensor 2 ran on one number of ranks: no curve
+    assert scaling == Scaling("tensor 1 x pipeline 1, ZeRO-1", (1, 2, 4), (100.0, 180.0, 300.0))
+    assert scaling.efficiency == (1.0, 0.9, 0.75)
+    assert main(["report", str(study)]) == 0
+    page = (study / "report" / "index.md").read_text()
+    assert "| tensor 1 x pipeline 1, ZeRO-1 | 4 | 300 | 75 | 75% |" in page
+    assert (study / "report" / "scaling.png").stat().st_size > 20_000

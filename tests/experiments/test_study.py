@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from megatron_sbn.cli import main
 from megatron_sbn.config import load_recipe
 from megatron_sbn.experiments.metrics import MetricsFile
 from megatron_sbn.experiments.provenance import describe_recipe
@@ -121,3 +122,31 @@ def test_sweeps_are_studies_and_tags_say_what_to_filter_by() -> None:
     assert (tags["weight_format"], tags["sparsity"], tags["seed"]) == ("ternary", "7:8", "1234")
     assert tags["tokens"] == str(120 * 16 * 128)
     assert "study" not in describe_recipe(load_recipe(RECIPES / "quickstart.yaml"), 2)
+
+
+def test_the_report_from_mlflow_is_that_from_the_folders(
+    tmp_path: Path, uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = tmp_path / "n-of-8"
+    for n, perplexity in ((8, 100.0), (6, 104.5)):
+        folder = study / f"ternary-{n}"
+        folder.mkdir(parents=True)
+        changes = (f"linear.sparsity={n}:8", "training.steps=2", "optimizer.lr_decay_steps=30")
+        recipe = load_recipe(RECIPES / "tiny" / "base.yaml", (*changes, "tracking.study=n-of-8"))
+        (folder / "recipe.yaml").write_text(recipe.to_yaml())
+        metrics = MetricsFile(folder / "metrics.jsonl")
+        for step in (1, 2):
+            metrics.append(step, {"loss": 8.0 - step, "tokens_per_second": 100.0 * step})
+        metrics.append(2, {"validation_perplexity": perplexity})
+        metrics.close()
+        tags = describe_recipe(recipe, 1)
+        tracker = Tracker(folder, folder.name, "tiny", uri, recipe.flat(), tags, [folder / "recipe.yaml"])
+        assert tracker.close("FINISHED")
+    assert main(["report", str(study), "--output", str(tmp_path / "folders")]) == 0
+    assert main(["report", "n-of-8", "--uri", uri, "--output", str(tmp_path / "mlflow")]) == 0
+    for name in ("index.md", "runs.csv"):
+        assert (tmp_path / "mlflow" / name).read_text() == (tmp_path / "folders" / name).read_text()
+    assert "| 6:8 | 104.50 | 1.045 |" in (tmp_path / "mlflow" / "index.md").read_text()
+    capsys.readouterr()
+    assert main(["report", "n-of-9", "--uri", uri]) == 2
+    assert "MLflow has no study 'n-of-9'" in capsys.readouterr().err
