@@ -4,8 +4,7 @@
     update    parameters, masters, moments, codes, masks, gradients; ZeRO's bucket, its share of gradients, Adam's copy
 
 Parameters are fp32 and gradients are whole fp32 until the end of the step at every ZeRO stage: DeepSpeed's coalescing
-reduces them after the last backward pass. ZeRO-1 and -2 keep a second fp32 copy of what a rank updates, its masters;
-ZeRO-3's masters are the cut parameters themselves.
+reduces them after the last backward pass. Masters are a second fp32 copy of what a rank updates, under ZeRO-3 too.
 """
 
 from collections.abc import Mapping
@@ -41,9 +40,7 @@ def rank_memory(layout: Layout, stage: int, keeps: Keeps) -> RankMemory:
     """What a rank of the stage holds."""
     parameters, share = _parameters(layout, stage)
     elements = sum(_groups(layout, stage, padded=False))
-    states = {"moments": 2 * share * FP32}
-    if layout.recipe.parallel.zero_stage < 3 or layout.recipe.optimizer.cpu_offload:
-        states = {"masters": share * FP32} | states
+    states = {"masters": share * FP32, "moments": 2 * share * FP32}
     host = states if layout.recipe.optimizer.cpu_offload else {}
     device = {} if host else states
     bucket = min(BUCKET, elements) * FP32
@@ -55,7 +52,10 @@ def rank_memory(layout: Layout, stage: int, keeps: Keeps) -> RankMemory:
     passes = activations.saved(layout, stage, keeps) | workspace(layout, stage)
     update = {"ZeRO bucket": 0.0 if cut else bucket, "share of gradients, Adam's copy": 2 * share * FP32}
     if host:
-        host = host | {"gradients": share * FP32, "staging": share * FP32}
+        largest = max(one.weights for one in layout.linears())
+        largest = max(largest, max(layout.matrices(stage)["embedding"], layout.matrices(stage)["head"])) * FP32
+        host = host | {"ZeRO buffers": 2 * share * FP32 + largest}  # gradients, weights on their way, one gradient
+        lasting["ZeRO buffers"] = lasting.get("ZeRO buffers", 0.0) + largest
         update["share of gradients, Adam's copy"] = share * FP32
     return RankMemory(stage, lasting, passes, update, host)
 

@@ -1,5 +1,6 @@
 """What a rank really holds: storages of its tensors, each once, and of what autograd keeps between its passes."""
 
+import gc
 from collections import Counter
 from collections.abc import Iterable
 
@@ -17,6 +18,13 @@ def nbytes(tensors: Iterable[Tensor], seen: set[int] | None = None) -> int:
             seen.add(storage.data_ptr())
             total += storage.nbytes()
     return total
+
+
+def everything_else(seen: set[int]) -> int:
+    """Bytes of all other tensors of this process that Python knows."""
+    gc.collect()
+    tensors = [known for known in gc.get_objects() if type(known) in (Tensor, torch.nn.Parameter)]
+    return nbytes([tensor for tensor in tensors if tensor.device.type == "cpu"], seen)
 
 
 class Saved:

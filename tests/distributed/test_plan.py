@@ -4,10 +4,11 @@ Each figure of a plan is made from shapes, each measured one from tensors and co
 limit; what is a sum of shapes is equal.
 """
 
+from collections import Counter
 from typing import NamedTuple
 
 import pytest
-from allocated import Saved, nbytes
+from allocated import Saved, everything_else, nbytes
 from ranks import run_ranks
 from training_runs import small_recipe, train_step, trainer_of
 
@@ -102,6 +103,7 @@ def measure(overrides: tuple[str, ...]) -> Measured:
         held["codes and scales"] = nbytes(codes, seen)
         masks = [p.mask for p in prepared if p.mask is not None] + list(stages.state._masks.values())
         held["masks"] = nbytes(masks, seen)
+        held["ZeRO buffers"] = everything_else(seen)
         telemetry = Telemetry(stages.state, trainer.parallel)
         telemetry.measure(1)
         held["telemetry's masks"] = nbytes(telemetry._references.values(), seen)
@@ -124,9 +126,9 @@ def measure(overrides: tuple[str, ...]) -> Measured:
 def planned(layout: Layout, stage: int) -> dict[str, float]:
     """The same components, from shapes."""
     memory = rank_memory(layout, stage, CPU.keeps)
-    components = {**memory.host, **memory.lasting}
+    components = Counter(memory.lasting) + Counter(memory.host)
     known = ("parameters", "masters", "moments", "codes and scales", "masks", "telemetry's masks", "gradients")
-    held = {name: components.get(name, 0.0) for name in known}
+    held = {name: float(components[name]) for name in (*known, "ZeRO buffers")}
     return held | {"saved": sum(saved(layout, stage, CPU.keeps).values())}
 
 
@@ -139,7 +141,10 @@ def test_a_plan_is_what_ranks_hold_and_send(case: str) -> None:
         pairs = {f"{k} of rank {rank}": (v, measured.held[k]) for k, v in planned(layout, measured.stage).items()}
         pairs |= {name: (v, measured.sent[f"bytes_{name}"]) for name, v in sent_by_all(layout).items()}
         assert len(sent_by_all(layout)) == len(measured.sent)
+        whole = sum(measured.held.values())
         for name, (expected, real) in pairs.items():
-            if abs(expected - real) > LIMIT * real:
+            # Without buffers of ZeRO there are still rotary tables and random-number states.
+            of = whole if name.startswith("ZeRO buffers") and not expected else real
+            if abs(expected - real) > LIMIT * of:
                 wrong.append(f"{name}: planned {expected:,.0f}, measured {real:,.0f}")
     assert not wrong, "\n".join(wrong)
