@@ -53,8 +53,7 @@ def layer(layout: Layout, keeps: Keeps) -> Bytes:
 
 def norm(layout: Layout, keeps: Keeps, fused: bool) -> float:
     """Of one norm: its input, in the activations' type where a kernel rounds its result; fp32 otherwise."""
-    hidden = layout.recipe.model.hidden_size
-    value = hidden * (layout.width if fused else FP32 * keeps.norm_copies)
+    value = layout.recipe.model.hidden_size * (layout.width if fused else FP32 * keeps.norm_copies)
     return layout.own_tokens * (value + FP32)
 
 

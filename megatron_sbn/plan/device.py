@@ -68,7 +68,9 @@ class Efficiency:
     link: float = 0.75
 
 
-def _nvidia(name: str, gigabytes: int, rates: tuple[float, float, float], links: tuple[int, int], source: str) -> Device:
+def _nvidia(
+    name: str, gigabytes: int, rates: tuple[float, float, float], links: tuple[int, int], source: str
+) -> Device:
     """rates: bf16 TFLOP/s, int8 TOP/s, memory TB/s. links: GB/s within a node and between nodes, one direction."""
     bf16, int8, bandwidth = rates
     return Device(

@@ -1,6 +1,6 @@
 """Bytes that a rank sends in one optimizer step, by group: docs/metrics.md's definitions, from shapes alone.
 
-    all-reduce 2 (n - 1)/n S    all-gather (n - 1) S_own    reduce-scatter (n - 1)/n S    reduce S, 0 on the root    send S
+    all-reduce 2 (n - 1)/n S    all-gather (n - 1) own S    reduce-scatter (n - 1)/n S    reduce S, root 0    send S
 
 The metrics `bytes_tensor`, `bytes_pipeline`, `bytes_data` and `bytes_expert` are sums of these over all ranks. What
 experts exchange depends on no token with Megatron-Core's all-gathering dispatcher; a load-balancing loss adds some
