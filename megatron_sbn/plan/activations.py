@@ -53,8 +53,8 @@ def layer(layout: Layout, keeps: Keeps) -> Bytes:
 
 def norm(layout: Layout, keeps: Keeps, fused: bool) -> float:
     """Of one norm: its input, in the activations' type where a kernel rounds its result; fp32 otherwise."""
-    value = layout.recipe.model.hidden_size * (layout.width if fused else FP32 * keeps.norm_copies)
-    return layout.own_tokens * (value + FP32)
+    value = layout.width if fused else FP32 * keeps.norm_copies
+    return float(layout.own_tokens * (layout.recipe.model.hidden_size * value + FP32))
 
 
 def _token(layout: Layout, features: int) -> int:
@@ -75,7 +75,7 @@ def _attention(layout: Layout, qkv: Linear, proj: Linear) -> Bytes:
     heads = output // model.head_dim
     rotated = t * (output + keys) * w
     turns = 4 * model.seq_length * int(model.head_dim * model.rotary_percent) * w
-    softmax = t * output * w + t * heads * FP32
+    softmax = float(t * output * w + t * heads * FP32)
     if model.recompute_granularity == "selective":
         softmax = 0.0 if quantizes(layout) else t * output * w
     return {"attention": t * qkv.rows * w + rotated + turns + softmax}

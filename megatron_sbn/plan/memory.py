@@ -139,6 +139,7 @@ def workspace(layout: Layout, stage: int) -> dict[str, float]:
     needed = {"workspace": float(2 * tokens + widest.weights * (FP32 + w))}
     if layout.is_last(stage):
         copy = layout.vocabulary_weights()
-        forward = BLOCK_BYTES + (copy * w if w != FP32 else 0)
+        logits = t * (copy // layout.recipe.model.hidden_size) * (FP32 if w == FP32 else FP32 + w)
+        forward = min(BLOCK_BYTES, logits) + (copy * w if w != FP32 else 0)
         needed["loss"] = float(max(forward, copy * FP32))  # backward scales the head's gradient in a new tensor
     return needed

@@ -146,9 +146,9 @@ def _time(own: Candidate, machines: Machines) -> list[str]:
     steps = own.layout.recipe.training.steps
     dense = operations(own.layout)["dense_step"] / expected.step / expected.devices
     lines = columns(["Time, ASSUMED from data sheets, not measured", unit, ""], rows)
-    rate = expected.tokens_per_second
+    rate, share = expected.tokens_per_second, dense / machines.device.bf16
     lines.append(
-        f"  {rate:,.0f} tokens/s in all, {rate / expected.devices:,.0f} a device; {dense / machines.device.bf16:.0%} of "
+        f"  {rate:,.0f} tokens/s in all, {rate / expected.devices:,.0f} a device; {share:.0%} of "
         f"bf16 peak in dense FLOPs; {steps:,} steps in {_length(expected.step * steps)}"
     )
     return lines
@@ -172,7 +172,7 @@ def _assumptions(machines: Machines) -> list[str]:
         "left to CUDA, NCCL and fragmentation",
         f"  links of a device, one way: {links}",
         *(f"  {assumed[name]:.0%} {what}" for name, what in _ASSUMED),
-        "  communication overlaps with nothing; N:M saves time where sparse tensor cores take it (2:4), in forward alone",
+        "  communication overlaps with nothing; N:M saves time where it is 2:4, in forward alone",
         f"  change a share with --assume NAME=SHARE: {names}",
     ]
 
