@@ -94,6 +94,16 @@ def doctor(options: argparse.Namespace) -> int:
     return command.run(options.recipe, options.overrides, options.ranks, options.layouts, options.steps, json_file)
 
 
+def plan(options: argparse.Namespace) -> int:
+    """What a recipe will take on some nodes."""
+    from megatron_sbn.config import load_recipe
+    from megatron_sbn.plan import command
+
+    machines = command.machines_of(options.device, options.nodes, options.gpus_per_node, options.assume)
+    json_file = Path(options.json) if options.json else None
+    return command.run(load_recipe(options.recipe, options.overrides), machines, json_file)
+
+
 def sweep(options: argparse.Namespace) -> int:
     """Lists a sweep's recipes, writes them, or trains them here."""
     from megatron_sbn.launch import launch
@@ -154,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_prepare(commands)
     _add_doctor(commands)
+    _add_plan(commands)
     _add_sweep(commands)
     command = _add(commands, "sync", sync, "deliver a run folder's metrics to MLflow, each once")
     command.add_argument("run", nargs="+", metavar="RUN", help="run folder")
@@ -220,6 +231,21 @@ def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.epilog = (
         "example: sbn doctor recipes/quickstart.yaml parallel.pipeline=2 --ranks\n"
         "exit status: 0 equal, 1 different, 2 a bad recipe"
+    )
+
+
+def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = _add(commands, "plan", plan, "memory, bytes, time and layouts of a recipe before nodes are asked for")
+    command.add_argument("recipe", metavar="RECIPE", help="path of a recipe")
+    _add_overrides(command)
+    command.add_argument("--nodes", type=_positive, required=True, metavar="N", help="nodes of the job")
+    command.add_argument("--device", required=True, metavar="NAME", help="a100, h100, h200 or b200")
+    command.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N", help="default: 8")
+    command.add_argument("--assume", action="append", default=[], metavar="NAME=SHARE", help="change an efficiency")
+    command.add_argument("--json", metavar="FILE", help="write the plan for scripts: bytes, seconds, counts")
+    command.epilog = (
+        "example: sbn plan recipes/qwen2.5-3b/ternary-6of8.yaml --nodes 4 --device h200\n"
+        "exit status: 0 a layout fits, 2 none does, or a bad recipe"
     )
 
 

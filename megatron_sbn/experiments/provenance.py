@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from megatron_sbn.config import Recipe
+from megatron_sbn.plan.shapes import model_parameters
 
 PACKAGES = ("megatron_sbn", "torch", "megatron-core", "deepspeed", "triton", "mlflow")
 SLURM = {"SLURM_JOB_ID": "slurm_job_id", "SLURM_ARRAY_TASK_ID": "slurm_array_task_id"}
@@ -50,10 +51,11 @@ def describe_environment() -> dict[str, str]:
 
 
 def describe_recipe(recipe: Recipe, ranks: int) -> dict[str, str]:
-    """Tags to filter and group runs by: run_kind, study, weight_format, sparsity, layout's degrees, tokens, seed."""
+    """Tags to filter and group runs by: run_kind, study, size, weight_format, sparsity, layout, tokens, seed."""
     training, parallel = recipe.training, recipe.parallel
     tags = {
         "run_kind": "run",
+        "parameters": str(sum(model_parameters(recipe).values())),
         "weight_format": recipe.linear.weight_format,
         "sparsity": "{}:{}".format(*recipe.linear.sparsity),
         "backward": recipe.linear.backward,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 
 from megatron_sbn.config import Recipe
 from megatron_sbn.data.dataset import batch, build_dataset
@@ -26,7 +25,7 @@ from megatron_sbn.parallel import state as parallel_state
 from megatron_sbn.parallel.cpu import without_cuda
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.parallel.traffic import Totals, Traffic, group_names, step_metrics
-from megatron_sbn.training import checkpoint
+from megatron_sbn.training import checkpoint, screen
 from megatron_sbn.training.console import Console
 from megatron_sbn.training.evaluate import Evaluator
 from megatron_sbn.training.run_folder import RunFolder, open_run_folder, recorded
@@ -98,9 +97,9 @@ class Loop:
         """All steps that are left, or until the ranks agree that they were asked to stop; returns why."""
         training = self.recipe.training
         console = Console(self.folder.log, self.first, training.steps, self.parallel.rank == 0)
-        console.say(self._introduction())
-        for layer, served in self.trainer.stages.state.kernels().items():
-            console.say(f"kernels: {layer}: {served}")
+        kernels = self.trainer.stages.state.kernels()
+        console.say("\n".join(screen.opening(self.recipe, self.parallel, self.folder, self.first, kernels)))
+        pace = screen.Pace(self.first, training.steps)
         reason = Reason.NONE
         with self._tracked() as ending, self.traffic:
             if self.first == 0:
@@ -113,12 +112,15 @@ class Loop:
                     break
                 result, seconds = self._step(step)
                 self._after_step(console, step + 1, result, seconds)
+                expected = pace.note(step + 1, seconds)
+                if expected is not None:
+                    console.say(expected)
             else:
                 self.folder.tell(self.parallel, "FINISHED", 0, training.steps)
         if self.metrics is not None:
             self.metrics.close()
         ended = f"stopped at a request ({reason.name})" if reason else f"done: {training.steps} steps"
-        console.say(f"{ended}; run folder {self.folder.path}")
+        console.say("\n".join(screen.closing(self.recipe, self.folder, ended)))
         console.close()
         return reason
 
@@ -206,21 +208,6 @@ class Loop:
         stages.state.load_mask_state(checkpoint.section(snapshot.weights, "masks."), step)
         self.telemetry.load_state_tensors(checkpoint.section(snapshot.weights, "telemetry."))
         return step
-
-    def _introduction(self) -> str:
-        recipe, linear = self.recipe, self.recipe.linear
-        parameters = [p for p in self.trainer.stages.parameters if p.counts]
-        count = sum(p.shard.numel * (self.parallel.expert_size if p.is_expert else 1) for p in parameters)
-        total = torch.tensor(count, dtype=torch.int64, device=self.parallel.device)
-        dist.all_reduce(total, group=self.parallel.pipeline_group)
-        start = f"continues after step {self.first}" if self.first else "starts"
-        tokens = recipe.training.steps * recipe.training.global_batch_size * recipe.model.seq_length
-        return (
-            f"{recipe.name} {start}: {int(total) / 1e6:.1f}M parameters, {linear.weight_format} "
-            f"{linear.sparsity[0]}:{linear.sparsity[1]}, {'bf16' if recipe.model.bf16 else 'fp32'} activations, "
-            f"{self.parallel.describe()}, ZeRO-{recipe.parallel.zero_stage}, {tokens / 1e6:.2f}M tokens in "
-            f"{recipe.training.steps} steps; run folder {self.folder.path}"
-        )
 
     @contextmanager
     def _tracked(self) -> Iterator["Ending"]:

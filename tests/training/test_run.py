@@ -84,7 +84,16 @@ def test_a_run_leaves_what_its_folder_promises(uninterrupted: tuple[Path, str]) 
     assert (run / "checkpoints" / "latest").read_text().strip() == f"step-{STEPS:08d}"
     assert len(list((run / "checkpoints").glob("step-*"))) == 2
     assert f"step {STEPS}/{STEPS}" in (run / "logs" / "rank-0.log").read_text()
-    assert f"run folder {run}" in printed
+    said = (run / "logs" / "rank-0.log").read_text().splitlines()
+    opening = said[: next(index for index, line in enumerate(said) if line.startswith("step 0"))]
+    assert len(opening) <= 20
+    told = ("model", "layout", "batch", "linear", "tokens", "memory", "time", "mlflow")
+    assert [line.split()[0] for line in opening if line.startswith("  ")] == list(told)
+    assert sum(line.startswith("kernels: ") for line in opening) == 4
+    assert any(line.startswith("  time ") and "at the" in line for line in said[len(opening) :])
+    assert said[-4] == f"done: {STEPS} steps; run folder {run}"
+    assert str(run / "checkpoints" / f"step-{STEPS:08d}") in said[-2]
+    assert said[0] in printed
     again = sbn("train", str(run / "recipe.yaml"), "checkpoint.resume=never")
     assert again.returncode == 4  # the resolved recipe is a recipe, and names this folder
     assert "holds a run already" in again.stderr

@@ -1,0 +1,125 @@
+"""What a run says about itself on rank 0: one screen at the start, the expected time once it is known, where to look.
+
+Figures of the model and of memory are the plan's (`megatron_sbn/plan`); time is measured in this job, or not told.
+Passwords in URIs are masked.
+"""
+
+from pathlib import Path
+
+from megatron_sbn.config import Recipe
+from megatron_sbn.experiments.provenance import mask_secrets
+from megatron_sbn.experiments.tracking import default_uri
+from megatron_sbn.parallel.state import ParallelState
+from megatron_sbn.plan.device import CPU, GIB, ON_CUDA
+from megatron_sbn.plan.memory import rank_memory
+from megatron_sbn.plan.shapes import Layout, model_parameters
+from megatron_sbn.training import checkpoint
+from megatron_sbn.training.run_folder import RunFolder
+
+TIMED_STEPS = 5  # of this job, the first of them left out: it makes and measures what later ones use
+
+
+def opening(
+    recipe: Recipe, parallel: ParallelState, folder: RunFolder, first: int, kernels: dict[str, str]
+) -> list[str]:
+    """Lines before the first step; `first` steps are done, `kernels` is `TernaryState.kernels()`."""
+    model, training = recipe.model, recipe.training
+    begins = f"continues after step {first}" if first else "starts"
+    kinds = model_parameters(recipe)
+    each = training.global_batch_size * model.seq_length
+    per_replica = training.global_batch_size // parallel.data_size // training.micro_batch_size
+    told = f"steps {first + 1} to {training.steps}, {training.steps * each / 1e6:,.2f}M tokens in all, {each:,} a step"
+    known = first + TIMED_STEPS
+    time = f"unknown until step {known}, then from the speed of this job's steps"
+    if known >= training.steps:
+        time = f"unknown: it takes {TIMED_STEPS} steps to tell, and no more are left"
+    return [
+        f"{recipe.name} {begins}: {_count(sum(kinds.values()))} parameters; run folder {folder.path}",
+        _row("model", ", ".join(f"{name} {_count(count)}" for name, count in kinds.items() if count)),
+        _row("layout", f"{parallel.describe()}, ZeRO-{recipe.parallel.zero_stage}"),
+        _row(
+            "batch", f"{per_replica} micro-batches of {training.micro_batch_size} x {model.seq_length} tokens a replica"
+        ),
+        _row("linear", _linear(recipe)),
+        *(f"kernels: {layer}: {served}" for layer, served in kernels.items()),
+        _row("tokens", told),
+        _row("memory", _memory(recipe, parallel)),
+        _row("time", time),
+        _row("mlflow", mlflow_place(recipe, folder.path)),
+    ]
+
+
+def closing(recipe: Recipe, folder: RunFolder, ended: str) -> list[str]:
+    """Lines after the last step: how it `ended`, and where everything is."""
+    saved = checkpoint.newest(folder.checkpoints)
+    none = "none" if recipe.checkpoint.interval else "none: checkpoint.interval = 0"
+    return [
+        f"{ended}; run folder {folder.path}",
+        _row("metrics", str(folder.metrics)),
+        _row("checkpoint", none if saved is None else str(saved)),
+        _row("mlflow", mlflow_place(recipe, folder.path)),
+    ]
+
+
+class Pace:
+    """Expected time from the speed of the steps after this job's first."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+        self._seconds: list[float] = []
+
+    def note(self, done: int, seconds: float) -> str | None:
+        """Takes the time of a step; once, when enough are known, the line that says what is expected."""
+        if done > self.first + 1:
+            self._seconds.append(seconds)
+        if done != self.first + TIMED_STEPS or done == self.last:
+            return None
+        mean = sum(self._seconds) / len(self._seconds)
+        return _row(
+            "time",
+            f"{clock(mean * (self.last - done))} for {self.last - done} steps, at the {mean:.3g} s of steps "
+            f"{self.first + 2} to {done}; without validation, telemetry and checkpoints",
+        )
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes, seconds."""
+    return f"{int(seconds // 3600)}:{int(seconds // 60) % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def mlflow_place(recipe: Recipe, run: Path) -> str:
+    """Where MLflow has the run, or how it is opened there; secrets masked."""
+    tracking = recipe.tracking
+    if not tracking.enabled:
+        return "off (tracking.enabled = false)"
+    uri = mask_secrets(tracking.uri or default_uri(run.parent))
+    shown = uri if uri.startswith("http") else f"mlflow server --backend-store-uri {uri} --port 5000"
+    return f"{shown}, experiment {tracking.experiment}"
+
+
+def _row(name: str, text: str) -> str:
+    return f"  {name.ljust(11)}{text}"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f}G" if number >= 1e9 else f"{number / 1e6:.1f}M" if number >= 1e5 else f"{number:,}"
+
+
+def _linear(recipe: Recipe) -> str:
+    linear = recipe.linear
+    bits = "floating" if linear.activation_bits is None else f"{linear.activation_bits}-bit"
+    ternary = f", {bits} activations, backward {linear.backward}" if linear.weight_format == "ternary" else ""
+    phases = f", {len(linear.phases)} phases change it" if linear.phases else ""
+    between = "bf16" if recipe.model.bf16 else "fp32"
+    return (
+        f"{linear.weight_format} {linear.sparsity[0]}:{linear.sparsity[1]}{ternary}{phases}; {between} between layers"
+    )
+
+
+def _memory(recipe: Recipe, parallel: ParallelState) -> str:
+    layout = Layout(recipe, parallel.world_size)
+    keeps = ON_CUDA if parallel.device.type == "cuda" else CPU.keeps
+    most = max((rank_memory(layout, s, keeps) for s in range(layout.pipeline)), key=lambda rank: rank.total)
+    size = f"{most.total / GIB:.2f} GiB" if most.total >= GIB else f"{most.total / 2**20:.1f} MiB"
+    which = f" of stage {most.stage}" if layout.pipeline > 1 else ""
+    return f"{size} of tensors expected on a rank{which} at most (docs/plan.md)"
