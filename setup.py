@@ -3,6 +3,8 @@
 `kernels/` itself is not a package: Hugging Face publishes one under that name.
 """
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
@@ -14,6 +16,8 @@ setup(
     + find_packages(where="kernels", include=["sbn_kernels", "sbn_kernels.*"]),
     package_dir={"sbn_kernels": "kernels/sbn_kernels"},
     package_data={"megatron_sbn": ["py.typed"], "sbn_kernels": ["py.typed"]},
+    # `sbn submit` outside a checkout takes them from there.
+    data_files=[("share/megatron_sbn/slurm", sorted(str(path) for path in Path("slurm").iterdir()))],
     install_requires=[
         "torch>=2.11",
         "triton>=3.6",

@@ -6,6 +6,7 @@ Imports neither torch nor the engines here: a bad recipe or a wrong option is to
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -105,10 +106,14 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def sweep(options: argparse.Namespace) -> int:
-    """Lists a sweep's recipes, writes them, or trains them here."""
+    """Lists a sweep's recipes, writes them, trains one here, or hands all of them to Slurm."""
     from megatron_sbn.launch import launch
     from megatron_sbn.sweep import load_sweep
 
+    if options.submit:
+        return _submit_sweep(options)
+    if options.dry_run or options.at_most or options.time:
+        raise RecipeError("--dry-run, --at-most and --time go with --submit; give it, or leave them out")
     study = load_sweep(options.sweep)
     count = len(study.variants)
     if options.write is not None:
@@ -127,6 +132,27 @@ def sweep(options: argparse.Namespace) -> int:
     variant = study.variants[options.number]
     folder = Path(options.folder) / study.name / variant.name
     return launch([str(study.base), *variant.overrides, f"run_dir={folder}"], variant.ranks)
+
+
+def submit(options: argparse.Namespace) -> int:
+    """Hands a run to Slurm."""
+    from megatron_sbn.cluster import submission
+
+    planned = submission.plan_run(
+        options.recipe, options.overrides, options.nodes, options.nproc_per_node, options.time
+    )
+    submission.submit(planned, dry_run=options.dry_run)
+    return 0
+
+
+def _submit_sweep(options: argparse.Namespace) -> int:
+    from megatron_sbn.cluster import submission
+
+    planned = submission.plan_sweep(
+        options.sweep, options.folder, options.nproc_per_node, options.time, options.at_most
+    )
+    submission.submit(planned, dry_run=options.dry_run)
+    return 0
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -166,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_plan(commands)
     _add_sweep(commands)
+    _add_submit(commands)
     command = _add(commands, "sync", sync, "deliver a run folder's metrics to MLflow, each once")
     command.add_argument("run", nargs="+", metavar="RUN", help="run folder")
     command.add_argument("--uri", help="MLflow server (default: the one of the run's recipe)")
@@ -258,8 +285,36 @@ def _add_sweep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     action.add_argument(
         "--run", dest="number", type=int, metavar="K", help="train recipe number K on this machine, or go on with it"
     )
-    command.add_argument("--folder", default="runs", help="where --run puts STUDY/NAME (default: runs)")
-    command.epilog = "example: sbn sweep recipes/sweeps/n-of-8-tiny.yaml --run 3"
+    action.add_argument("--submit", action="store_true", help="train all of them on Slurm: an array a number of ranks")
+    command.add_argument("--folder", default="runs", help="where runs go: FOLDER/STUDY/NAME (default: runs)")
+    command.add_argument(
+        "--nproc-per-node", type=_positive, default=8, metavar="G", help="--submit: most ranks a node (default: 8)"
+    )
+    command.add_argument("--at-most", type=_positive, metavar="P", help="--submit: so many of an array at a time")
+    _add_job_options(command)
+    command.epilog = (
+        "example: sbn sweep recipes/sweeps/n-of-8-tiny.yaml --run 3\n"
+        "         sbn sweep recipes/sweeps/n-of-8-tiny.yaml --submit --at-most 4 --dry-run"
+    )
+
+
+def _add_submit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = _add(commands, "submit", submit, "train a recipe on Slurm, from a copy of the code")
+    command.add_argument("recipe", metavar="RECIPE", help="path of a recipe, such as recipes/quickstart.yaml")
+    _add_overrides(command)
+    command.add_argument("--nodes", type=_positive, default=1, metavar="N", help="default: 1")
+    command.add_argument(
+        "--nproc-per-node", type=_positive, metavar="G", help="ranks of a node (default: one replica over the nodes)"
+    )
+    _add_job_options(command)
+    command.epilog = (
+        "example: sbn submit recipes/quickstart.yaml --nodes 2 --nproc-per-node 8 --time 24:00:00 --dry-run"
+    )
+
+
+def _add_job_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--time", type=_time_limit, metavar="HH:MM:SS", help="limit of a job (default: the site's)")
+    command.add_argument("--dry-run", action="store_true", help="show what would be written and submitted, do nothing")
 
 
 def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -278,6 +333,13 @@ def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "example: sbn prepare --input 'corpus/**/*.jsonl' --output data/corpus --vocab-size 32000 "
         "--validation-fraction 0.01"
     )
+
+
+def _time_limit(text: str) -> str:
+    """As sbatch takes it."""
+    if not re.fullmatch(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write HH:MM:SS or DAYS-HH:MM:SS")
+    return text
 
 
 def _positive(text: str) -> int:

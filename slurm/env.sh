@@ -1,10 +1,11 @@
 # The one file that a site edits. Sourced on the login node by `sbn submit`, and by every job.
 # shellcheck shell=bash disable=SC2034
 
-# Options of every job, as sbatch takes them.
+# Options of every job, as sbatch takes them. `sbn submit` gives SBN_NODES and SBN_NPROC_PER_NODE.
 SBN_SBATCH_OPTIONS=(
     # --partition=gpu
     # --account=PROJECT
+    # --gpus-per-node="$SBN_NPROC_PER_NODE"
     # --cpus-per-gpu=16
 )
 

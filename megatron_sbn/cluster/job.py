@@ -32,6 +32,7 @@ class Task:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.ranks: int | None = None
+        self.per_node: int | None = options.nproc_per_node
         if options.number is None:
             self.words = [options.target, *options.overrides]
             self.recipe: Recipe = load_recipe(options.target, options.overrides)
@@ -109,7 +110,7 @@ def _final(status: int) -> int:
 
 
 def _ranks_per_node(task: Task, nodes: int) -> int:
-    per_node = _setting("SBN_NPROC_PER_NODE", 0) or _setting("SLURM_GPUS_ON_NODE", 0)
+    per_node = task.per_node or _setting("SBN_NPROC_PER_NODE", 0) or _setting("SLURM_GPUS_ON_NODE", 0)
     if task.ranks is None:
         return per_node or max(1, model_ranks(task.recipe) // nodes)
     if task.ranks % nodes:
@@ -141,6 +142,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("action", choices=("begin", "node", "end"))
     parser.add_argument("--number", type=int, help="of a sweep's recipe")
     parser.add_argument("--folder", default="runs", help="where STUDY/NAME goes (default: runs)")
+    parser.add_argument("--nproc-per-node", type=int, help="ranks of a node (default: SBN_NPROC_PER_NODE, its GPUs)")
     parser.add_argument("--srun-status", type=int, default=0)
     parser.add_argument("--asked", default="", help="signal that the batch shell got: USR1 or TERM")
     parser.add_argument("target", metavar="RECIPE|SWEEP")

@@ -20,6 +20,7 @@ from megatron_sbn.plan.shapes import model_parameters
 
 PACKAGES = ("megatron_sbn", "torch", "megatron-core", "deepspeed", "triton", "mlflow")
 SLURM = {"SLURM_JOB_ID": "slurm_job_id", "SLURM_ARRAY_TASK_ID": "slurm_array_task_id"}
+COMMIT_FILE = ".sbn-commit"  # in a copy of the code (cluster/snapshot.py): its commit
 _USER_INFO = re.compile(r"(?<=://)[^/\s'\"]*@")
 _SECRET_SETTING = re.compile(r"(?i)((?:^|[?&;\s'\"])[\w.-]*(?:password|passwd|pwd|token|secret|api_?key)=)[^&;\s'\"]+")
 
@@ -36,7 +37,7 @@ def describe_environment() -> dict[str, str]:
     """
     tags = {"host": socket.gethostname(), "version_python": platform.python_version()}
     tags["command"] = mask_secrets(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
-    commit = _git_commit(Path(__file__).parent)
+    commit = code_commit()
     if commit is not None:
         tags["git_commit"] = commit
     for package in PACKAGES:
@@ -71,6 +72,14 @@ def describe_recipe(recipe: Recipe, ranks: int) -> dict[str, str]:
     if recipe.tracking.study is not None:
         tags["study"] = recipe.tracking.study
     return tags
+
+
+def code_commit() -> str | None:
+    """The commit of this code: of its checkout, or of the checkout that this is a copy of; None where neither is so."""
+    try:
+        return (Path(__file__).parents[2] / COMMIT_FILE).read_text(encoding="utf-8").strip()
+    except OSError:
+        return _git_commit(Path(__file__).parent)
 
 
 def _git_commit(folder: Path) -> str | None:

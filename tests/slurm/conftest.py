@@ -1,5 +1,9 @@
-"""One Slurm for all tests of this folder; without Slurm they are skipped, with the reason."""
+"""One Slurm for all tests of this folder; without Slurm they are skipped, with the reason.
 
+Where SBN_REQUIRE_SLURM=1 (.ci/run) they fail instead: a Slurm that is not there must not look like tests that passed.
+"""
+
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +14,8 @@ from cluster import Cluster, missing
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A controller and the nodes n1 and n2."""
     if reason := missing():
+        if os.environ.get("SBN_REQUIRE_SLURM") == "1":
+            pytest.fail(reason)
         pytest.skip(reason)
     with Cluster(tmp_path_factory.mktemp("slurm") / "cluster") as running:
         yield running

@@ -1,0 +1,24 @@
+"""Which jobs Slurm still has: waiting, running or ending. Imports no torch."""
+
+import subprocess
+from collections.abc import Collection
+from shutil import which
+
+from megatron_sbn.errors import InputError
+
+
+def queued(jobs: Collection[str]) -> set[str]:
+    """Those of `jobs` (ids of jobs or of whole arrays) that are in the queue; none where there is no squeue.
+
+    Raises InputError where Slurm does not answer.
+    """
+    known = [job for job in jobs if job.isdigit()]
+    if not known or which("squeue") is None:
+        return set()
+    # %F is the array's id, %A the task's own.
+    command = ["squeue", "--noheader", "--format=%F %A", f"--jobs={','.join(sorted(known))}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode and "Invalid job id" not in done.stderr:  # said of one job alone that is long gone
+        message = " ".join(done.stderr.split())
+        raise InputError(f"squeue failed ({message}), so what is in the queue is not known; try again")
+    return set(known) & set(done.stdout.split())

@@ -1,0 +1,251 @@
+"""`sbn submit` and `sbn sweep --submit`: what a Slurm job needs, written where it will be found again, and sbatch.
+
+    FOLDER/submissions/K/   code/ (snapshot.py)  env.sh  recipes/NAME.yaml (resolved)  NAME.sbatch  NAME.job (its id)
+
+FOLDER is the run folder or, of a sweep, that of the study, and a sweep is one array of jobs for each number of ranks. A
+script holds all of its options and paths, so that `sbatch SCRIPT` by hand is the same job. Imports no torch.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import rmtree, which
+
+from megatron_sbn.cluster.slurm_queue import queued
+from megatron_sbn.cluster.snapshot import Snapshot, find_code
+from megatron_sbn.config import Recipe, load_recipe
+from megatron_sbn.errors import InputError, RecipeError
+from megatron_sbn.experiments.provenance import mask_secrets
+from megatron_sbn.feasibility import check_world, model_ranks
+from megatron_sbn.run_status import read_status
+from megatron_sbn.staging import exclusive
+from megatron_sbn.sweep import load_sweep
+
+SETTINGS_LINE = "SBN_CODE=${SBN_CODE:-$SLURM_SUBMIT_DIR}\n"  # of train.sbatch: replaced by what is known here
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sbatch: a run, or an array of them that need as many ranks. `recipes` by task number, run_dir absolute."""
+
+    name: str
+    nodes: int
+    per_node: int
+    recipes: dict[int, Recipe]
+    array: bool
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Jobs, and the folder whose submissions/ they go into; `options` are sbatch's, for all of them."""
+
+    folder: Path
+    jobs: tuple[Job, ...]
+    options: tuple[str, ...] = ()
+    at_most: int | None = None
+
+    @property
+    def submissions(self) -> Path:
+        """Where one folder a submission is."""
+        return self.folder / "submissions"
+
+
+def plan_run(recipe_path: str, overrides: list[str], nodes: int, per_node: int | None, limit: str | None) -> Submission:
+    """One run. Raises RecipeError where it cannot be trained so, or is finished."""
+    recipe = load_recipe(recipe_path, overrides)
+    per_node = per_node or max(1, model_ranks(recipe) // nodes)
+    check_world(recipe, nodes * per_node)
+    folder = Path(recipe.run_dir or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+    status = read_status(folder)
+    if status is not None and status.state == "FINISHED" and status.step >= recipe.training.steps:
+        raise RecipeError(
+            f"run_dir = {folder}: finished already, {status.step} steps; name another, or raise training.steps"
+        )
+    job = Job(recipe.name, nodes, per_node, {0: _placed(recipe, folder)}, array=False)
+    return Submission(folder, (job,), _time_option(limit))
+
+
+def plan_sweep(path: str, runs: str, per_node: int, limit: str | None, at_most: int | None) -> Submission:
+    """A study: one array for each number of ranks, `per_node` of them on a node at most. Raises RecipeError."""
+    sweep = load_sweep(path)
+    folder = (Path(runs) / sweep.name).absolute()
+    jobs = []
+    for ranks in sorted({variant.ranks for variant in sweep.variants}):
+        recipes = {n: _placed(v.recipe, folder / v.name) for n, v in enumerate(sweep.variants) if v.ranks == ranks}
+        nodes = -(-ranks // per_node)
+        if ranks % nodes:
+            raise RecipeError(
+                f"{path}: {next(iter(recipes.values())).name} is for {ranks} ranks, which cannot be spread evenly over "
+                f"{nodes} nodes of at most {per_node}; give another --nproc-per-node"
+            )
+        jobs.append(Job(f"{sweep.name}-{ranks}-ranks", nodes, ranks // nodes, recipes, array=True))
+    return Submission(folder, tuple(jobs), _time_option(limit), at_most)
+
+
+def submit(submission: Submission, *, dry_run: bool) -> None:
+    """Submits, or says what would be. Raises InputError; the submission's folder is removed if nothing came of it."""
+    code = find_code()
+    environment = Path(os.environ.get("SBN_ENV") or code.scripts / "env.sh").absolute()
+    if dry_run:
+        _refuse(submission)
+        place = submission.submissions / str(_next_number(submission))
+        scripts = [_script(submission, job, place, code, environment) for job in submission.jobs]
+        _explain(submission, place, code, environment, scripts)
+        return
+    if which("sbatch") is None:
+        raise InputError("sbatch is not on PATH: submit from a login node of the cluster, or look first with --dry-run")
+    with exclusive(submission.folder / "submission"):
+        _refuse(submission)
+        place = submission.submissions / str(_next_number(submission))
+        try:
+            _write(submission, place, code, environment)
+            _start(submission, place)
+        except (InputError, OSError):
+            if not any(place.glob("*.job")):
+                rmtree(place, ignore_errors=True)
+            raise
+
+
+def _placed(recipe: Recipe, folder: Path) -> Recipe:
+    """With its run folder as an absolute path. Raises RecipeError where the file would hold a password."""
+    uri = recipe.tracking.uri
+    if uri is not None and mask_secrets(uri) != uri:
+        raise RecipeError(
+            f"tracking.uri = {mask_secrets(uri)} holds a password, which would be kept in the run folder; "
+            "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment instead"
+        )
+    return recipe.model_copy(update={"run_dir": str(folder)})
+
+
+def _time_option(limit: str | None) -> tuple[str, ...]:
+    return () if limit is None else (f"--time={limit}",)
+
+
+def _next_number(submission: Submission) -> int:
+    numbers = [int(path.name) for path in submission.submissions.glob("*") if path.name.isdigit()]
+    return max(numbers, default=0) + 1
+
+
+def _refuse(submission: Submission) -> None:
+    """Raises InputError where a job of before is still in the queue: two would write the same run."""
+    folders = {submission.folder, *(Path(str(run.run_dir)) for job in submission.jobs for run in job.recipes.values())}
+    jobs = {path.read_text().strip() for folder in folders for path in folder.glob("submissions/*/*.job")}
+    jobs |= {status.job for status in map(read_status, folders) if status is not None}
+    waiting = sorted(queued(jobs))
+    if waiting:
+        raise InputError(
+            f"{submission.folder}: its job {waiting[0]} is still in the queue; wait for it, or scancel it first"
+        )
+
+
+def _recipe_file(place: Path, recipe: Recipe) -> Path:
+    return place / "recipes" / f"{recipe.name}.yaml"
+
+
+def _script(submission: Submission, job: Job, place: Path, code: Snapshot, environment: Path) -> str:
+    """train.sbatch with the job's options and paths."""
+    first = next(iter(job.recipes.values()))
+    # In Slurm's file patterns % is special, in the shell it is not.
+    logs = place if job.array else submission.folder / "logs"
+    output = f"{str(logs).replace('%', '%%')}/slurm-{'%A-%a' if job.array else '%j'}.out"
+    options = [*_site_options(environment, job), f"--job-name={job.name}", f"--chdir={Path.cwd()}"]
+    options += [f"--nodes={job.nodes}", "--ntasks-per-node=1", f"--output={output}", *submission.options]
+    settings = [f"SBN_CODE={shlex.quote(str(place / 'code'))}", f"SBN_ENV={shlex.quote(str(place / 'env.sh'))}"]
+    if job.array:
+        limit = f"%{submission.at_most}" if submission.at_most else ""
+        options.append(f"--array={ranges(list(job.recipes))}{limit}")
+        settings += ["names=(", *(f"    [{number}]={recipe.name}" for number, recipe in job.recipes.items()), ")"]
+        settings.append('name="${names[$SLURM_ARRAY_TASK_ID]}"')
+        run, recipe_path = (
+            f'{shlex.quote(str(submission.folder))}/"$name"',
+            f'{shlex.quote(str(place))}/recipes/"$name".yaml',
+        )
+    else:
+        run, recipe_path = shlex.quote(str(submission.folder)), shlex.quote(str(_recipe_file(place, first)))
+    settings += [f"SBN_LOGS={run}/logs", f"set -- --nproc-per-node {job.per_node} {recipe_path}"]
+    template = (code.scripts / "train.sbatch").read_text(encoding="utf-8")
+    if template.count(SETTINGS_LINE) != 1:
+        raise InputError(
+            f"{code.scripts / 'train.sbatch'}: has no line {SETTINGS_LINE.strip()!r}; take it from the project"
+        )
+    lines = [f"#SBATCH {shlex.quote(option)}" for option in options]
+    return template.replace(SETTINGS_LINE, "\n".join([*lines, *settings, ""]))
+
+
+def ranges(numbers: list[int]) -> str:
+    """As sbatch --array takes them: [0, 1, 2, 5] -> 0-2,5."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
+
+
+def _site_options(environment: Path, job: Job) -> list[str]:
+    """SBN_SBATCH_OPTIONS of env.sh, which may use SBN_NODES and SBN_NPROC_PER_NODE."""
+    script = 'source "$1" >&2 && printf "%s\\0" "${SBN_SBATCH_OPTIONS[@]}"'
+    sizes = {"SBN_NODES": str(job.nodes), "SBN_NPROC_PER_NODE": str(job.per_node)}
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", str(environment)],
+        env=os.environ | sizes, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise InputError(f"{environment}: bash cannot read it ({_one_line(done.stderr)}); mend it or set SBN_ENV")
+    return [option for option in done.stdout.split("\0") if option]
+
+
+def _write(submission: Submission, place: Path, code: Snapshot, environment: Path) -> None:
+    (place / "recipes").mkdir(parents=True)
+    code.write(place / "code")
+    (place / "env.sh").write_bytes(environment.read_bytes())
+    for job in submission.jobs:
+        (place / f"{job.name}.sbatch").write_text(_script(submission, job, place, code, environment), encoding="utf-8")
+        for recipe in job.recipes.values():
+            _recipe_file(place, recipe).write_text(recipe.to_yaml(), encoding="utf-8")
+            (Path(str(recipe.run_dir)) / "logs").mkdir(parents=True, exist_ok=True)
+
+
+def _start(submission: Submission, place: Path) -> None:
+    for job in submission.jobs:
+        command = _command(place, job)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise InputError(
+                f"sbatch refused {command[-1]}: {_one_line(done.stderr)}; "
+                f"its options are those of env.sh (SBN_SBATCH_OPTIONS) and of this command"
+            )
+        number = done.stdout.strip().partition(";")[0]
+        (place / f"{job.name}.job").write_text(f"{number}\n", encoding="utf-8")
+        print(f"submitted job {number}: {_size(job)}; {command[-1]}")
+    print(f"runs in {submission.folder}; a file STOP there stops what is not finished")
+
+
+def _command(place: Path, job: Job) -> list[str]:
+    return ["sbatch", "--parsable", str(place / f"{job.name}.sbatch")]
+
+
+def _size(job: Job) -> str:
+    runs = f"{len(job.recipes)} runs, each " if job.array else ""
+    return f"{runs}{job.nodes} node{'s' * (job.nodes > 1)} x {job.per_node} rank{'s' * (job.per_node > 1)}"
+
+
+def _explain(submission: Submission, place: Path, code: Snapshot, environment: Path, scripts: list[str]) -> None:
+    print(f"{'study' if submission.jobs[0].array else 'run'} folder  {submission.folder}")
+    print(f"code        {len(code.files)} files, {code.size / 1e6:.1f} MB, commit {code.commit or 'unknown'}")
+    print(f"            to {place / 'code'}")
+    print(f"site        {environment}")
+    print(f"node logs   {submission.folder}/{'NAME/' * submission.jobs[0].array}logs/sbn-JOB-node-N.log")
+    for job, script in zip(submission.jobs, scripts, strict=True):
+        print(f"\n{_size(job)}\n$ {shlex.join(_command(place, job))}\n")
+        print("\n".join(f"    {line}".rstrip() for line in script.splitlines()))
+    print("\ndry run: nothing was written or submitted")
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip() or "no message"

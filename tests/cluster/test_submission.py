@@ -1,0 +1,203 @@
+"""What `sbn submit` and `sbn sweep --submit` write and refuse, with stand-ins for sbatch and squeue."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_sbn.cli import main
+from megatron_sbn.cluster import snapshot
+from megatron_sbn.cluster.submission import ranges
+from megatron_sbn.config import load_recipe
+from megatron_sbn.run_status import write_status
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
+WEAK_SCALING = str(ROOT / "recipes" / "sweeps" / "weak-scaling-qwen2.5-0.5b.yaml")
+WITHOUT_ENGINES = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "deepspeed", "megatron", "mlflow", "triton"):
+            raise ImportError(f"{name} is not here")
+sys.meta_path.insert(0, Refuse())
+from megatron_sbn.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, and neither sbatch nor squeue on PATH."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("git", "bash"):
+        found = next(Path(folder) / name for folder in ("/usr/bin", "/bin") if (Path(folder) / name).exists())
+        (tools / name).symlink_to(found)
+    monkeypatch.setenv("PATH", str(tools))
+    monkeypatch.delenv("SBN_ENV", raising=False)
+    work = tmp_path / "a b"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    return work
+
+
+def stand_in(here: Path, name: str, script: str) -> None:
+    program = here.parent / "tools" / name
+    program.write_text(f"#!/bin/bash\n{script}\n")
+    program.chmod(0o755)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main([*words]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("sbn: ")
+    assert message.count("\n") == 1
+    return message
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_a_dry_run_says_all_and_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--nodes", "2", "--nproc-per-node", "2", "--time", "01:00:00", "run_dir=runs/x", "--dry-run"]
+    assert main(["submit", QUICKSTART, *words]) == 0
+    said = capsys.readouterr().out
+    assert files(here) == set()
+    run = here / "runs" / "x"
+    for line in (
+        f"run folder  {run}",
+        "2 nodes x 2 ranks",
+        f"$ sbatch --parsable '{run}/submissions/1/quickstart-ternary-6of8.sbatch'",
+        f"{run}/logs/sbn-JOB-node-N.log",
+        "#SBATCH --nodes=2",
+        "#SBATCH --time=01:00:00",
+        f"#SBATCH '--output={run}/logs/slurm-%j.out'",
+        f"SBN_CODE='{run}/submissions/1/code'",
+        f"set -- --nproc-per-node 2 '{run}/submissions/1/recipes/quickstart-ternary-6of8.yaml'",
+    ):
+        assert line in said
+
+
+def test_it_works_where_no_engine_is_installed(here: Path) -> None:
+    for words in (["submit", QUICKSTART, "--dry-run"], ["sweep", WEAK_SCALING, "--submit", "--dry-run"]):
+        done = subprocess.run(
+            [sys.executable, "-c", WITHOUT_ENGINES, *words], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "dry run: nothing was written or submitted" in done.stdout
+    assert files(here) == set()
+
+
+def test_what_is_submitted_is_the_code_the_recipe_and_the_script(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = here / "site.sh"
+    site.write_text('SBN_SBATCH_OPTIONS=(--account=me "--comment=two words" --gpus-per-node="$SBN_NPROC_PER_NODE")\n')
+    monkeypatch.setenv("SBN_ENV", str(site))
+    stand_in(here, "sbatch", 'printf "%s\\n" "$@" > arguments; echo 17')
+    assert main(["submit", QUICKSTART, "run_dir=runs/x", "training.steps=7"]) == 0
+    run = here / "runs" / "x"
+    place = run / "submissions" / "1"
+    assert (here / "arguments").read_text().splitlines() == ["--parsable", f"{place}/quickstart-ternary-6of8.sbatch"]
+    assert "submitted job 17: 1 node x 2 ranks" in capsys.readouterr().out
+    assert (place / "quickstart-ternary-6of8.job").read_text() == "17\n"
+    script = (place / "quickstart-ternary-6of8.sbatch").read_text()
+    for option in ("--account=me", "'--comment=two words'", "--gpus-per-node=2", "--requeue", "--signal=B:USR1@300"):
+        assert f"#SBATCH {option}\n" in script
+    recipe = load_recipe(place / "recipes" / "quickstart-ternary-6of8.yaml", [])
+    assert (recipe.run_dir, recipe.training.steps) == (str(run), 7)
+    assert (place / "env.sh").read_text() == site.read_text()
+    assert (run / "logs").is_dir()
+    copied = files(place / "code")
+    assert {"megatron_sbn/train.py", "kernels/sbn_kernels/__init__.py", "slurm/job.sh", ".sbn-commit"} <= copied
+    assert not any(name.startswith((".git/", ".venv", "runs")) for name in copied)
+    commit = "import sys; from megatron_sbn.experiments.provenance import code_commit; print(code_commit())"
+    paths = {"PYTHONPATH": str(place / "code"), "PYTHONSAFEPATH": "1", "PATH": ""}
+    told = subprocess.run(
+        [sys.executable, "-c", commit], env=os.environ | paths, capture_output=True, text=True, check=True
+    )
+    assert told.stdout.strip() == snapshot.find_code().commit
+
+
+def test_a_sweep_is_an_array_for_each_number_of_ranks(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stand_in(here, "sbatch", 'echo "$2" >> scripts; wc -l < scripts')
+    stand_in(here, "wc", "exec /usr/bin/wc -l")
+    assert main(["sweep", WEAK_SCALING, "--submit", "--at-most", "3"]) == 0
+    study = here / "runs" / "weak-scaling-qwen2.5-0.5b"
+    sizes = {8: ("0-3", 1), 16: ("4-7", 2), 32: ("8-11", 4), 64: ("12-15", 8)}
+    scripts = [Path(line) for line in (here / "scripts").read_text().splitlines()]
+    assert [script.name for script in scripts] == [f"weak-scaling-qwen2.5-0.5b-{ranks}-ranks.sbatch" for ranks in sizes]
+    for script, (numbers, nodes) in zip(scripts, sizes.values(), strict=True):
+        text = script.read_text()
+        assert f"#SBATCH --array={numbers}%3\n" in text
+        assert f"#SBATCH --nodes={nodes}\n" in text
+        assert f"set -- --nproc-per-node 8 '{script.parent}'/recipes/" in text
+    recipes = sorted((study / "submissions" / "1" / "recipes").iterdir())
+    assert len(recipes) == 16
+    assert {load_recipe(path, []).run_dir for path in recipes} == {str(study / path.stem) for path in recipes}
+
+
+def test_what_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = here / "runs" / "x"
+    submit = ("submit", QUICKSTART, f"run_dir={run}")
+    assert "sbatch is not on PATH: submit from a login node" in refusal(capsys, *submit)
+    assert "3 were started" in refusal(capsys, *submit, "--nodes", "3", "--nproc-per-node", "1", "--dry-run")
+    message = refusal(capsys, *submit, "tracking.uri=http://me:hush@host:5000", "--dry-run")
+    assert "tracking.uri = http://***@host:5000 holds a password" in message
+    assert "cannot be spread evenly" in refusal(capsys, "sweep", WEAK_SCALING, "--submit", "--nproc-per-node", "3")
+    assert "go with --submit" in refusal(capsys, "sweep", WEAK_SCALING, "--run", "0", "--dry-run")
+    assert files(here) == set()
+    run.mkdir(parents=True)
+    write_status(run, "FINISHED", 0, 90)
+    assert f"run_dir = {run}: finished already, 90 steps" in refusal(capsys, *submit, "--dry-run")
+    assert main([*submit, "training.steps=100", "--dry-run"]) == 0
+
+
+def test_a_run_that_is_in_the_queue_is_not_submitted_again(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stand_in(here, "sbatch", "echo 17")
+    stand_in(here, "squeue", '[ "$3" = --jobs=17 ] && echo "17 17"')
+    submit = ("submit", QUICKSTART, "run_dir=runs/x")
+    assert main([*submit]) == 0
+    capsys.readouterr()
+    assert "its job 17 is still in the queue" in refusal(capsys, *submit)
+    assert "its job 17 is still in the queue" in refusal(capsys, *submit, "--dry-run")
+    stand_in(here, "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    assert "squeue failed (slurm_load_jobs error" in refusal(capsys, *submit)
+    stand_in(here, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert main([*submit]) == 0
+    assert (here / "runs" / "x" / "submissions" / "2" / "quickstart-ternary-6of8.job").is_file()
+
+
+def test_what_sbatch_refuses_leaves_no_submission(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stand_in(here, "sbatch", "echo 'sbatch: error: invalid account' >&2; exit 1")
+    message = refusal(capsys, "submit", QUICKSTART, "run_dir=runs/x")
+    assert "sbatch refused " in message
+    assert "invalid account" in message
+    assert list((here / "runs" / "x" / "submissions").iterdir()) == []
+
+
+def test_a_site_file_that_bash_cannot_read(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SBN_ENV", str(here / "absent.sh"))
+    assert "absent.sh: bash cannot read it" in refusal(capsys, "submit", QUICKSTART, "--dry-run")
+
+
+def test_code_that_is_too_large_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapshot, "MOST_BYTES", 1 << 20)
+        assert "MiB of code to copy, at most 1; is " in refusal(capsys, "submit", QUICKSTART, "--dry-run")
+
+
+def test_a_time_that_is_none(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["submit", QUICKSTART, "--dry-run", "--time", "tomorrow"])
+    assert "'tomorrow' is no time" in capsys.readouterr().err
+
+
+def test_ranges() -> None:
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
