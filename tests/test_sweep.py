@@ -15,6 +15,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 SIZES = ("tiny", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b")
 FORMATS = ("dense-8of8", "dense-6of8", "dense-2of4", "ternary-8of8", "ternary-6of8", "ternary-2of4")
 SWEEPS = {
+    "formats-tiny": 6,
     "n-of-8-tiny": 28,
     "n-of-8-qwen2.5-0.5b": 14,
     "learning-rates-qwen2.5-0.5b": 8,
