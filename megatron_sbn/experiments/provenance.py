@@ -12,7 +12,7 @@ import shlex
 import socket
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
 from megatron_sbn.config import Recipe
@@ -72,6 +72,12 @@ def describe_recipe(recipe: Recipe, ranks: int) -> dict[str, str]:
     if recipe.tracking.study is not None:
         tags["study"] = recipe.tracking.study
     return tags
+
+
+def installed_packages() -> str:
+    """Every installed distribution as NAME==VERSION, a line each, by name: what pip would need to install it again."""
+    found = {(item.metadata["Name"] or "", item.version) for item in distributions()}
+    return "".join(f"{name}=={release}\n" for name, release in sorted(found, key=lambda pair: pair[0].lower()) if name)
 
 
 def code_commit() -> str | None:

@@ -18,6 +18,7 @@ from megatron_sbn.data.dataset import batch, build_dataset
 from megatron_sbn.errors import STOPPED
 from megatron_sbn.experiments.flops import model_flops_per_token
 from megatron_sbn.experiments.metrics import MetricsFile
+from megatron_sbn.experiments.provenance import installed_packages
 from megatron_sbn.experiments.telemetry import Telemetry
 from megatron_sbn.experiments.tracking import Tracker, default_uri, describe_environment, describe_recipe
 from megatron_sbn.model import build_stages
@@ -25,6 +26,7 @@ from megatron_sbn.parallel import state as parallel_state
 from megatron_sbn.parallel.cpu import without_cuda
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.parallel.traffic import Totals, Traffic, group_names, step_metrics
+from megatron_sbn.staging import write_whole
 from megatron_sbn.training import checkpoint, screen
 from megatron_sbn.training.console import Console
 from megatron_sbn.training.evaluate import Evaluator
@@ -237,6 +239,7 @@ class Loop:
                 "run_folder": str(self.folder.path.resolve()),
             }
         )
+        write_whole(self.folder.environment, installed_packages().encode())
         return Tracker(
             run_dir=self.folder.path,
             name=self.folder.path.name,
@@ -244,5 +247,5 @@ class Loop:
             uri=recipe.tracking.uri or default_uri(self.folder.path.parent),
             params=recipe.flat(),
             tags=tags,
-            artifacts=[self.folder.recipe],
+            artifacts=[self.folder.recipe, self.folder.environment],
         )

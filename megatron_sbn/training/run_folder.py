@@ -1,6 +1,7 @@
 """The run folder: everything that one run leaves behind, in one place.
 
     recipe.yaml        the resolved recipe, passwords masked
+    environment.txt    installed packages, of a tracked run
     metrics.jsonl      one object a line (docs/metrics.md)
     checkpoints/       step-N folders and `latest`
     logs/rank-0.log    what was printed
@@ -41,6 +42,11 @@ class RunFolder:
     def recipe(self) -> Path:
         """The resolved recipe."""
         return self.path / "recipe.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Installed packages, at the last start."""
+        return self.path / "environment.txt"
 
     @property
     def metrics(self) -> Path:

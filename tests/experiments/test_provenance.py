@@ -66,3 +66,10 @@ def test_commit_of_the_checkout_that_holds_the_code(tmp_path, monkeypatch):
     assert describe_environment()["git_commit"] == git("rev-parse", "HEAD")
     (tmp_path / "other").write_text("2")
     assert describe_environment()["git_commit"] == git("rev-parse", "HEAD") + "-dirty"
+
+
+def test_the_environment_is_listed_as_pip_reads_it() -> None:
+    lines = provenance.installed_packages().splitlines()
+    assert f"torch=={version('torch')}" in lines
+    assert len(lines) == len(set(lines))
+    assert all(line.count("==") == 1 for line in lines)
