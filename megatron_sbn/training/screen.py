@@ -28,7 +28,9 @@ def opening(
     kinds = model_parameters(recipe)
     each = training.global_batch_size * model.seq_length
     per_replica = training.global_batch_size // parallel.data_size // training.micro_batch_size
-    told = f"steps {first + 1} to {training.steps}, {training.steps * each / 1e6:,.2f}M tokens in all, {each:,} a step"
+    told = (
+        f"steps {first + 1} to {training.steps}, {_count(training.steps * each)} tokens in all, {_count(each)} a step"
+    )
     known = first + TIMED_STEPS
     time = f"unknown until step {known}, then from the speed of this job's steps"
     if known >= training.steps:
@@ -102,7 +104,10 @@ def _row(name: str, text: str) -> str:
 
 
 def _count(number: int) -> str:
-    return f"{number / 1e9:.2f}G" if number >= 1e9 else f"{number / 1e6:.1f}M" if number >= 1e5 else f"{number:,}"
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= 10 * size or number >= size > 10**3:
+            return f"{number / size:.2f}{letter}"
+    return f"{number:,}"
 
 
 def _linear(recipe: Recipe) -> str:

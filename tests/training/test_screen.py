@@ -35,11 +35,11 @@ def test_the_start_fits_on_a_screen_in_plain_text(tmp_path: Path) -> None:
 
 def test_it_says_what_the_recipe_says(tmp_path: Path) -> None:
     text = "\n".join(lines(load_recipe(RECIPES / "qwen2.5-3b/ternary-6of8.yaml"), 32, tmp_path, first=40))
-    assert "continues after step 40: 3.40G parameters" in text
+    assert "continues after step 40: 3.40B parameters" in text
     assert "the layout, ZeRO-1" in text
     assert "16 micro-batches of 2 x 2048 tokens" in text
     assert "ternary 6:8, 8-bit activations, backward exact; bf16 between layers" in text
-    assert "steps 41 to 100000, 104,857.60M tokens in all, 1,048,576 a step" in text
+    assert "steps 41 to 100000, 104.86B tokens in all, 1.05M a step" in text
     assert "unknown until step 45" in text
 
 

@@ -1,7 +1,8 @@
 """The plan of a recipe against what ranks hold and send: memory by component, saved activations, bytes by group.
 
 Each figure of a plan is made from shapes, each measured one from tensors and collectives of real steps. 5% is the
-limit; what is a sum of shapes is equal.
+limit for what autograd keeps (how many tokens an expert gets is not in a plan) and for what is left over; the rest is
+equal, up to a few scalars.
 """
 
 from collections import Counter
@@ -25,7 +26,7 @@ WIDE = (
     "model.hidden_size=256", "model.ffn_hidden_size=640", "model.num_attention_heads=8", "model.num_query_groups=2",
     "model.seq_length=128", "model.vocab_size=2048",
 )  # fmt: skip
-LIMIT = 0.05
+LIMIT, EQUAL = 0.05, 1e-5
 TENSOR2, PIPELINE2 = "parallel.tensor=2", "parallel.pipeline=2"
 ZERO2, ZERO3 = "parallel.zero_stage=2", "parallel.zero_stage=3"
 DENSE, HALF, ONE = "linear.weight_format=dense", "model.bf16=true", "training.micro_batch_size=1"
@@ -145,6 +146,7 @@ def test_a_plan_is_what_ranks_hold_and_send(case: str) -> None:
         for name, (expected, real) in pairs.items():
             # Without buffers of ZeRO there are still rotary tables and random-number states.
             of = whole if name.startswith("ZeRO buffers") and not expected else real
-            if abs(expected - real) > LIMIT * of:
+            limit = LIMIT if name.startswith(("saved", "ZeRO buffers")) else EQUAL
+            if abs(expected - real) > limit * of:
                 wrong.append(f"{name}: planned {expected:,.0f}, measured {real:,.0f}")
     assert not wrong, "\n".join(wrong)
