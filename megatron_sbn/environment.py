@@ -57,8 +57,11 @@ def in_srun_task() -> bool:
 
 
 def master_address() -> str:
-    """Where rank 0 is: MASTER_ADDR, else the first node of the step."""
-    return os.environ.get("MASTER_ADDR") or first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+    """Where rank 0 is: MASTER_ADDR, else the first node of the step; on one node nobody's name has to be resolved."""
+    if "MASTER_ADDR" in os.environ:
+        return os.environ["MASTER_ADDR"]
+    one_node = os.environ.get("SLURM_STEP_NUM_NODES") == "1"
+    return "127.0.0.1" if one_node else first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
 
 
 def master_port() -> int:

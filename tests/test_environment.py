@@ -77,3 +77,12 @@ def test_address_and_port_are_the_same_on_every_node_and_others_for_another_job(
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     assert (environment.master_address(), environment.master_port()) == ("10.0.0.1", 29500)
+
+
+def test_on_one_node_no_name_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "gpu007")
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "1")
+    assert environment.master_address() == "127.0.0.1"
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
+    assert environment.master_address() == "gpu007"
