@@ -6,6 +6,7 @@ told in one line. The loop itself is training/loop.py.
 
 import os
 import sys
+import time
 
 from megatron_sbn import environment
 from megatron_sbn.config import Recipe, load_recipe
@@ -13,6 +14,7 @@ from megatron_sbn.errors import RecipeError, SbnError
 from megatron_sbn.experiments.mlflow_settings import configure_mlflow
 from megatron_sbn.feasibility import check_world
 
+SECONDS_TO_SPEAK = 1.0
 USAGE = "usage: torchrun --nproc-per-node N -m megatron_sbn.train RECIPE [section.key=value ...]"
 
 
@@ -43,6 +45,7 @@ def _train(recipe: Recipe) -> int:
 def _report(error: SbnError) -> None:
     """One line; what is the same on every rank is said by rank 0 alone."""
     if error.on_every_rank and environment.rank() != 0:
+        time.sleep(SECONDS_TO_SPEAK)  # a launcher ends all ranks when the first has failed
         return
     where = "" if error.on_every_rank or environment.world_size() == 1 else f"rank {environment.rank()}: "
     print(f"sbn: {where}{error}", file=sys.stderr, flush=True)

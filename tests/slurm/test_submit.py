@@ -1,0 +1,89 @@
+"""`sbn submit` and `sbn sweep --submit` on a real Slurm."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+from jobs import write_recipe
+
+from megatron_sbn.experiments.metrics import read_metrics
+from megatron_sbn.experiments.report import finished, read_study
+from megatron_sbn.run_status import read_status
+
+pytestmark = pytest.mark.slurm
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("a study"))
+
+
+def sbn(cluster: Cluster, recipe: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    """The command as on a login node, from the folder of the recipe."""
+    # Bytecode is written, so that the code that ran can be told.
+    site = {"SBN_ENV": f"{recipe.parent}/env.sh", "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": ""}
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_sbn.cli", *words],
+        cwd=recipe.parent, env=os.environ | cluster.environment | site,
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def submitted(done: "subprocess.CompletedProcess[str]") -> str:
+    found = re.search(r"submitted job (\d+)", done.stdout)
+    assert found is not None, done.stderr
+    return found[1]
+
+
+def test_a_submitted_run_trains_on_two_nodes_from_its_copy_of_the_code(cluster: Cluster, recipe: Path) -> None:
+    words = ["submit", str(recipe), "--nodes", "2", "--time", "10:00", "run_dir=runs/one", f"training.steps={STEPS}"]
+    job = submitted(sbn(cluster, recipe, *words))
+    waiting = sbn(cluster, recipe, *words)
+    assert (waiting.returncode, waiting.stdout) == (2, "")
+    assert f"its job {job} is still in the queue" in waiting.stderr
+    run = recipe.parent / "runs" / "one"
+    fields = cluster.await_end(job, 90)
+    said = (run / "logs" / f"slurm-{job}.out").read_text()
+    assert (fields["JobState"], fields["NumNodes"], fields["JobName"]) == ("COMPLETED", "2", "tiny"), said
+    assert len(read_metrics(run / "metrics.jsonl")) >= STEPS
+    assert "on 2 cpu ranks" in (run / "logs" / "rank-0.log").read_text()
+    for node in range(2):
+        assert f"job {job} restart 0 node {node}" in (run / "logs" / f"sbn-{job}-node-{node}.log").read_text()
+    code = run / "submissions" / "1" / "code"
+    assert any((code / "megatron_sbn" / "training" / "__pycache__").glob("loop.*.pyc"))
+    over = sbn(cluster, recipe, *words)
+    assert over.returncode == 2
+    assert f"finished already, {STEPS} steps" in over.stderr
+
+
+def test_a_submitted_sweep_fills_a_study_and_exits_at_once_when_all_is_there(cluster: Cluster, recipe: Path) -> None:
+    sweep = recipe.parent / "sweep.yaml"
+    sweep.write_text(
+        f"name: sparsities\nrecipe: tiny.yaml\nset: {{training.steps: {STEPS}}}\n"
+        'axes: {linear.sparsity: ["8:8", "6:8", "2:4"]}\n'
+    )
+    words = ["sweep", str(sweep), "--submit", "--at-most", "2", "--time", "10:00"]
+    job = submitted(sbn(cluster, recipe, *words))
+    for task in range(3):
+        assert cluster.await_end(f"{job}_{task}", 120)["JobState"] == "COMPLETED", logs(recipe)
+    study = recipe.parent / "runs" / "sparsities"
+    runs = read_study(study)
+    assert [run.recipe.name for run in runs] == ["sparsities-2of4", "sparsities-6of8", "sparsities-8of8"]
+    assert all(finished(run) for run in runs)
+    before = {run.recipe.name: read_status(study / run.recipe.name) for run in runs}
+    assert all(status is not None and status.state == "FINISHED" for status in before.values())
+    again = submitted(sbn(cluster, recipe, *words))
+    for task in range(3):
+        assert cluster.await_end(f"{again}_{task}", 60)["JobState"] == "COMPLETED"
+        said = (study / "submissions" / "2" / f"slurm-{again}-{task}.out").read_text()
+        assert f"finished already, {STEPS} steps" in said
+    assert {name: read_status(study / name) for name in before} == before
+
+
+def logs(recipe: Path) -> str:
+    return "\n".join(path.read_text() for path in sorted(recipe.parent.rglob("*.out")))

@@ -1,0 +1,92 @@
+"""The README's torchrun lines, with fewer ranks; and what a wrong number of ranks costs."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_sbn.data.shards import ShardWriter
+from megatron_sbn.experiments.metrics import read_metrics
+from megatron_sbn.run_status import read_status
+
+STEPS = 3
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("torchrun")
+    writer = ShardWriter(folder / "tokens.bin", folder / "tokens.idx", 128)
+    writer.add(np.random.default_rng(0).integers(0, 128, 500))
+    writer.finish()
+    path = folder / "tiny.yaml"
+    path.write_text(
+        f"""name: tiny
+model: {{num_layers: 2, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 4, seq_length: 16, vocab_size: 128,
+  bf16: false}}
+data: {{train: {folder}/tokens}}
+training: {{steps: {STEPS}, global_batch_size: 2, micro_batch_size: 1}}
+tracking: {{enabled: false}}
+"""
+    )
+    return path
+
+
+def start(recipe: Path, *words: str) -> "subprocess.Popen[str]":
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    return subprocess.Popen(
+        [*TORCHRUN, *words], cwd=recipe.parent, env=environment | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def trained(run: Path) -> None:
+    status = read_status(run)
+    assert status is not None
+    assert (status.state, status.step) == ("FINISHED", STEPS)
+    assert "on 2 cpu ranks" in (run / "logs" / "rank-0.log").read_text()
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line] == [1, 2, 3]
+
+
+def test_one_machine(recipe: Path) -> None:
+    train = ["-m", "megatron_sbn.train", str(recipe), "parallel.pipeline=2", "run_dir=one"]
+    process = start(recipe, "--nproc-per-node", "2", *train)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    trained(recipe.parent / "one")
+
+
+def test_two_machines(recipe: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    train = ["-m", "megatron_sbn.train", str(recipe), "parallel.tensor=2", "run_dir=two"]
+    # Both are this machine: that its name can be reached from itself is not what this is about.
+    machines = [start(recipe, *words, "--local-addr", "127.0.0.1", *train) for _ in range(2)]
+    said = [machine.communicate(timeout=120)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(said)
+    trained(recipe.parent / "two")
+
+
+def test_a_wrong_number_of_ranks_is_one_line(recipe: Path) -> None:
+    process = start(
+        recipe, "--nproc-per-node", "2", "-m", "megatron_sbn.train", str(recipe), "parallel.tensor=4", "run_dir=none"
+    )
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1  # torchrun's own, whatever a rank's was
+    message = "parallel.tensor = 4 x parallel.pipeline = 1 needs a multiple of 4 ranks, and 2 were started; start 4"
+    (line,) = [line for line in said.splitlines() if line.startswith("sbn: ")]
+    assert message in line
+    assert "exitcode  : 2 " in said
+    command = [sys.executable, "-m", "megatron_sbn.cli", "train", str(recipe), "parallel.tensor=4", "run_dir=none"]
+    done = subprocess.run(
+        [*command, "--nproc-per-node", "2"], cwd=recipe.parent, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert message in done.stderr
+    assert not (recipe.parent / "none").exists()
