@@ -98,3 +98,19 @@ def _acquired(descriptor: int, lock: Path) -> bool:
             raise InputError(f"{lock}: cannot be locked: {error.strerror}") from error
         print(f"{lock}: this file system has no locks; start one writer of this output only", file=sys.stderr)
     return os.fstat(descriptor).st_nlink > 0
+
+
+@contextlib.contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Waits until no other process is between its start and its end at this path (a file, made if it is not there).
+
+    A file system without locks is gone on with.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield

@@ -70,9 +70,10 @@ def begin(task: Task) -> int:
 
 def node(task: Task) -> int:
     """This node's ranks; a failure is told in the run folder by whoever sees it first."""
-    machines = Machines(
-        environment.world_size(), environment.rank(), environment.master_address(), environment.master_port()
-    )
+    nodes, own = environment.world_size(), environment.rank()
+    # One node needs neither a name that resolves nor a port that another job's might meet.
+    alone = nodes == 1
+    machines = Machines() if alone else Machines(nodes, own, environment.master_address(), environment.master_port())
     job, restart = slurm_attempt()
     print(f"job {job} restart {restart} node {machines.number} ({socket.gethostname()})", flush=True)
     ranks = _ranks_per_node(task, machines.count)
@@ -80,9 +81,8 @@ def node(task: Task) -> int:
     status = launch(task.words, ranks, machines=machines)
     told = read_status(task.folder)
     if status not in (0, STOPPED) and (told is None or told.state == "RUNNING"):
-        reason = (
-            f"node {machines.number} ({socket.gethostname()}): status {status}; see logs/node-{machines.number}.log"
-        )
+        log = f"sbn-{job}-node-{machines.number}.log"
+        reason = f"node {machines.number} ({socket.gethostname()}): status {status}; see {log}"
         write_status(task.folder, "FAILED", status, saved_step(task.folder), reason)
     return 0 if status == STOPPED else status
 

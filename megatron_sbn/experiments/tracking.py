@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -28,6 +28,7 @@ from megatron_sbn.experiments.mlflow_settings import configure_mlflow
 from megatron_sbn.experiments.provenance import describe_environment, describe_recipe, mask_secrets
 from megatron_sbn.experiments.run_record import FILE_NAME, RunRecord, RunRecordFile, new_key, read_record
 from megatron_sbn.experiments.study import STUDY_TAG, Study, delivered
+from megatron_sbn.staging import in_turn
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -258,7 +259,11 @@ class _Delivery:
         """Finds or makes the run, describes it, and asks which steps it has."""
         from mlflow import MlflowClient
 
-        self._client = MlflowClient(self._uri)
+        database = _database(self._uri)
+        # Whoever comes first makes SQLite's tables; two at once would fail.
+        with in_turn(database.with_name(f"{database.name}.lock")) if database else nullcontext():
+            self._client = MlflowClient(self._uri)
+            self._client.search_experiments(max_results=1)
         run = self._known_run() or self._run_by_key(self._experiment_id())
         self._file.update(run_id=run.info.run_id)
         self._describe(run)
@@ -369,10 +374,15 @@ class _Delivery:
 
 def _artifact_location(uri: str) -> str | None:
     """For SQLite a folder beside the database; a server knows its own."""
+    database = _database(uri)
+    return None if database is None else (database.parent / "mlartifacts").as_uri()
+
+
+def _database(uri: str) -> Path | None:
+    """SQLite's file; None for other stores."""
     if not uri.startswith("sqlite:///"):
         return None
-    database = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-    return (database.absolute().parent / "mlartifacts").as_uri()
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
 
 
 def _milliseconds(seconds: float) -> int:

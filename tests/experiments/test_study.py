@@ -1,6 +1,8 @@
 """Runs of a study are children of one parent run, whoever starts first, and the parent says how the study stands."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -150,3 +152,22 @@ def test_the_report_from_mlflow_is_that_from_the_folders(
     capsys.readouterr()
     assert main(["report", "n-of-9", "--uri", uri]) == 2
     assert "MLflow has no study 'n-of-9'" in capsys.readouterr().err
+
+
+def test_jobs_that_start_at_once_make_one_database(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    uri = default_uri(tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from test_study import track\n"
+        "assert track(Path(sys.argv[1]), sys.argv[2]).close('FINISHED', timeout=120)"
+    )
+    command = [sys.executable, "-c", code]
+    jobs = [
+        subprocess.Popen([*command, str(folder), uri], cwd=Path(__file__).parent, stderr=subprocess.PIPE, text=True)
+        for folder in folders
+    ]
+    told = [job.communicate(timeout=300)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0, 0], told
+    assert not any("cannot be reached" in text for text in told), told
+    assert len(rows(uri, "study")) == 1
+    assert [child.info.run_name for child in rows(uri, "run")] == ["a", "b", "c"]
