@@ -15,15 +15,17 @@ sbn_job() {
     "${SBN_CONTAINER[@]}" "$SBN_PYTHON" -m megatron_sbn.cluster.job "$@"
 }
 
-# sbn_run LOG TARGET ARGUMENT...: one run, begun or gone on with; returns 75 if the job is to start again.
+# sbn_run LOG TARGET ARGUMENT...: one run, begun or gone on with; returns 75 if the job is to start again. sbn_asked is
+# the signal that the script got meanwhile. SBN_SRUN_OPTIONS: of a run on a part of the job's nodes.
 sbn_run() {
-    local log=$1 status=0 asked="" srun=""
+    local log=$1 status=0 srun=""
     shift
+    sbn_asked=""
     sbn_job begin "$@" || { status=$?; [ "$status" = 10 ] && return 0; return "$status"; }
-    trap 'asked=${asked:-USR1}; [ -n "$srun" ] && kill -USR1 "$srun"' USR1
-    trap 'asked=TERM; [ -n "$srun" ] && kill -TERM "$srun"' TERM
+    trap 'sbn_asked=${sbn_asked:-USR1}; [ -n "$srun" ] && kill -USR1 "$srun"' USR1
+    trap 'sbn_asked=TERM; [ -n "$srun" ] && kill -TERM "$srun"' TERM
     # In the background: a shell runs its traps only while it waits, not while a command of its own runs.
-    srun --ntasks-per-node=1 --kill-on-bad-exit=1 --open-mode=append --output="$log" \
+    srun --ntasks-per-node=1 --kill-on-bad-exit=1 --open-mode=append --output="$log" "${SBN_SRUN_OPTIONS[@]}" \
         "${SBN_CONTAINER[@]}" "$SBN_PYTHON" -m megatron_sbn.cluster.job node "$@" &
     srun=$!
     # `wait` returns early when a trap has run.
@@ -31,22 +33,20 @@ sbn_run() {
         wait "$srun" && status=0 || status=$?
         kill -0 "$srun" 2>/dev/null || break
     done
-    sbn_job end --srun-status "$status" --asked "$asked" "$@"
+    sbn_job end --srun-status "$status" --asked "$sbn_asked" "$@"
 }
 
-# This job again, in its turn: of an array, this task alone.
-sbn_requeue() {
+# sbn_end STATUS: the job's end, or for 75 this job again, in its turn; of an array, this task alone.
+sbn_end() {
+    [ "$1" = 75 ] || exit "$1"
     local job=$SLURM_JOB_ID
     [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-    scontrol requeue "$job"
+    scontrol requeue "$job" && sleep 60 # until Slurm ends this script
+    exit "$1"
 }
 
 # sbn_main LOG TARGET ARGUMENT...: a whole job.
 sbn_main() {
     sbn_run "$@"
-    local status=$?
-    if [ "$status" = 75 ]; then
-        sbn_requeue && sleep 60 # until Slurm ends this script
-    fi
-    exit "$status"
+    sbn_end $?
 }

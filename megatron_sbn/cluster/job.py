@@ -3,6 +3,7 @@
     begin    on the batch host, before srun: 0 start the ranks, 10 there is nothing to do
     node     one task a node, under srun: starts this node's ranks and waits for them
     end      on the batch host, after srun: 75 start this job again, else the job's exit status
+    sizes    of a sweep: a line NUMBER NODES for every recipe that the job's nodes can hold, the smallest first
 
 TARGET is a recipe, or with --number K recipe K of a sweep. `node` answers 0 for a run that stopped in order, so that
 srun --kill-on-bad-exit=1 ends the other nodes for a failure alone; how the run ended is in its folder (run_status.py).
@@ -104,6 +105,21 @@ def end(task: Task, srun_status: int, asked: str) -> int:
     return STOPPED if verdict.again else _final(verdict.exit_status)
 
 
+def sizes(path: str) -> int:
+    """What scaling.sbatch runs, one after another; what is too large for the job's nodes is told and left out."""
+    variants = load_sweep(path).variants
+    available = _setting("SLURM_JOB_NUM_NODES", 1)
+    per_node = _setting("SBN_NPROC_PER_NODE", 0) or _setting("SLURM_GPUS_ON_NODE", 0)
+    per_node = per_node or -(-max(variant.ranks for variant in variants) // available)
+    for number, variant in sorted(enumerate(variants), key=lambda item: item[1].ranks):
+        nodes = -(-variant.ranks // per_node)
+        if nodes <= available:
+            print(number, nodes)
+        else:
+            print(f"{variant.name}: left out, needs {nodes} nodes and there are {available}", file=sys.stderr)
+    return 0
+
+
 def _final(status: int) -> int:
     """75 is the script's word for "again"; a run that stopped for good ends with 1, so that nothing waits on it."""
     return 1 if status == STOPPED else status
@@ -139,7 +155,7 @@ def _setting(name: str, otherwise: int) -> int:
 def main(arguments: list[str]) -> int:
     """Runs an action; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m megatron_sbn.cluster.job", description="for slurm/*.sbatch")
-    parser.add_argument("action", choices=("begin", "node", "end"))
+    parser.add_argument("action", choices=("begin", "node", "end", "sizes"))
     parser.add_argument("--number", type=int, help="of a sweep's recipe")
     parser.add_argument("--folder", default="runs", help="where STUDY/NAME goes (default: runs)")
     parser.add_argument("--nproc-per-node", type=int, help="ranks of a node (default: SBN_NPROC_PER_NODE, its GPUs)")
@@ -149,6 +165,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args(arguments)
     try:
+        if options.action == "sizes":
+            return sizes(options.target)
         task = Task(options)
         if options.action == "begin":
             return begin(task)

@@ -4,11 +4,13 @@
         job = cluster.output("sbatch", "--parsable", "job.sbatch")
 
 Two slurmd on one host are two nodes when their names differ (`slurmd -N n1`) and each has a port and folders of its
-own. Everything listens on free ports and on the loopback interface; the daemons are children of this process, asked to
-end when the context is left and killed if they do not, however the body ended.
+own. Everything listens on free ports and on the loopback interface; job ids begin anywhere, since a run's port is made
+from its job's. The daemons are children of this process, asked to end when the context is left and killed if they do
+not, however the body ended.
 """
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -26,6 +28,7 @@ START_SECONDS = 30
 
 CONFIGURATION = """\
 ClusterName=test
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
@@ -88,9 +91,13 @@ class Cluster:
     def __exit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _: TracebackType | None
     ) -> None:
-        subprocess.run(["scancel", "--user=root"], env=self.environment, capture_output=True, timeout=30, check=False)
-        self._wait(lambda: not self.output("squeue", "--noheader"), KILL_WAIT + 15, required=False)
-        self._stop()
+        try:
+            subprocess.run(
+                ["scancel", "--user=root"], env=self.environment, capture_output=True, timeout=60, check=False
+            )
+            self._wait(lambda: not self.output("squeue", "--noheader"), KILL_WAIT + 15, required=False)
+        finally:
+            self._stop()
 
     def output(self, *command: str, timeout: float = 60) -> str:
         """Standard output of a Slurm command. Raises AssertionError with its error output."""
@@ -137,7 +144,7 @@ class Cluster:
         controller, first, second = free_ports(3)
         text = CONFIGURATION.format(
             host=socket.gethostname(), folder=self.folder, cred_expire=CRED_EXPIRE, kill_wait=KILL_WAIT,
-            controller=controller, first=first, second=second,
+            controller=controller, first=first, second=second, first_job=random.randrange(1, 100_000),
         )  # fmt: skip
         (self.folder / "slurm.conf").write_text(text)
         self._spawn("slurmctld", "-D")
