@@ -88,6 +88,11 @@ def code_commit() -> str | None:
         return _git_commit(Path(__file__).parent)
 
 
+def batch_scripts(code: Path = Path(__file__).parents[2]) -> list[Path]:
+    """The batch scripts that `sbn submit` put beside this copy of the code; none where it is no copy."""
+    return sorted(code.parent.glob("*.sbatch")) if (code / COMMIT_FILE).is_file() else []
+
+
 def _git_commit(folder: Path) -> str | None:
     """The commit that the code was checked out from; None outside a checkout or without git."""
     try:

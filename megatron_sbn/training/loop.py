@@ -18,7 +18,7 @@ from megatron_sbn.data.dataset import batch, build_dataset
 from megatron_sbn.errors import STOPPED
 from megatron_sbn.experiments.flops import model_flops_per_token
 from megatron_sbn.experiments.metrics import MetricsFile
-from megatron_sbn.experiments.provenance import installed_packages
+from megatron_sbn.experiments.provenance import batch_scripts, installed_packages
 from megatron_sbn.experiments.telemetry import Telemetry
 from megatron_sbn.experiments.tracking import Tracker, default_uri, describe_environment, describe_recipe
 from megatron_sbn.model import build_stages
@@ -247,5 +247,5 @@ class Loop:
             uri=recipe.tracking.uri or default_uri(self.folder.path.parent),
             params=recipe.flat(),
             tags=tags,
-            artifacts=[self.folder.recipe, self.folder.environment],
+            artifacts=[self.folder.recipe, self.folder.environment, *batch_scripts()],
         )

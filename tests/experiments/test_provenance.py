@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +74,12 @@ def test_the_environment_is_listed_as_pip_reads_it() -> None:
     assert f"torch=={version('torch')}" in lines
     assert len(lines) == len(set(lines))
     assert all(line.count("==") == 1 for line in lines)
+
+
+def test_batch_scripts_are_those_beside_a_copy_of_the_code(tmp_path: Path) -> None:
+    code = tmp_path / "1" / "code"
+    code.mkdir(parents=True)
+    (tmp_path / "1" / "run.sbatch").write_text("#!/bin/sh\n")
+    assert provenance.batch_scripts(code) == []
+    (code / provenance.COMMIT_FILE).write_text("abc\n")
+    assert provenance.batch_scripts(code) == [tmp_path / "1" / "run.sbatch"]
