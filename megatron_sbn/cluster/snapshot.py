@@ -8,10 +8,10 @@ batch scripts that were installed with it. Both have the layout of a checkout:
 Imports no torch.
 """
 
+import importlib.metadata
 import importlib.util
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +79,15 @@ def _listed(root: Path) -> list[Path]:
     return sorted({Path(name) for name in names.split("\0") if name})
 
 
+def _installed_scripts() -> Path | None:
+    """Where setup.py's data_files went."""
+    try:
+        installed = importlib.metadata.files("megatron-sbn") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((Path(str(file.locate())).resolve().parent for file in installed if file.name == "train.sbatch"), None)
+
+
 def _installed() -> tuple[list[tuple[Path, Path]], Path]:
     """The installed packages and scripts; in a copy that this module made, those of the copy."""
     package = Path(__file__).parents[1]
@@ -88,7 +97,7 @@ def _installed() -> tuple[list[tuple[Path, Path]], Path]:
         packages.append((Path(kernels.origin).parent, Path("kernels/sbn_kernels")))
     scripts = package.parent / "slurm"
     if not scripts.is_dir():
-        scripts = Path(sys.prefix) / "share" / "megatron_sbn" / "slurm"
+        scripts = _installed_scripts() or scripts
     files = []
     for folder, name in [*packages, (scripts, Path("slurm"))]:
         found = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)

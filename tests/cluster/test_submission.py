@@ -115,12 +115,15 @@ def test_what_is_submitted_is_the_code_the_recipe_and_the_script(
     copied = files(place / "code")
     assert {"megatron_sbn/train.py", "kernels/sbn_kernels/__init__.py", "slurm/job.sh", ".sbn-commit"} <= copied
     assert not any(name.startswith((".git/", ".venv", "runs")) for name in copied)
-    commit = "import sys; from megatron_sbn.experiments.provenance import code_commit; print(code_commit())"
-    paths = {"PYTHONPATH": str(place / "code"), "PYTHONSAFEPATH": "1", "PATH": ""}
+    # The copy, which is no checkout, can be submitted from in its turn.
+    ask = "from megatron_sbn.cluster.snapshot import find_code as f; print(f().commit, len(f().files), f().scripts)"
+    paths = {"PYTHONPATH": f"{place}/code:{place}/code/kernels", "PYTHONSAFEPATH": "1", "PATH": ""}
     told = subprocess.run(
-        [sys.executable, "-c", commit], env=os.environ | paths, capture_output=True, text=True, check=True
+        [sys.executable, "-c", ask], env=os.environ | paths, capture_output=True, text=True, check=True
     )
-    assert told.stdout.strip() == snapshot.find_code().commit
+    commit, count, scripts = told.stdout.strip().split(" ", 2)
+    assert (commit, scripts) == (snapshot.find_code().commit, f"{place}/code/slurm")
+    assert int(count) > 100
 
 
 def test_a_sweep_is_an_array_for_each_number_of_ranks(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

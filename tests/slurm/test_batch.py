@@ -37,7 +37,7 @@ def losses(run: Path) -> list[tuple[float, float]]:
     return [(line["step"], line["loss"]) for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
 
 
-def await_step(run: Path, step: int, seconds: float = 90) -> None:
+def await_step(run: Path, step: int, seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if (run / "metrics.jsonl").exists() and (lines := losses(run)) and lines[-1][0] >= step:
@@ -57,7 +57,7 @@ def test_a_signalled_job_of_two_nodes_starts_again_and_ends_with_the_losses_of_o
     job = submit(cluster, recipe, f"run_dir={run}")
     await_step(run, 20)
     cluster.output("scancel", "--signal=USR1", "--batch", job)
-    fields = cluster.await_end(job, 120)
+    fields = cluster.await_end(job, 240)
     assert (fields["JobState"], fields["Restarts"], fields["NumNodes"]) == ("COMPLETED", "1", "2"), printed(recipe)
     states = [(attempt.state, attempt.reason) for attempt in read_attempts(run)]
     assert states == [("STOPPED", "SIGUSR1"), ("FINISHED", "")]
@@ -68,13 +68,13 @@ def test_a_signalled_job_of_two_nodes_starts_again_and_ends_with_the_losses_of_o
         assert f"job {job} restart 1 node {node}" in log
     done = subprocess.run(
         [sys.executable, "-m", "megatron_sbn.cli", "train", str(recipe), f"run_dir={whole}"],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(losses(whole)) == STEPS
     assert losses(run) == losses(whole)
     again = submit(cluster, recipe, f"run_dir={run}")
-    assert cluster.await_end(again, 30)["JobState"] == "COMPLETED"
+    assert cluster.await_end(again, 240)["JobState"] == "COMPLETED"
     assert "finished already" in printed(recipe)
     assert len(read_attempts(run)) == 2
 
@@ -86,14 +86,14 @@ def test_scancel_leaves_a_checkpoint_and_the_kill_switch_keeps_jobs_from_startin
     job = submit(cluster, recipe, f"run_dir={run}", "training.steps=100000")
     await_step(run, 20)
     cluster.output("scancel", job)
-    fields = cluster.await_end(job, 60)
+    fields = cluster.await_end(job, 240)
     assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0")
     status = status_of(run)
     assert (status.state, status.reason) == ("STOPPED", "SIGTERM"), printed(recipe)
     assert (run / "checkpoints" / "latest").read_text().strip() == f"step-{status.step:08d}"
     (run / "STOP").touch()
     job = submit(cluster, recipe, f"run_dir={run}", "training.steps=100000")
-    assert cluster.await_end(job, 30)["JobState"] == "COMPLETED"
+    assert cluster.await_end(job, 240)["JobState"] == "COMPLETED"
     assert status_of(run) == status
 
 
@@ -102,6 +102,6 @@ def test_a_job_that_fails_again_and_again_ends_after_its_budget(cluster: Cluster
     run = recipe.parent / "failing"
     (run / "metrics.jsonl").mkdir(parents=True)
     job = submit(cluster, recipe, f"run_dir={run}")
-    fields = cluster.await_end(job, 150)
+    fields = cluster.await_end(job, 240)
     assert (fields["JobState"], fields["Restarts"]) == ("FAILED", "2"), printed(recipe)
     assert [attempt.state for attempt in read_attempts(run)] == ["FAILED"] * 3

@@ -47,7 +47,7 @@ def test_a_submitted_run_trains_on_two_nodes_from_its_copy_of_the_code(cluster: 
     assert (waiting.returncode, waiting.stdout) == (2, "")
     assert f"its job {job} is still in the queue" in waiting.stderr
     run = recipe.parent / "runs" / "one"
-    fields = cluster.await_end(job, 90)
+    fields = cluster.await_end(job, 240)
     said = (run / "logs" / f"slurm-{job}.out").read_text()
     assert (fields["JobState"], fields["NumNodes"], fields["JobName"]) == ("COMPLETED", "2", "tiny"), said
     assert len(read_metrics(run / "metrics.jsonl")) >= STEPS
@@ -70,7 +70,7 @@ def test_a_submitted_sweep_fills_a_study_and_exits_at_once_when_all_is_there(clu
     words = ["sweep", str(sweep), "--submit", "--at-most", "2", "--time", "10:00"]
     job = submitted(sbn(cluster, recipe, *words))
     for task in range(3):
-        assert cluster.await_end(f"{job}_{task}", 120)["JobState"] == "COMPLETED", logs(recipe)
+        assert cluster.await_end(f"{job}_{task}", 240)["JobState"] == "COMPLETED", logs(recipe)
     study = recipe.parent / "runs" / "sparsities"
     runs = read_study(study)
     assert [run.recipe.name for run in runs] == ["sparsities-2of4", "sparsities-6of8", "sparsities-8of8"]
@@ -79,7 +79,7 @@ def test_a_submitted_sweep_fills_a_study_and_exits_at_once_when_all_is_there(clu
     assert all(status is not None and status.state == "FINISHED" for status in before.values())
     again = submitted(sbn(cluster, recipe, *words))
     for task in range(3):
-        assert cluster.await_end(f"{again}_{task}", 60)["JobState"] == "COMPLETED"
+        assert cluster.await_end(f"{again}_{task}", 240)["JobState"] == "COMPLETED"
         said = (study / "submissions" / "2" / f"slurm-{again}-{task}.out").read_text()
         assert f"finished already, {STEPS} steps" in said
     assert {name: read_status(study / name) for name in before} == before
@@ -96,7 +96,7 @@ def test_a_scaling_study_runs_all_sizes_that_fit_on_the_same_nodes(cluster: Clus
     script = str(ROOT / "slurm" / "scaling.sbatch")
     options = ["--parsable", "--nodes=2", "--time=20", f"--chdir={recipe.parent}", "--output=scaling.out", export]
     job = cluster.output("sbatch", *options, script, str(sweep))
-    assert cluster.await_end(job, 120)["JobState"] == "COMPLETED", logs(recipe)
+    assert cluster.await_end(job, 240)["JobState"] == "COMPLETED", logs(recipe)
     runs = {run.recipe.name: run for run in read_study(recipe.parent / "runs" / "scaling")}
     assert sorted(runs) == ["scaling-one", "scaling-two"]
     assert all(finished(run) for run in runs.values())
