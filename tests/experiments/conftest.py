@@ -1,10 +1,13 @@
-"""A world of one gloo rank, and the layers that telemetry measures."""
+"""A world of one gloo rank, the layers that telemetry measures, and an MLflow without runs."""
+
+import shutil
 
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.model_parallel_config import ModelParallelConfig
 
+from megatron_sbn.experiments.tracking import default_uri
 from megatron_sbn.layers.linear import ColumnParallelLinear, GatedLinear, RowParallelLinear
 from megatron_sbn.parallel.state import ParallelState
 
@@ -53,3 +56,20 @@ def layers(parallel):
     for layer in made.values():
         layer.weight.data.normal_(generator=generator).mul_(0.02)
     return made
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory):
+    """MLflow's tables take seconds to make: once for all tests."""
+    from mlflow import MlflowClient
+
+    folder = tmp_path_factory.mktemp("database")
+    MlflowClient(default_uri(folder)).search_experiments()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def uri(tmp_path, empty_database):
+    """Of a database of the test's own, in its folder."""
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    return default_uri(tmp_path)

@@ -1,6 +1,5 @@
 """Runs of a study are children of one parent run, whoever starts first, and the parent says how the study stands."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,20 +16,6 @@ from megatron_sbn.experiments.tracking import Tracker, default_uri, sync
 from megatron_sbn.sweep import load_sweep
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's tables take seconds to make: once for all tests."""
-    folder = tmp_path_factory.mktemp("database")
-    MlflowClient(default_uri(folder)).search_experiments()
-    return folder / "mlflow.db"
-
-
-@pytest.fixture
-def uri(tmp_path: Path, empty_database: Path) -> str:
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-    return default_uri(tmp_path)
 
 
 def track(folder: Path, uri: str) -> Tracker:

@@ -30,20 +30,6 @@ def client(uri):
     return MlflowClient(uri)
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory):
-    """MLflow's tables take seconds to make: once for all tests."""
-    folder = tmp_path_factory.mktemp("database")
-    client(default_uri(folder)).search_experiments()
-    return folder / "mlflow.db"
-
-
-@pytest.fixture
-def uri(tmp_path, empty_database):
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-    return default_uri(tmp_path)
-
-
 @pytest.fixture
 def run_dir(tmp_path):
     folder = tmp_path / "run-1"
