@@ -83,7 +83,9 @@ def delivered(client: Any, name: str) -> list[Run]:  # noqa: ANN401 - MlflowClie
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     parents = _parents(client, experiments, name)
     if not parents:
-        raise InputError(f"MLflow has no study {name!r}; the Study column of its page, or `sbn sweep FILE`, names it")
+        raise InputError(
+            f"MLflow has no study {name!r}; a run's tag `study`, or `name` of the sweep file, is what to give"
+        )
     runs = [run for parent in parents for run in _children(client, parent.info.experiment_id, parent.info.run_id)]
     return [_delivered_run(client, run) for run in sorted(runs, key=lambda run: str(run.info.run_name))]
 
