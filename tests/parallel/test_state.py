@@ -20,7 +20,8 @@ def test_one_process_is_a_world(no_launcher: pytest.MonkeyPatch) -> None:
 
 
 def test_torchruns_variables_come_first(no_launcher: pytest.MonkeyPatch) -> None:
-    for name, value in (("SLURM_STEP_ID", "0"), ("SLURM_PROCID", "5"), ("SLURM_NTASKS", "8"), ("SLURM_LOCALID", "1")):
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
+    for name, value in step.items():
         no_launcher.setenv(name, value)
     assert (environment.rank(), environment.world_size(), environment.local_rank()) == (5, 8, 1)
     for name, value in (("RANK", "2"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "3")):
