@@ -219,7 +219,10 @@ class Checkpoint(Section):
     """When to save, how many to keep, and whether an existing run folder is continued."""
 
     interval: NonNegative = 0
-    keep: Positive = 2
+    keep: Positive = 2  # the newest
+    keep_every: NonNegative = 0  # and, for good, those whose step is a multiple of this; 0: none
+    asynchronous: bool = True  # training waits for the copy to host memory only
+    on_failure: Literal["stop", "continue"] = "stop"  # when a checkpoint cannot be written
     resume: Literal["auto", "never", "required"] = "auto"
     signal_deadline: NonNegative = 600  # seconds from SIGTERM or SIGUSR1 to a forced exit; 0: none
 
