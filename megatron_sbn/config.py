@@ -213,6 +213,13 @@ class Training(Section):
     validation_interval: NonNegative = 0
     validation_samples: Positive = 64
     telemetry_interval: NonNegative = 100
+    # A bad step: loss or gradient norm not finite, or a spike over the median of the last `spike_window` steps.
+    on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
+    spike_loss: PositiveFloat | None = None  # this many nats above
+    spike_grad_norm: PositiveFloat | None = None  # this many times as large
+    spike_window: Positive = 32
+    bad_step_budget: NonNegative = 10  # so many in a run; then it stops
+    rollback_steps: Positive = 1  # rollback: to the newest checkpoint of at least so many steps before
 
 
 class Checkpoint(Section):

@@ -24,6 +24,7 @@ LARGEST = 1 << 62
 
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Dimensions = Annotated[tuple[Count, ...], Field(min_length=1, max_length=2)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -116,7 +117,7 @@ class State(_Strict):
         optimizer_steps: updates that Adam has counted (its bias correction).
         masks: N and M of the masks that the weights alone do not give; None where there are none.
         run_id: of MLflow; None where the run had none yet.
-        skipped: steps whose batch was given up.
+        bad_steps: how many were refused so far; losses, norms: of the last accepted ones, for the next to be judged by.
     """
 
     step: Count
@@ -126,6 +127,9 @@ class State(_Strict):
     masks: tuple[Count, Count] | None = None
     telemetry: TelemetryState | None = None
     run_id: str | None = None
+    bad_steps: Count = 0
+    losses: tuple[Finite, ...] = ()
+    norms: tuple[Finite, ...] = ()
     version: str = ""
 
 

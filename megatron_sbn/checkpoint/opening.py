@@ -25,14 +25,15 @@ class Opened:
     passed_over: tuple[str, ...]
 
 
-def open_newest(folder: Path, parallel: ParallelState) -> Opened:
-    """The newest whole checkpoint of a run that has some.
+def open_newest(folder: Path, parallel: ParallelState, at_most: int | None = None) -> Opened:
+    """The newest whole checkpoint of a run that has some; with `at_most`, of those with at most so many steps.
 
     Raises CheckpointError on every rank, naming what is wrong with each, where none is whole.
     """
     tried: list[Path] = []
     with attempt() as listing:
         tried = folders.candidates(folder) if parallel.rank == 0 else []
+        tried = [path for path in tried if at_most is None or (folders.step_of(path) or 0) <= at_most]
     problem = first_problem(listing.problem, parallel)
     problems = [problem] if problem else []
     shared = [tried]
@@ -46,8 +47,9 @@ def open_newest(folder: Path, parallel: ParallelState) -> Opened:
             assert opened is not None, "nothing was wrong on any rank"
             return opened
         problems.append(problem)
-    told = "; ".join(problems) or f"{folder / folders.LATEST} names what is not there"
-    error = CheckpointError(f"{folder}: no checkpoint is whole: {told}; put one back, or name another run_dir")
+    limit = "" if at_most is None else f" of at most {at_most} steps"
+    told = "; ".join(problems) or ("there is none" if limit else f"{folder / folders.LATEST} names what is not there")
+    error = CheckpointError(f"{folder}: no checkpoint{limit} is whole: {told}; put one back, or name another run_dir")
     error.on_every_rank = True
     raise error
 

@@ -15,7 +15,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_sbn.config import Recipe
+from megatron_sbn.parallel.gradient_norm import GradientNorm
 from megatron_sbn.parallel.shard import LogicalParameter, is_expert
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.weight_store import ResidentWeight
@@ -172,25 +173,6 @@ class CutWeight(ResidentWeight):
         return None
 
 
-class _JointNorm:
-    """Stands in for the gradient norm of several DeepSpeed optimizers: all of them get the norm over all of them."""
-
-    def __init__(self, optimizers: Sequence[Any]) -> None:
-        self._own = [optimizer.scaled_global_norm for optimizer in optimizers]
-        self._norm = torch.zeros(())
-        for optimizer in optimizers:
-            optimizer.scaled_global_norm = self
-
-    def measure(self) -> None:
-        """Takes the norm of the gradients as they are, together with all ranks; negative where it is not finite."""
-        norms = torch.stack([own() for own in self._own])  # DeepSpeed says -1 for a norm that is not finite
-        self._norm = torch.where((norms >= 0).all(), norms.square().sum().sqrt(), norms.new_tensor(-1.0))
-
-    def __call__(self, norm_type: int = 2) -> Tensor:
-        """What was measured last."""
-        return self._norm
-
-
 class ZeroOptimizer:
     """AdamW with fp32 masters and moments, cut over data parallelism by DeepSpeed ZeRO-1, -2 or -3."""
 
@@ -209,7 +191,7 @@ class ZeroOptimizer:
         self._engines = {"": _engine(chunks if self.stage == 3 else nn.ParameterList(rest), recipe, parallel)}
         if experts:
             self._engines["experts."] = _engine(nn.ParameterList(experts), recipe, parallel.seen_by_experts)
-        self._norm = _JointNorm([engine.optimizer for engine in self._engines.values()]) if experts else None
+        self._norm = GradientNorm([engine.optimizer for engine in self._engines.values()], cut=self.stage == 3)
 
     @contextlib.contextmanager
     def accumulation(self) -> Iterator[None]:
@@ -219,20 +201,21 @@ class ZeroOptimizer:
                 stack.enter_context(engine.coalesce_grad_reduction())
             yield
 
-    def step(self, lr: float, weight_decay: float) -> float:
+    def step(self, lr: float, weight_decay: float, accept: Callable[[float], bool] = math.isfinite) -> float:
         """Clips, updates, gathers the new weights; returns the gradient norm before clipping (inf: not finite).
 
-        With a norm that is not finite nothing is updated.
+        Where the norm is not finite, or `accept` says no to it, nothing is updated and the gradients are dropped.
+        `accept` answers the same on every rank.
         """
-        if self._norm is not None:
-            self._norm.measure()
+        norm = self._norm.measure()
+        if not accept(norm):
+            self._norm.refuse()
         for engine in self._engines.values():
             for group in engine.optimizer.optimizer.param_groups:
                 group["lr"] = lr
                 group["weight_decay"] = weight_decay if group["decays"] else 0.0
             engine.step()
-        norm = float(self._engines[""].get_global_grad_norm())
-        return norm if math.isfinite(norm) and norm >= 0 else math.inf
+        return norm
 
     @contextlib.contextmanager
     def whole(self, parameters: Sequence[nn.Parameter], *, write: bool = False) -> Iterator[None]:

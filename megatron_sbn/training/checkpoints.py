@@ -49,7 +49,7 @@ class Checkpoints:
         self.saver = Saver(folder.checkpoints, self.contents, recipe.checkpoint, say)
         self._say = say
 
-    def save(self, step: int, batches: int, run_id: str | None) -> None:
+    def save(self, step: int, batches: int, run_id: str | None, bad_steps: int = 0) -> None:
         """Saves the run as it is after `step` updates and `batches` batches. Raises CheckpointError (saver.py)."""
         counters = self.telemetry.counters()
         training, parallel = self.recipe.training, self.recipe.parallel
@@ -75,16 +75,19 @@ class Checkpoints:
             if counters is None
             else TelemetryState(step=counters.step, flips=counters.flips, sparsity=counters.sparsity),
             run_id=run_id,
+            bad_steps=bad_steps,
+            losses=tuple(self.trainer.judge.losses),
+            norms=tuple(self.trainer.judge.norms),
             version=__version__,
         )
         self.saver.save(state)
 
-    def restore(self) -> State:
-        """Takes everything from the newest whole checkpoint; the caller prepares the layers.
+    def restore(self, at_most: int | None = None) -> State:
+        """Takes everything from the newest whole checkpoint, or that of at most so many steps, and prepares the layers.
 
         Raises CheckpointError on every rank where none is whole, or where it is of another model or other data.
         """
-        opened = open_newest(self.folder.checkpoints, self.parallel)
+        opened = open_newest(self.folder.checkpoints, self.parallel, at_most)
         for problem in opened.passed_over:
             self._say(f"a checkpoint is not whole: {problem}; the one before it is used")
         known = self._parameter_names()
@@ -100,6 +103,8 @@ class Checkpoints:
             error = CheckpointError(problem)
             error.on_every_rank = True
             raise error
+        self.trainer.judge.recall(opened.state.losses, opened.state.norms)
+        self.trainer.stages.state.prepare(opened.state.step)
         return opened.state
 
     def _parameter_names(self) -> set[str]:

@@ -14,7 +14,7 @@ import torch
 
 from megatron_sbn.config import Recipe
 from megatron_sbn.data.dataset import batch, build_dataset
-from megatron_sbn.errors import STOPPED, CheckpointError
+from megatron_sbn.errors import STOPPED, CheckpointError, NumericalError
 from megatron_sbn.experiments.flops import model_flops_per_token
 from megatron_sbn.experiments.metrics import MetricsFile
 from megatron_sbn.experiments.provenance import batch_scripts, installed_packages
@@ -27,6 +27,7 @@ from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.parallel.traffic import Totals, Traffic, group_names, step_metrics
 from megatron_sbn.staging import write_whole
 from megatron_sbn.training import screen
+from megatron_sbn.training.bad_steps import BadStepError
 from megatron_sbn.training.checkpoints import Checkpoints
 from megatron_sbn.training.console import Console
 from megatron_sbn.training.evaluate import Evaluator
@@ -78,9 +79,13 @@ class Loop:
         self.tracker: Tracker | None = None
         self.console = Console(folder.log, recipe.training.steps, parallel.rank == 0)
         self.checkpoints = Checkpoints(recipe, parallel, folder, self.trainer, self.telemetry, self.console.say)
-        self.first = self.checkpoints.restore().step if folder.continues else 0
+        self.first = self.batches = self.bad_steps = 0
+        if folder.continues:
+            state = self.checkpoints.restore()
+            self.first, self.batches, self.bad_steps = state.step, state.data.batches, state.bad_steps
+        else:
+            stages.state.prepare(0)
         self.saved = self.first  # the step of the last checkpoint
-        stages.state.prepare(self.first)
         self.metrics = MetricsFile(self.folder.metrics) if parallel.rank == 0 else None
         if self.metrics is not None:
             self.metrics.truncate_after(self.first)
@@ -97,16 +102,22 @@ class Loop:
         with self._tracked() as ending, self.traffic:
             if self.first == 0:
                 self._measure(console, 0)
-            for step in range(self.first, training.steps):
+            step = self.first
+            while step < training.steps:
                 self.checkpoints.saver.poll()
                 reason = request.agreed()
                 if reason:
                     self._stop(step, reason)
                     ending.status = "KILLED"
                     break
-                result, seconds = self._step(step)
-                self._after_step(console, step + 1, result, seconds)
-                expected = pace.note(step + 1, seconds)
+                try:
+                    result, seconds = self._step(step)
+                except BadStepError as error:
+                    step = self._after_bad_step(step, error)
+                    continue
+                step += 1
+                self._after_step(console, step, result, seconds)
+                expected = pace.note(step, seconds)
                 if expected is not None:
                     console.say(expected)
             else:
@@ -137,17 +148,45 @@ class Loop:
         recipe = self.recipe
         samples = batch(
             self.dataset,
-            step,
+            self.batches,
             recipe.training.global_batch_size,
             self.trainer.rows(),
             vocab_size=recipe.model.vocab_size,
         )
+        self.batches += 1
         result = self.trainer.step(step, samples)
         if self.parallel.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         self.sent = self.traffic.totals()
         return result, seconds
+
+    def _after_bad_step(self, step: int, error: BadStepError) -> int:
+        """Gives up the batch of a refused step; returns how many steps are done then. Raises where the run stops."""
+        training = self.recipe.training
+        self.bad_steps += 1
+        if training.on_bad_step == "stop":
+            self.checkpoints.saver.finish()
+            raise error
+        if self.bad_steps > training.bad_step_budget:
+            self.checkpoints.saver.finish()
+            raise NumericalError(
+                f"step {step + 1}: {error.why}, after {self.bad_steps - 1} bad steps; training.bad_step_budget = "
+                f"{training.bad_step_budget} is used up: lower optimizer.lr, look at the data, or raise it"
+            )
+        told = f"step {step + 1}: {error.why}; batch {self.batches} is given up"
+        if training.on_bad_step == "skip":
+            self.console.say(f"{told} (bad step {self.bad_steps} of {training.bad_step_budget} allowed)")
+            return step
+        self.checkpoints.saver.finish()
+        restored = self.checkpoints.restore(max(0, step - training.rollback_steps)).step
+        self.console.say(f"{told}, and the run goes back to step {restored}, with batch {self.batches + 1}")
+        self.saved = restored
+        if self.metrics is not None:
+            self.metrics.truncate_after(restored)
+        if self.tracker is not None:
+            self.tracker.rewind(f"{told}; back to step {restored}")
+        return restored
 
     def _after_step(self, console: Console, done: int, result: StepResult, seconds: float) -> None:
         training, last = self.recipe.training, done == self.recipe.training.steps
@@ -165,6 +204,8 @@ class Loop:
                 "model_flops_per_second_dense": dense * tokens_per_second,
                 "model_flops_per_second_sparse": sparse * tokens_per_second,
             }
+            if training.on_bad_step != "stop":
+                values["skipped_batches"] = self.batches - done
             self._record(done, values | step_metrics(self.sent, self.parallel))
         if self.evaluator and training.validation_interval and (done % training.validation_interval == 0 or last):
             values = self.evaluator.run(self.trainer)
@@ -191,7 +232,7 @@ class Loop:
         run_id = self.tracker.run_id if self.tracker is not None else None
         if self.metrics is not None:
             self.metrics.flush_to_disk()
-        self.checkpoints.save(done, done, run_id)
+        self.checkpoints.save(done, self.batches, run_id, self.bad_steps)
 
     @contextmanager
     def _tracked(self) -> Iterator["Ending"]:

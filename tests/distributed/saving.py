@@ -42,9 +42,7 @@ class Run:
 
     def restore(self) -> int:
         """Continues from the newest whole checkpoint; returns its step."""
-        step = self.checkpoints.restore().step
-        self.trainer.stages.state.prepare(step)
-        return step
+        return self.checkpoints.restore().step
 
 
 def whole_state(trainer: Trainer) -> Pieces:
