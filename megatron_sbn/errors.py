@@ -49,5 +49,9 @@ class CheckpointError(SbnError):
     status = 4
 
 
+class RankLostError(SbnError):
+    """Another rank is gone, or does not answer."""
+
+
 class DeliveryError(SbnError):
     """MLflow cannot be reached, or refuses; the run folder has everything and can be delivered later."""
