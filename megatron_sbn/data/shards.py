@@ -42,7 +42,7 @@ class Shard:
         self.prefix = str(prefix)
         _check_files(self.prefix)
         self._indexed = IndexedDataset(self.prefix, mmap=False)
-        self._file = Path(f"{self.prefix}.bin").open("rb", buffering=0)
+        self._file = Path(f"{self.prefix}.bin").open("rb", buffering=0)  # noqa: SIM115 - for as long as the shard lives
         self.dtype = np.dtype(self._indexed.index.dtype)
         marks = np.asarray(self._indexed.document_indices)
         ends = np.concatenate([[0], np.cumsum(self._indexed.sequence_lengths, dtype=np.int64)])  # [sequences + 1]
