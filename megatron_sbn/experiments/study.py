@@ -19,6 +19,7 @@ from megatron_sbn.config import load_recipe
 from megatron_sbn.errors import InputError
 from megatron_sbn.experiments.compare import Run
 from megatron_sbn.experiments.metrics import Line
+from megatron_sbn.experiments.system_metrics import PREFIX
 
 PARENT_TAG, STUDY_TAG, KIND_TAG = "mlflow.parentRunId", "study", "run_kind"
 _PAGE = 1000
@@ -92,7 +93,8 @@ def delivered(client: Any, name: str) -> list[Run]:  # noqa: ANN401 - MlflowClie
 
 def _delivered_run(client: Any, run: Any) -> Run:  # noqa: ANN401 - MlflowClient, mlflow.entities.Run
     by_step: dict[int, Line] = {}
-    for name in run.data.metrics:
+    # The steps of system metrics count samples.
+    for name in (name for name in run.data.metrics if not name.startswith(PREFIX)):
         for point in client.get_metric_history(run.info.run_id, name):
             by_step.setdefault(point.step, {"step": point.step})[name] = point.value
     with TemporaryDirectory() as folder:

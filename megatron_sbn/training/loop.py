@@ -19,6 +19,7 @@ from megatron_sbn.errors import STOPPED
 from megatron_sbn.experiments.flops import model_flops_per_token
 from megatron_sbn.experiments.metrics import MetricsFile
 from megatron_sbn.experiments.provenance import batch_scripts, installed_packages
+from megatron_sbn.experiments.system_metrics import sampled
 from megatron_sbn.experiments.telemetry import Telemetry
 from megatron_sbn.experiments.tracking import Tracker, default_uri, describe_environment, describe_recipe
 from megatron_sbn.model import build_stages
@@ -215,10 +216,12 @@ class Loop:
     def _tracked(self) -> Iterator["Ending"]:
         """MLflow on rank 0, told truthfully how the run ended: FINISHED unless the body says or raises otherwise."""
         tracker = self._tracker()
+        interval = self.recipe.tracking.system_metrics_interval if tracker is not None else 0.0
         ending = Ending()
         status: EndStatus = "FAILED"
         try:
-            yield ending
+            with sampled(self.folder.path, interval):
+                yield ending
             status = ending.status
         except KeyboardInterrupt:
             status = "KILLED"

@@ -126,6 +126,8 @@ def test_the_report_from_mlflow_is_that_from_the_folders(
             metrics.append(step, {"loss": 8.0 - step, "tokens_per_second": 100.0 * step})
         metrics.append(2, {"validation_perplexity": perplexity})
         metrics.close()
+        # A sample of the machine, of which there are more than steps, is no step of the run.
+        MetricsFile(folder / "system_metrics.jsonl").append(7, {"system/cpu_utilization_percentage": 50.0})
         tags = describe_recipe(recipe, 1)
         tracker = Tracker(folder, folder.name, "tiny", uri, recipe.flat(), tags, [folder / "recipe.yaml"])
         assert tracker.close("FINISHED")

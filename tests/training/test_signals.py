@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mlflow import MlflowClient
 
 from megatron_sbn.data.shards import ShardWriter
 from megatron_sbn.errors import STOPPED
@@ -63,6 +64,12 @@ def losses(run: Path) -> list[tuple[float, float]]:
     return [(line["step"], line["loss"]) for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
 
 
+def history(run: Path, metric: str) -> list:  # type: ignore[type-arg]
+    """Points that MLflow has."""
+    record = read_record(run / "tracking.json")
+    return sorted(MlflowClient(record.uri).get_metric_history(record.run_id, metric), key=lambda point: point.step)
+
+
 def test_a_signalled_run_goes_on_with_the_same_losses(recipe: Path) -> None:
     """SIGUSR1, then SIGTERM, then to the end; beside a run that nobody disturbed."""
     run, whole = recipe.parent / "stopped", recipe.parent / "whole"
@@ -88,6 +95,10 @@ def test_a_signalled_run_goes_on_with_the_same_losses(recipe: Path) -> None:
     assert ended is not None
     assert (ended.state, ended.exit_status, ended.step) == ("FINISHED", 0, STEPS)
     assert read_record(run / "tracking.json").status == "FINISHED"
+    samples = read_metrics(run / "system_metrics.jsonl")
+    assert [line["step"] for line in samples] == list(range(len(samples)))
+    assert len(samples) >= 3  # one a start at least
+    assert [point.step for point in history(run, "system/cpu_utilization_percentage")] == list(range(len(samples)))
 
 
 def test_the_kill_switch_stops_a_run(recipe: Path) -> None:
