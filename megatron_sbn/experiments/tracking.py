@@ -26,7 +26,8 @@ from megatron_sbn.experiments.compare import Run
 from megatron_sbn.experiments.mlflow_settings import configure_mlflow
 from megatron_sbn.experiments.provenance import describe_environment, describe_recipe, mask_secrets
 from megatron_sbn.experiments.run_record import FILE_NAME, RunRecord, RunRecordFile, new_key, read_record
-from megatron_sbn.experiments.study import STUDY_TAG, Study, delivered
+from megatron_sbn.experiments.sqlite_store import artifact_location, database_of, default_uri
+from megatron_sbn.experiments.study import STUDY_TAG, Study, attach, delivered
 from megatron_sbn.experiments.system_metrics import FILE_NAME as SYSTEM_METRICS_NAME
 from megatron_sbn.experiments.undelivered import Undelivered
 from megatron_sbn.staging import in_turn
@@ -34,7 +35,15 @@ from megatron_sbn.staging import in_turn
 if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
 
-__all__ = ["Tracker", "default_uri", "delivered_study", "describe_environment", "describe_recipe", "sync"]
+__all__ = [
+    "Tracker",
+    "attach_report",
+    "default_uri",
+    "delivered_study",
+    "describe_environment",
+    "describe_recipe",
+    "sync",
+]
 
 METRICS_NAME = "metrics.jsonl"
 KEY_TAG = "run_key"
@@ -43,11 +52,6 @@ CLOSING_ATTEMPTS = 3
 # MLflow's limits on one request and on one value.
 METRICS_PER_BATCH, ENTRIES_PER_BATCH, PARAM_LENGTH, TAG_LENGTH = 1000, 100, 6000, 8000
 _log = logging.getLogger("megatron_sbn")
-
-
-def default_uri(runs_dir: Path) -> str:
-    """A database beside the run folders: sqlite:///<absolute runs_dir>/mlflow.db."""
-    return f"sqlite:///{runs_dir.absolute()}/mlflow.db"
 
 
 def sync(run_dir: Path, uri: str | None = None) -> str:
@@ -192,6 +196,17 @@ def delivered_study(uri: str, name: str) -> list[Run]:
         return delivered(MlflowClient(uri), name)
 
 
+def attach_report(uri: str, name: str, files: Sequence[Path]) -> list[str]:
+    """Makes files artifacts of a study's parent run; returns its id (several: one an experiment).
+
+    Raises InputError for an unknown study, DeliveryError for no MLflow.
+    """
+    with _conversation(uri):
+        from mlflow import MlflowClient
+
+        return attach(MlflowClient(uri), name, files)
+
+
 @contextmanager
 def _conversation(uri: str) -> Iterator[None]:
     """mlflow's failures as one line without secrets."""
@@ -261,7 +276,7 @@ class _Delivery:
         """Finds or makes the run, describes it, and asks which steps it has."""
         from mlflow import MlflowClient
 
-        database = _database(self._uri)
+        database = database_of(self._uri)
         # Whoever comes first makes SQLite's tables; two at once would fail.
         with in_turn(database.with_name(f"{database.name}.lock")) if database else nullcontext():
             self._client = MlflowClient(self._uri)
@@ -308,7 +323,7 @@ class _Delivery:
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
             try:
-                created: str = self._client.create_experiment(name, _artifact_location(self._uri))
+                created: str = self._client.create_experiment(name, artifact_location(self._uri))
                 return created
             except MlflowException:
                 experiment = self._client.get_experiment_by_name(name)  # another job was faster
@@ -359,19 +374,6 @@ class _Delivery:
             text = artifact.read_text(encoding="utf-8", errors="replace")
             self._client.log_text(self._run_id, mask_secrets(text), artifact.name)
         self._artifacts_done = True
-
-
-def _artifact_location(uri: str) -> str | None:
-    """For SQLite a folder beside the database; a server knows its own."""
-    database = _database(uri)
-    return None if database is None else (database.parent / "mlartifacts").as_uri()
-
-
-def _database(uri: str) -> Path | None:
-    """SQLite's file; None for other stores."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
 
 
 def _milliseconds(seconds: float) -> int:
