@@ -28,24 +28,25 @@ from megatron_sbn.parallel.cpu import without_cuda
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.parallel.traffic import Totals, Traffic, group_names, step_metrics
 from megatron_sbn.staging import write_whole
+from megatron_sbn.stop_signals import StopSignals
 from megatron_sbn.training import checkpoint, screen
 from megatron_sbn.training.console import Console
 from megatron_sbn.training.evaluate import Evaluator
 from megatron_sbn.training.run_folder import RunFolder, open_run_folder, recorded
-from megatron_sbn.training.signals import Reason, StopRequest, listening
+from megatron_sbn.training.signals import Reason, StopRequest
 from megatron_sbn.training.step import StepResult, Trainer
 
 
-def run(recipe: Recipe) -> int:
+def run(recipe: Recipe, signals: StopSignals) -> int:
     """Trains a recipe on this rank, from its start or its last checkpoint.
 
-    Returns 0, or 75 (errors.STOPPED) where it was asked to stop (`signals.py`) and is checkpointed.
+    Returns 0, or 75 (errors.STOPPED) where it was asked to stop (`signals.py`) and what it did is checkpointed.
     """
     with without_cuda():
         parallel = parallel_state.initialize(recipe)
         with open_run_folder(recipe, parallel) as folder:
-            request = StopRequest(folder.path, parallel)
-            with recorded(folder, parallel), listening(request, recipe.checkpoint.signal_deadline):
+            request = StopRequest(folder.path, parallel, signals)
+            with recorded(folder, parallel):
                 reason = Loop(recipe, parallel, folder).run(request)
         parallel_state.finalize()
     return STOPPED if reason else 0
@@ -81,7 +82,7 @@ class Loop:
         stages.state.prepare(self.first)
         self.metrics = MetricsFile(self.folder.metrics) if parallel.rank == 0 else None
         if self.metrics is not None:
-            self.metrics.truncate_after(self.first)
+            self.metrics.truncate_after(self.first or -1)  # step 0 is measured again
 
     @property
     def layout(self) -> checkpoint.Layout:
