@@ -244,6 +244,7 @@ class Tracking(Section):
     uri: str | None = None  # None: sqlite:/// beside the run folders
     experiment: str = "megatron_sbn"
     study: Name | None = None  # parent run in MLflow that groups the runs of a study; sweeps set their own name
+    system_metrics_interval: NonNegativeFloat = 10.0  # seconds between samples of rank 0's machine; 0: none
 
 
 class Recipe(Section):

@@ -19,6 +19,7 @@ from megatron_sbn.errors import STOPPED, CheckpointError, NumericalError
 from megatron_sbn.experiments.flops import model_flops_per_token
 from megatron_sbn.experiments.metrics import MetricsFile
 from megatron_sbn.experiments.provenance import batch_scripts, installed_packages
+from megatron_sbn.experiments.system_metrics import sampled
 from megatron_sbn.experiments.telemetry import Telemetry
 from megatron_sbn.experiments.tracking import Tracker, default_uri, describe_environment, describe_recipe
 from megatron_sbn.model import build_stages
@@ -28,6 +29,7 @@ from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.parallel.traffic import Totals, Traffic, group_names, step_metrics
 from megatron_sbn.run_status import saved_step
 from megatron_sbn.staging import write_whole
+from megatron_sbn.stop_signals import StopSignals
 from megatron_sbn.training import screen
 from megatron_sbn.training.bad_steps import BadStepError
 from megatron_sbn.training.checkpoints import Checkpoints
@@ -35,27 +37,22 @@ from megatron_sbn.training.console import Console
 from megatron_sbn.training.evaluate import Evaluator
 from megatron_sbn.training.heartbeat import Heartbeat, contact
 from megatron_sbn.training.run_folder import RunFolder, open_run_folder, recorded
-from megatron_sbn.training.signals import Reason, StopRequest, listening
+from megatron_sbn.training.signals import Reason, StopRequest
 from megatron_sbn.training.step import StepResult, Trainer
 from megatron_sbn.training.stragglers import Stragglers
 
 
-def run(recipe: Recipe) -> int:
+def run(recipe: Recipe, signals: StopSignals) -> int:
     """Trains a recipe on this rank, from its start or its last checkpoint.
 
-    Returns 0, or 75 (errors.STOPPED) where it was asked to stop (`signals.py`) and is checkpointed.
+    Returns 0, or 75 (errors.STOPPED) where it was asked to stop (`signals.py`) and what it did is checkpointed.
     """
     with without_cuda():
         parallel = parallel_state.initialize(recipe)
         with open_run_folder(recipe, parallel) as folder:
-            request = StopRequest(folder.path, parallel)
+            request = StopRequest(folder.path, parallel, signals)
             heart = _heartbeat(recipe, parallel, folder)
-            with (
-                recorded(folder, parallel),
-                listening(request, recipe.checkpoint.signal_deadline),
-                heart,
-                contact(heart, parallel.world_size),
-            ):
+            with recorded(folder, parallel), heart, contact(heart, parallel.world_size):
                 reason = Loop(recipe, parallel, folder, heart).run(request)
         parallel_state.finalize()
     return STOPPED if reason else 0
@@ -121,7 +118,7 @@ class Loop:
         self.saved = self.first  # the step of the last checkpoint
         self.metrics = MetricsFile(self.folder.metrics) if parallel.rank == 0 else None
         if self.metrics is not None:
-            self.metrics.truncate_after(self.first)
+            self.metrics.truncate_after(self.first or -1)  # step 0 is measured again
 
     def run(self, request: StopRequest) -> Reason:
         """All steps that are left, or until the ranks agree that they were asked to stop; returns why."""
@@ -281,10 +278,12 @@ class Loop:
     def _tracked(self) -> Iterator["Ending"]:
         """MLflow on rank 0, told truthfully how the run ended: FINISHED unless the body says or raises otherwise."""
         self.tracker = tracker = self._tracker()
+        interval = self.recipe.tracking.system_metrics_interval if tracker is not None else 0.0
         ending = Ending()
         status: EndStatus = "FAILED"
         try:
-            yield ending
+            with sampled(self.folder.path, interval):
+                yield ending
             status = ending.status
         except KeyboardInterrupt:
             status = "KILLED"
