@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -27,8 +27,8 @@ from megatron_sbn.experiments.metrics import Line, read_new
 from megatron_sbn.experiments.mlflow_settings import configure_mlflow
 from megatron_sbn.experiments.provenance import describe_environment, describe_recipe, mask_secrets
 from megatron_sbn.experiments.run_record import FILE_NAME, RunRecord, RunRecordFile, new_key, read_record
+from megatron_sbn.experiments.sqlite_file import artifact_location, database_file, ensure_tables
 from megatron_sbn.experiments.study import STUDY_TAG, Study, delivered
-from megatron_sbn.staging import in_turn
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -259,11 +259,10 @@ class _Delivery:
         """Finds or makes the run, describes it, and asks which steps it has."""
         from mlflow import MlflowClient
 
-        database = _database(self._uri)
-        # Whoever comes first makes SQLite's tables; two at once would fail.
-        with in_turn(database.with_name(f"{database.name}.lock")) if database else nullcontext():
-            self._client = MlflowClient(self._uri)
-            self._client.search_experiments(max_results=1)
+        database = database_file(self._uri)
+        if database is not None:
+            ensure_tables(database, lambda uri: MlflowClient(uri).search_experiments(max_results=1))
+        self._client = MlflowClient(self._uri)
         run = self._known_run() or self._run_by_key(self._experiment_id())
         self._file.update(run_id=run.info.run_id)
         self._describe(run)
@@ -305,7 +304,7 @@ class _Delivery:
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
             try:
-                created: str = self._client.create_experiment(name, _artifact_location(self._uri))
+                created: str = self._client.create_experiment(name, artifact_location(self._uri))
                 return created
             except MlflowException:
                 experiment = self._client.get_experiment_by_name(name)  # another job was faster
@@ -370,19 +369,6 @@ class _Delivery:
             text = artifact.read_text(encoding="utf-8", errors="replace")
             self._client.log_text(self._run_id, mask_secrets(text), artifact.name)
         self._artifacts_done = True
-
-
-def _artifact_location(uri: str) -> str | None:
-    """For SQLite a folder beside the database; a server knows its own."""
-    database = _database(uri)
-    return None if database is None else (database.parent / "mlartifacts").as_uri()
-
-
-def _database(uri: str) -> Path | None:
-    """SQLite's file; None for other stores."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
 
 
 def _milliseconds(seconds: float) -> int:
