@@ -80,7 +80,8 @@ class Loop:
         stages.state.prepare(self.first)
         self.metrics = MetricsFile(self.folder.metrics) if parallel.rank == 0 else None
         if self.metrics is not None:
-            self.metrics.truncate_after(self.first)
+            # A start anew measures step 0 again.
+            self.metrics.truncate_after(self.first if self.folder.resume_from else -1)
 
     @property
     def layout(self) -> checkpoint.Layout:
