@@ -213,13 +213,23 @@ class Training(Section):
     validation_interval: NonNegative = 0
     validation_samples: Positive = 64
     telemetry_interval: NonNegative = 100
+    # A bad step: loss or gradient norm not finite, or a spike over the median of the last `spike_window` steps.
+    on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
+    spike_loss: PositiveFloat | None = None  # this many nats above
+    spike_grad_norm: PositiveFloat | None = None  # this many times as large
+    spike_window: Positive = 32
+    bad_step_budget: NonNegative = 10  # so many in a run; then it stops
+    rollback_steps: Positive = 1  # rollback: to the newest checkpoint of at least so many steps before
 
 
 class Checkpoint(Section):
     """When to save, how many to keep, and whether an existing run folder is continued."""
 
     interval: NonNegative = 0
-    keep: Positive = 2
+    keep: Positive = 2  # the newest
+    keep_every: NonNegative = 0  # and, for good, those whose step is a multiple of this; 0: none
+    asynchronous: bool = True  # training waits for the copy to host memory only
+    on_failure: Literal["stop", "continue"] = "stop"  # when a checkpoint cannot be written
     resume: Literal["auto", "never", "required"] = "auto"
     signal_deadline: NonNegative = 600  # seconds from SIGTERM or SIGUSR1 to a forced exit; 0: none
 

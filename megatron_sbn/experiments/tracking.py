@@ -124,6 +124,11 @@ class Tracker:
         """MLflow's id of this run; None until MLflow has been reached."""
         return self._file.record.run_id
 
+    def rewind(self, why: str) -> None:
+        """metrics.jsonl was cut back to an earlier step. MLflow keeps what it has, and the reason as a tag."""
+        self._file.update(tags=self._file.record.tags | {"rollback": why})
+        self._delivery.rewound = True
+
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"], timeout: float = 30.0) -> bool:
         """Delivers the rest with the run's status, for at most `timeout` seconds. Returns whether MLflow has it all.
 
@@ -217,6 +222,7 @@ class _Delivery:
         self._metrics_path = run_dir / METRICS_NAME
         self._file = file
         self._uri = uri
+        self.rewound = False  # whether the file has to be read from its start again
         self._connected = False
         self._artifacts_done = False
         self._offset = 0
@@ -224,6 +230,8 @@ class _Delivery:
 
     def push(self) -> None:
         """Delivers what is new. Raises DeliveryError, or InputError for a broken metrics.jsonl."""
+        if self.rewound:
+            self.rewound = self._connected = False
         with self._conversation():
             if not self._connected:
                 self._connect()

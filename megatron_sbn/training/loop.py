@@ -8,14 +8,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from megatron_sbn.config import Recipe
 from megatron_sbn.data.dataset import batch, build_dataset
-from megatron_sbn.errors import STOPPED
+from megatron_sbn.errors import STOPPED, CheckpointError, NumericalError
 from megatron_sbn.experiments.flops import model_flops_per_token
 from megatron_sbn.experiments.metrics import MetricsFile
 from megatron_sbn.experiments.provenance import batch_scripts, installed_packages
@@ -27,7 +26,9 @@ from megatron_sbn.parallel.cpu import without_cuda
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.parallel.traffic import Totals, Traffic, group_names, step_metrics
 from megatron_sbn.staging import write_whole
-from megatron_sbn.training import checkpoint, screen
+from megatron_sbn.training import screen
+from megatron_sbn.training.bad_steps import BadStepError
+from megatron_sbn.training.checkpoints import Checkpoints
 from megatron_sbn.training.console import Console
 from megatron_sbn.training.evaluate import Evaluator
 from megatron_sbn.training.run_folder import RunFolder, open_run_folder, recorded
@@ -75,50 +76,53 @@ class Loop:
         self.telemetry = Telemetry(stages.state, parallel)
         self.traffic = Traffic(group_names(parallel))
         self.sent: Totals = {}  # by the last step
-        self.first = self._resume() if self.folder.resume_from else 0
+        self.tracker: Tracker | None = None
+        self.console = Console(folder.log, recipe.training.steps, parallel.rank == 0)
+        self.checkpoints = Checkpoints(recipe, parallel, folder, self.trainer, self.telemetry, self.console.say)
+        self.first = self.batches = self.bad_steps = 0
+        if folder.continues:
+            state = self.checkpoints.restore()
+            self.first, self.batches, self.bad_steps = state.step, state.data.batches, state.bad_steps
+        else:
+            stages.state.prepare(0)
         self.saved = self.first  # the step of the last checkpoint
-        stages.state.prepare(self.first)
         self.metrics = MetricsFile(self.folder.metrics) if parallel.rank == 0 else None
         if self.metrics is not None:
             # A start anew measures step 0 again.
             self.metrics.truncate_after(self.first if self.folder.resume_from else -1)
 
-    @property
-    def layout(self) -> checkpoint.Layout:
-        """What a checkpoint can be resumed at."""
-        parallel = self.recipe.parallel
-        return checkpoint.Layout(
-            tensor=parallel.tensor,
-            pipeline=parallel.pipeline,
-            data=self.parallel.data_size,
-            virtual_pipeline=parallel.virtual_pipeline or 1,
-            zero_stage=parallel.zero_stage,
-            expert=parallel.expert,
-        )
-
     def run(self, request: StopRequest) -> Reason:
         """All steps that are left, or until the ranks agree that they were asked to stop; returns why."""
         training = self.recipe.training
-        console = Console(self.folder.log, self.first, training.steps, self.parallel.rank == 0)
+        console = self.console
         kernels = self.trainer.stages.state.kernels()
         console.say("\n".join(screen.opening(self.recipe, self.parallel, self.folder, self.first, kernels)))
+        console.begin(self.first)
         pace = screen.Pace(self.first, training.steps)
         reason = Reason.NONE
         with self._tracked() as ending, self.traffic:
             if self.first == 0:
                 self._measure(console, 0)
-            for step in range(self.first, training.steps):
+            step = self.first
+            while step < training.steps:
+                self.checkpoints.saver.poll()
                 reason = request.agreed()
                 if reason:
-                    self._stop(console, step, reason)
+                    self._stop(step, reason)
                     ending.status = "KILLED"
                     break
-                result, seconds = self._step(step)
-                self._after_step(console, step + 1, result, seconds)
-                expected = pace.note(step + 1, seconds)
+                try:
+                    result, seconds = self._step(step)
+                except BadStepError as error:
+                    step = self._after_bad_step(step, error)
+                    continue
+                step += 1
+                self._after_step(console, step, result, seconds)
+                expected = pace.note(step, seconds)
                 if expected is not None:
                     console.say(expected)
             else:
+                self.checkpoints.saver.finish()
                 self.folder.tell(self.parallel, "FINISHED", 0, training.steps)
         if self.metrics is not None:
             self.metrics.close()
@@ -127,10 +131,16 @@ class Loop:
         console.close()
         return reason
 
-    def _stop(self, console: Console, done: int, reason: Reason) -> None:
+    def _stop(self, done: int, reason: Reason) -> None:
         """Saves what is not saved yet, then says so: whoever reads STOPPED may rely on the checkpoint."""
         if done > self.first and self.saved != done:
-            console.say(f"step {done}: saved {self._save(done)}")
+            self._save(done)
+        saver = self.checkpoints.saver
+        saver.finish()
+        if done > self.first and saver.published != done:
+            raise CheckpointError(
+                f"{self.folder.path}: asked to stop at step {done}, which could not be saved; see the log"
+            )
         self.folder.tell(self.parallel, "STOPPED", STOPPED, done, reason.name)
 
     def _step(self, step: int) -> tuple[StepResult, float]:
@@ -139,17 +149,45 @@ class Loop:
         recipe = self.recipe
         samples = batch(
             self.dataset,
-            step,
+            self.batches,
             recipe.training.global_batch_size,
             self.trainer.rows(),
             vocab_size=recipe.model.vocab_size,
         )
+        self.batches += 1
         result = self.trainer.step(step, samples)
         if self.parallel.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         self.sent = self.traffic.totals()
         return result, seconds
+
+    def _after_bad_step(self, step: int, error: BadStepError) -> int:
+        """Gives up the batch of a refused step; returns how many steps are done then. Raises where the run stops."""
+        training = self.recipe.training
+        self.bad_steps += 1
+        if training.on_bad_step == "stop":
+            self.checkpoints.saver.finish()
+            raise error
+        if self.bad_steps > training.bad_step_budget:
+            self.checkpoints.saver.finish()
+            raise NumericalError(
+                f"step {step + 1}: {error.why}, after {self.bad_steps - 1} bad steps; training.bad_step_budget = "
+                f"{training.bad_step_budget} is used up: lower optimizer.lr, look at the data, or raise it"
+            )
+        told = f"step {step + 1}: {error.why}; batch {self.batches} is given up"
+        if training.on_bad_step == "skip":
+            self.console.say(f"{told} (bad step {self.bad_steps} of {training.bad_step_budget} allowed)")
+            return step
+        self.checkpoints.saver.finish()
+        restored = self.checkpoints.restore(max(0, step - training.rollback_steps)).step
+        self.console.say(f"{told}, and the run goes back to step {restored}, with batch {self.batches + 1}")
+        self.saved = restored
+        if self.metrics is not None:
+            self.metrics.truncate_after(restored)
+        if self.tracker is not None:
+            self.tracker.rewind(f"{told}; back to step {restored}")
+        return restored
 
     def _after_step(self, console: Console, done: int, result: StepResult, seconds: float) -> None:
         training, last = self.recipe.training, done == self.recipe.training.steps
@@ -167,6 +205,8 @@ class Loop:
                 "model_flops_per_second_dense": dense * tokens_per_second,
                 "model_flops_per_second_sparse": sparse * tokens_per_second,
             }
+            if training.on_bad_step != "stop":
+                values["skipped_batches"] = self.batches - done
             self._record(done, values | step_metrics(self.sent, self.parallel))
         if self.evaluator and training.validation_interval and (done % training.validation_interval == 0 or last):
             values = self.evaluator.run(self.trainer)
@@ -175,8 +215,7 @@ class Loop:
         if training.telemetry_interval and (done % training.telemetry_interval == 0 or last):
             self._measure(console, done)
         if self.recipe.checkpoint.interval and (done % self.recipe.checkpoint.interval == 0 or last):
-            path = self._save(done)
-            console.say(f"step {done}: saved {path}")
+            self._save(done)
 
     def _measure(self, console: Console, done: int) -> None:
         if not self.recipe.training.telemetry_interval:
@@ -189,33 +228,17 @@ class Loop:
         if self.metrics is not None:
             self.metrics.append(done, values)
 
-    def _save(self, done: int) -> Path:
+    def _save(self, done: int) -> None:
         self.saved = done
-        stages = self.trainer.stages
-        weights = self.trainer.weights()
-        weights |= {f"masks.{name}": mask for name, mask in stages.state.mask_state().items()}
-        weights |= {f"telemetry.{name}": tensor for name, tensor in self.telemetry.state_tensors().items()}
-        snapshot = checkpoint.Snapshot(weights, self.trainer.zero.state_tensors())
-        return checkpoint.save(
-            self.folder.checkpoints, done, self.layout, snapshot, self.parallel, self.recipe.checkpoint.keep
-        )
-
-    def _resume(self) -> int:
-        """Takes weights, optimizer, masks and telemetry from the checkpoint; returns the steps that were done."""
-        assert self.folder.resume_from is not None
-        step, snapshot = checkpoint.load(self.folder.resume_from, self.layout, self.parallel)
-        stages = self.trainer.stages
-        path = self.folder.resume_from
-        self.trainer.load_weights(lambda target, name: checkpoint.restore(target, snapshot.weights, name, path))
-        self.trainer.zero.load_state_tensors(snapshot.optimizer)
-        stages.state.load_mask_state(checkpoint.section(snapshot.weights, "masks."), step)
-        self.telemetry.load_state_tensors(checkpoint.section(snapshot.weights, "telemetry."))
-        return step
+        run_id = self.tracker.run_id if self.tracker is not None else None
+        if self.metrics is not None:
+            self.metrics.flush_to_disk()
+        self.checkpoints.save(done, self.batches, run_id, self.bad_steps)
 
     @contextmanager
     def _tracked(self) -> Iterator["Ending"]:
         """MLflow on rank 0, told truthfully how the run ended: FINISHED unless the body says or raises otherwise."""
-        tracker = self._tracker()
+        self.tracker = tracker = self._tracker()
         ending = Ending()
         status: EndStatus = "FAILED"
         try:

@@ -6,6 +6,7 @@ Passwords in URIs are masked.
 
 from pathlib import Path
 
+from megatron_sbn.checkpoint.folder import newest
 from megatron_sbn.config import Recipe
 from megatron_sbn.experiments.provenance import mask_secrets
 from megatron_sbn.experiments.tracking import default_uri
@@ -13,7 +14,6 @@ from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.plan.device import CPU, GIB, ON_CUDA
 from megatron_sbn.plan.memory import rank_memory
 from megatron_sbn.plan.shapes import Layout, model_parameters
-from megatron_sbn.training import checkpoint
 from megatron_sbn.training.run_folder import RunFolder
 
 TIMED_STEPS = 5  # of this job, the first of them left out: it makes and measures what later ones use
@@ -53,7 +53,7 @@ def opening(
 
 def closing(recipe: Recipe, folder: RunFolder, ended: str) -> list[str]:
     """Lines after the last step: how it `ended`, and where everything is."""
-    saved = checkpoint.newest(folder.checkpoints)
+    saved = newest(folder.checkpoints)
     none = "none" if recipe.checkpoint.interval else "none: checkpoint.interval = 0"
     return [
         f"{ended}; run folder {folder.path}",
