@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -26,11 +26,10 @@ from megatron_sbn.experiments.compare import Run
 from megatron_sbn.experiments.mlflow_settings import configure_mlflow
 from megatron_sbn.experiments.provenance import describe_environment, describe_recipe, mask_secrets
 from megatron_sbn.experiments.run_record import FILE_NAME, RunRecord, RunRecordFile, new_key, read_record
-from megatron_sbn.experiments.sqlite_store import artifact_location, database_of, default_uri
+from megatron_sbn.experiments.sqlite_file import artifact_location, database_file, default_uri, ensure_tables
 from megatron_sbn.experiments.study import STUDY_TAG, Study, attach, delivered
 from megatron_sbn.experiments.system_metrics import FILE_NAME as SYSTEM_METRICS_NAME
 from megatron_sbn.experiments.undelivered import Undelivered
-from megatron_sbn.staging import in_turn
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
@@ -284,11 +283,10 @@ class _Delivery:
         """Finds or makes the run, describes it, and asks which steps it has."""
         from mlflow import MlflowClient
 
-        database = database_of(self._uri)
-        # Whoever comes first makes SQLite's tables; two at once would fail.
-        with in_turn(database.with_name(f"{database.name}.lock")) if database else nullcontext():
-            self._client = MlflowClient(self._uri)
-            self._client.search_experiments(max_results=1)
+        database = database_file(self._uri)
+        if database is not None:
+            ensure_tables(database, lambda uri: MlflowClient(uri).search_experiments(max_results=1))
+        self._client = MlflowClient(self._uri)
         run = self._known_run() or self._run_by_key(self._experiment_id())
         self._file.update(run_id=run.info.run_id)
         self._describe(run)

@@ -118,7 +118,7 @@ class Loop:
         self.saved = self.first  # the step of the last checkpoint
         self.metrics = MetricsFile(self.folder.metrics) if parallel.rank == 0 else None
         if self.metrics is not None:
-            self.metrics.truncate_after(self.first or -1)  # step 0 is measured again
+            self.metrics.truncate_after(self.first if folder.continues else -1)  # a start anew measures step 0 again
 
     def run(self, request: StopRequest) -> Reason:
         """All steps that are left, or until the ranks agree that they were asked to stop; returns why."""
