@@ -89,7 +89,7 @@ class Loop:
         self.metrics = MetricsFile(self.folder.metrics) if parallel.rank == 0 else None
         if self.metrics is not None:
             # A start anew measures step 0 again.
-            self.metrics.truncate_after(self.first if self.folder.resume_from else -1)
+            self.metrics.truncate_after(self.first if folder.continues else -1)
 
     def run(self, request: StopRequest) -> Reason:
         """All steps that are left, or until the ranks agree that they were asked to stop; returns why."""
