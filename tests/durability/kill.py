@@ -5,12 +5,13 @@
 A run of two ranks is killed with SIGKILL, one rank or all, at random and at chosen moments (watch.py, fire.py), started
 again in the same run folder, and so on until it is let finish. Checked every time:
 
-- a start goes on after the step that `latest` named when its predecessor died, and no more steps are lost than were
-  done since then: at most the checkpoint interval, and one interval more where a save was under way;
+- a start goes on after the step that `latest` named when its predecessor died (the first checkpoint counts before
+  `latest` names it), and no more steps are lost than were done since then: at most the checkpoint interval, and one
+  interval more where a save was under way;
 - the finished run's metrics.jsonl is an undisturbed run's, bit for bit, but for times and speeds;
 - no more checkpoints are left than are kept, and at most one unfinished folder;
-- with --damage, a file of the newest checkpoint is sometimes damaged after a kill (damage.py): the run goes on from the
-  one before, and names the damaged one in its log;
+- where a file of the newest checkpoint is damaged after a kill (damage.py), the run goes on from the one before, and
+  names the damaged one in its log;
 - MLflow, where it is on, has every metric of every step once, with those values.
 
 The first run is shot at once at every kind of moment, the others at random. The seed decides what is aimed at; where a
@@ -134,16 +135,20 @@ def draw_shot(draw: random.Random, ranks: int, seconds: float) -> Shot:
 
 @dataclass
 class Expected:
-    """How the next attempt has to begin: after which step, and which damaged checkpoint it has to tell of."""
+    """How the next attempt has to begin: after which step, and which damaged checkpoint it has to tell of.
+
+    `inode` is the damaged folder's, by which it is told from a new checkpoint of the same step.
+    """
 
     step: int = 0
     damaged: str = ""
+    inode: int = 0
 
 
 class Campaign:
     """Runs under fire, in one folder, all with one recipe; with `damage` checkpoints are damaged too."""
 
-    def __init__(self, folder: Path, seed: int, say: Callable[[str], None], damage: bool = False) -> None:
+    def __init__(self, folder: Path, seed: int, say: Callable[[str], None], damage: bool) -> None:
         self.counts = Counts()
         self._folder = folder
         self._draw = random.Random(seed)
@@ -172,10 +177,10 @@ class Campaign:
             check_begin(attempt, outcome, expected)
             if shot is None or not outcome.moment:
                 break
-            expected = Expected(latest_step(run_dir))
+            expected = in_force(run_dir, expected)
             told.append(f"{outcome.moment} of {outcome.done}")
             self._count(attempt, shot, outcome, expected.step)
-            if self._damage and self._draw.random() < 0.4:
+            if self._damage and not expected.damaged and self._draw.random() < 0.4:
                 expected = self._damage_newest(run_dir, expected, told)
         self.counts.runs += 1
         self._say(f"{run_dir.name}{' (MLflow)' if tracked else ''}: {'; '.join(told) or 'not hit'}")
@@ -199,7 +204,7 @@ class Campaign:
         newest, before = found
         self.counts.damaged += 1
         told.append(damage(newest, self._draw))
-        return Expected(before, newest.name)
+        return Expected(before, newest.name, newest.stat().st_ino)
 
     def _count(self, attempt: Attempt, shot: Shot, outcome: Outcome, saved: int) -> None:
         self.counts.moments[outcome.moment] += 1
@@ -253,11 +258,25 @@ def comparable(run: Path) -> list[dict[str, float]]:
 
 
 def latest_step(run: Path) -> int:
-    """The step of the checkpoint that `latest` names; 0 without one."""
+    """The step of the checkpoint that `latest` names; without `latest`, of the only one that can be there, or 0."""
+    folder = run / "checkpoints"
     try:
-        return int((run / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
+        name = (folder / "latest").read_text().strip()
     except FileNotFoundError:
-        return 0
+        name = max((path.name for path in folder.glob("step-*")), default="step-0")
+    return int(name.removeprefix("step-"))
+
+
+def in_force(run: Path, before: Expected) -> Expected:
+    """What the next attempt has to begin with after a kill, where `before` is what the killed one had to."""
+    latest = latest_step(run)
+    damaged = run / "checkpoints" / before.damaged
+    if before.damaged and damaged.name == f"step-{latest:08d}":
+        if not damaged.exists():  # killed between taking it away and putting the new one there
+            return Expected(before.step)
+        if damaged.stat().st_ino == before.inode:
+            return before
+    return Expected(latest)
 
 
 def check_mlflow(run: str, expected: Sequence[dict[str, float]]) -> str:
@@ -291,7 +310,7 @@ def table(counts: Counts, seconds: float) -> str:
     return "\n".join(lines)
 
 
-def campaign(folder: Path, kills: int, seed: int, say: Callable[[str], None], damage: bool = False) -> Counts:
+def campaign(folder: Path, kills: int, seed: int, say: Callable[[str], None], damage: bool) -> Counts:
     """Runs under fire until there have been `kills` kills; every fourth run is followed by MLflow."""
     draw = random.Random(f"runs of {seed}")
     under_fire = Campaign(folder, seed, say, damage)
@@ -307,7 +326,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Kills training runs and compares what they come to.")
     parser.add_argument("--kills", type=int, default=100, help="how many (default: 100)")
     parser.add_argument("--seed", type=int, default=1, help="of what is aimed at (default: 1)")
-    parser.add_argument("--damage", action="store_true", help="damage checkpoints too, which a run must survive")
+    parser.add_argument(
+        "--damage", action=argparse.BooleanOptionalAction, default=True, help="damage checkpoints too (default: yes)"
+    )
     parser.add_argument("--folder", type=Path, help="where runs go, kept on failure (default: a temporary folder)")
     parser.epilog = "example: python tests/durability/kill.py --kills 100 --seed 1"
     options = parser.parse_args(arguments)
