@@ -219,6 +219,7 @@ class Training(Section):
     spike_grad_norm: PositiveFloat | None = None  # this many times as large
     spike_window: Positive = 32
     bad_step_budget: NonNegative = 10  # so many in a run; then it stops
+    time_limit: NonNegative = 0  # seconds from the start until it stops as if it were asked to (status 75); 0: none
     hang_warning: NonNegative = 300  # seconds without progress until it is told who holds up the others; 0: never
     hang_timeout: NonNegative = 1800  # and until the process ends, for the launcher to start anew; 0: never
     rank_check_interval: NonNegative = 100  # steps between comparisons of the ranks' speed

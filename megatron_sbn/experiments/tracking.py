@@ -89,6 +89,7 @@ class Tracker:
         params: logged once; MLflow keeps the first value, a later one becomes the tag `changed.NAME`.
         tags: set at every start.
         artifacts: text files, such as the resolved recipe.
+        run_id: MLflow's id of this run as its checkpoint knows it, for a run folder without a tracking.json.
         poll_seconds: how often new lines are looked for.
     """
 
@@ -102,6 +103,7 @@ class Tracker:
         tags: Mapping[str, str],
         artifacts: Sequence[Path],
         *,
+        run_id: str | None = None,
         poll_seconds: float = 2.0,
     ) -> None:
         self._poll_seconds = poll_seconds
@@ -109,7 +111,7 @@ class Tracker:
         self._delivered = False
         self._warned = False
         masked = mask_secrets(uri)
-        self._file = RunRecordFile(run_dir / FILE_NAME, _record(run_dir, name, experiment, masked))
+        self._file = RunRecordFile(run_dir / FILE_NAME, _record(run_dir, name, experiment, masked, run_id))
         self._file.update(
             name=name,
             params={key: mask_secrets(value) for key, value in params.items()},
@@ -174,15 +176,15 @@ class Tracker:
         return True
 
 
-def _record(run_dir: Path, name: str, experiment: str, uri: str) -> RunRecord:
-    """The run folder's record, if it has one, for this destination; else a new one."""
+def _record(run_dir: Path, name: str, experiment: str, uri: str, run_id: str | None) -> RunRecord:
+    """The run folder's record, if it has one, for this destination; else a new one, of the run of that id."""
     path = run_dir / FILE_NAME
     try:
         return _at_destination(read_record(path), experiment, uri)
     except InputError as error:
         if path.exists():
             _log.warning("%s; this run starts anew in MLflow", error)
-        return RunRecord(new_key(), name, experiment, uri, time.time(), {}, {}, [])
+        return RunRecord(new_key(), name, experiment, uri, time.time(), {}, {}, [], run_id=run_id)
 
 
 def _at_destination(record: RunRecord, experiment: str, uri: str) -> RunRecord:

@@ -50,7 +50,7 @@ def run(recipe: Recipe, signals: StopSignals) -> int:
     with without_cuda():
         parallel = parallel_state.initialize(recipe)
         with open_run_folder(recipe, parallel) as folder:
-            request = StopRequest(folder.path, parallel, signals)
+            request = StopRequest(folder.path, parallel, signals, recipe.training.time_limit)
             heart = _heartbeat(recipe, parallel, folder)
             with recorded(folder, parallel), heart, contact(heart, parallel.world_size):
                 reason = Loop(recipe, parallel, folder, heart).run(request)
@@ -110,9 +110,11 @@ class Loop:
         self.stragglers = Stragglers(parallel, self.console.say)
         self.checkpoints = Checkpoints(recipe, parallel, folder, self.trainer, self.telemetry, self.console.say)
         self.first = self.batches = self.bad_steps = 0
+        self.run_id: str | None = None  # in MLflow, as the checkpoint knows it
         if folder.continues:
             state = self.checkpoints.restore()
             self.first, self.batches, self.bad_steps = state.step, state.data.batches, state.bad_steps
+            self.run_id = state.run_id
         else:
             stages.state.prepare(0)
         self.saved = self.first  # the step of the last checkpoint
@@ -312,5 +314,6 @@ class Loop:
             uri=recipe.tracking.uri or default_uri(self.folder.path.parent),
             params=recipe.flat(),
             tags=tags,
+            run_id=self.run_id,
             artifacts=[self.folder.recipe, self.folder.environment, *batch_scripts()],
         )

@@ -46,6 +46,7 @@ def opening(
         *(f"kernels: {layer}: {served}" for layer, served in kernels.items()),
         _row("tokens", told),
         _row("memory", _memory(recipe, parallel)),
+        _row("saving", _saving(recipe, sum(kinds.values()))),
         _row("time", time),
         _row("mlflow", mlflow_place(recipe, folder.path)),
     ]
@@ -121,10 +122,22 @@ def _linear(recipe: Recipe) -> str:
     )
 
 
+def _saving(recipe: Recipe, parameters: int) -> str:
+    settings = recipe.checkpoint
+    if not settings.interval:
+        return "never: checkpoint.interval = 0"
+    more = f", and every {settings.keep_every} for good" if settings.keep_every else ""
+    size = _size(12 * parameters)  # fp32 masters and both moments
+    return f"{size} every {settings.interval} steps, the newest {settings.keep} kept{more}"
+
+
+def _size(count: float) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
+
+
 def _memory(recipe: Recipe, parallel: ParallelState) -> str:
     layout = Layout(recipe, parallel.world_size)
     keeps = ON_CUDA if parallel.device.type == "cuda" else CPU.keeps
     most = max((rank_memory(layout, s, keeps) for s in range(layout.pipeline)), key=lambda rank: rank.total)
-    size = f"{most.total / GIB:.2f} GiB" if most.total >= GIB else f"{most.total / 2**20:.1f} MiB"
     which = f" of stage {most.stage}" if layout.pipeline > 1 else ""
-    return f"{size} of tensors expected on a rank{which} at most (docs/plan.md)"
+    return f"{_size(most.total)} of tensors expected on a rank{which} at most (docs/plan.md)"

@@ -1,8 +1,10 @@
 """Bad steps in a run: refused without a trace, skipped, or answered by going back; within a budget."""
 
+import random
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
@@ -12,6 +14,7 @@ from training_runs import small_recipe, train_step, trainer_of
 from megatron_sbn.data.corpus import PrepareOptions, prepare
 from megatron_sbn.errors import SbnError
 from megatron_sbn.experiments.metrics import read_metrics
+from megatron_sbn.run_status import read_status
 from megatron_sbn.stop_signals import StopSignals
 from megatron_sbn.training import loop
 from megatron_sbn.training.bad_steps import BadStepError
@@ -73,16 +76,21 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "own"
 
 
-def trained(shard: Path, folder: Path, bad_batches: tuple[int, ...], overrides: tuple[str, ...]) -> tuple[str, dict]:
+def trained(
+    shard: Path, folder: Path, bad_batches: tuple[int, ...], overrides: tuple[str, ...], late_at: int = -1
+) -> tuple[str, dict]:
     """Trains 12 steps, whose batches in `bad_batches` have a loss of NaN; how it ended, and the losses by batch."""
     own = (f"data.train={shard}", f"run_dir={folder}", "model.num_layers=1", "model.vocab_size=300")
     short = ("training.steps=12", "checkpoint.interval=4", "training.telemetry_interval=3", "tracking.enabled=false")
     recipe = small_recipe((*own, *short, *overrides))
     losses: dict[int, float] = {}
+    signals = StopSignals()
     real, seen = Trainer._mean_loss, loop.batch
 
     def noted(dataset: object, number: int, *rest: object, **more: object) -> object:
         losses[number] = 0.0
+        if number == late_at:
+            signals.since -= 1000.0
         return seen(dataset, number, *rest, **more)
 
     def poisoned(self: Trainer, found: list) -> float:
@@ -92,7 +100,7 @@ def trained(shard: Path, folder: Path, bad_batches: tuple[int, ...], overrides: 
 
     with mock.patch.object(loop, "batch", noted), mock.patch.object(Trainer, "_mean_loss", poisoned):
         try:
-            ended = str(loop.run(recipe, StopSignals()))
+            ended = str(loop.run(recipe, signals))
         except SbnError as error:
             ended = f"{type(error).__name__}: {error}"
     return ended, losses
@@ -166,3 +174,29 @@ def test_stopping_is_the_default_and_a_save_in_flight_is_finished(shard: Path, t
         "BadStepError: step 5: loss is nan on no single rank: the sum over ranks; the checkpoints are as they were"
     )
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000004\n"
+
+
+def test_a_time_limit_stops_a_run_as_a_signal_does(shard: Path, tmp_path: Path) -> None:
+    limit = ("training.time_limit=900",)
+    for ended, losses in run_ranks(trained, 2, shard, tmp_path / "run", (), (*limit, TENSOR2), 5):
+        assert ended == "75"
+        assert list(losses) == list(range(6))
+    status = read_status(tmp_path / "run")
+    assert status is not None
+    assert (status.state, status.reason, status.step) == ("STOPPED", "TIME_LIMIT", 6)
+    ((ended, losses), _) = run_ranks(trained, 2, shard, tmp_path / "run", (), (*limit, TENSOR2))
+    assert (ended, list(losses)) == ("0", list(range(6, 12)))
+
+
+def test_nothing_random_is_left_to_save() -> None:
+    """A step draws no random number, of PyTorch, NumPy or Python: there is no generator to put into a checkpoint."""
+    assert run_ranks(random_numbers_of_a_step, 1) == [True]
+
+
+def random_numbers_of_a_step() -> bool:
+    with trainer_of(small_recipe((*FAST, "model.num_layers=1"))) as trainer:
+        train_step(trainer, 0)
+        before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+        train_step(trainer, 1)
+        after = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
+    return torch.equal(before[0], after[0]) and np.array_equal(before[1], after[1]) and before[2] == after[2]
