@@ -6,9 +6,7 @@ from pathlib import Path
 from megatron_sbn.checkpoint import folder as folders
 from megatron_sbn.checkpoint.manifest import MANIFEST, Manifest, State, read_manifest, read_state
 from megatron_sbn.errors import CheckpointError
-from megatron_sbn.text_table import aligned
-
-GIB, MIB = 1 << 30, 1 << 20
+from megatron_sbn.text_table import aligned, size_text
 
 
 def show(path: Path, tensors: bool) -> int:
@@ -36,7 +34,7 @@ def verify(path: Path) -> int:
             print(f"sbn: {error}", file=sys.stderr)
             status = error.status
         else:
-            print(f"{checkpoint}{mark}: whole, {len(manifest.files)} files of {_size(manifest.bytes)}")
+            print(f"{checkpoint}{mark}: whole, {len(manifest.files)} files of {size_text(manifest.bytes)}")
     return status
 
 
@@ -64,7 +62,7 @@ def _rows(manifest: Manifest, state: State) -> list[str]:
         ("step", f"step {state.step}, {state.optimizer_steps} updates"),
         ("saved at", state.layout.describe()),
         ("tensors", f"{len(manifest.tensors)}, of {parameters:,} parameters"),
-        ("size", f"{_size(manifest.bytes)} in {len(manifest.files)} files"),
+        ("size", f"{size_text(manifest.bytes)} in {len(manifest.files)} files"),
         ("data", f"{data.batches} batches of {data.global_batch_size} x {data.seq_length} tokens, seed {data.seed}"),
         ("masks", masks),
         ("mlflow", state.run_id or "no run"),
@@ -78,7 +76,3 @@ def _product(shape: tuple[int, ...]) -> int:
     for size in shape:
         count *= size
     return count
-
-
-def _size(count: int) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.2f} MiB"

@@ -26,8 +26,7 @@ from megatron_sbn.checkpoint.together import attempt, first_problem
 from megatron_sbn.config import Checkpoint
 from megatron_sbn.errors import CheckpointError
 from megatron_sbn.staging import flush_to_disk
-
-GIB = 1 << 30
+from megatron_sbn.text_table import size_text
 
 
 @dataclass
@@ -38,6 +37,17 @@ class _Flight:
     thread: threading.Thread
     written: Written | None = None
     problem: str = ""
+
+
+def to_host(chunks: list[Chunk]) -> list[Chunk]:
+    """Copies in host memory; from a GPU through pinned memory, which PyTorch keeps for the next save."""
+    copies = []
+    for chunk in chunks:
+        host = torch.empty(chunk.value.shape, dtype=chunk.value.dtype, pin_memory=chunk.value.is_cuda)
+        copies.append(replace(chunk, value=host.copy_(chunk.value.detach(), non_blocking=True)))
+    if any(chunk.value.is_cuda for chunk in chunks):
+        torch.cuda.synchronize()
+    return copies
 
 
 class Saver:
@@ -70,7 +80,7 @@ class Saver:
                 self._make_room(state.step, size)
         if self._failed(state.step, first_problem(preparing.problem, self.parallel)):
             return
-        self._launch(state, [replace(chunk, value=chunk.value.detach().to("cpu", copy=True)) for chunk in chunks])
+        self._launch(state, to_host(chunks))
         if not self.settings.asynchronous:
             self.finish()
 
@@ -145,7 +155,7 @@ class Saver:
         folders.begin(self.folder, step)
         free = shutil.disk_usage(self.folder).free
         if free < size:
-            raise CheckpointError(f"it takes {size / GIB:.3g} GiB, and {free / GIB:.3g} GiB are free")
+            raise CheckpointError(f"it takes {size_text(size)}, and {size_text(free)} are free")
 
     def _total(self, own: int) -> int:
         total = torch.tensor(own, dtype=torch.int64, device=self.parallel.device)

@@ -11,9 +11,10 @@ from megatron_sbn.config import Recipe
 from megatron_sbn.experiments.provenance import mask_secrets
 from megatron_sbn.experiments.tracking import default_uri
 from megatron_sbn.parallel.state import ParallelState
-from megatron_sbn.plan.device import CPU, GIB, ON_CUDA
+from megatron_sbn.plan.device import CPU, ON_CUDA
 from megatron_sbn.plan.memory import rank_memory
 from megatron_sbn.plan.shapes import Layout, model_parameters
+from megatron_sbn.text_table import size_text
 from megatron_sbn.training.run_folder import RunFolder
 
 TIMED_STEPS = 5  # of this job, the first of them left out: it makes and measures what later ones use
@@ -127,12 +128,8 @@ def _saving(recipe: Recipe, parameters: int) -> str:
     if not settings.interval:
         return "never: checkpoint.interval = 0"
     more = f", and every {settings.keep_every} for good" if settings.keep_every else ""
-    size = _size(12 * parameters)  # fp32 masters and both moments
+    size = size_text(12 * parameters)  # fp32 masters and both moments
     return f"{size} every {settings.interval} steps, the newest {settings.keep} kept{more}"
-
-
-def _size(count: float) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
 
 
 def _memory(recipe: Recipe, parallel: ParallelState) -> str:
@@ -140,4 +137,4 @@ def _memory(recipe: Recipe, parallel: ParallelState) -> str:
     keeps = ON_CUDA if parallel.device.type == "cuda" else CPU.keeps
     most = max((rank_memory(layout, s, keeps) for s in range(layout.pipeline)), key=lambda rank: rank.total)
     which = f" of stage {most.stage}" if layout.pipeline > 1 else ""
-    return f"{_size(most.total)} of tensors expected on a rank{which} at most (docs/plan.md)"
+    return f"{size_text(most.total)} of tensors expected on a rank{which} at most (docs/plan.md)"

@@ -1,6 +1,7 @@
 """Checkpoints over several ranks at one layout: bit-for-bit resumption, failed saves, how many are kept."""
 
 import json
+import resource
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -179,8 +180,7 @@ def fail_then_save(folder: Path, bad_rank: int, module: str, where: str) -> tupl
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(folder: Path) -> None:
     ((message, _, left), _) = run_ranks(full_before, 2, folder)
-    assert "it takes 0.000" in message
-    assert "GiB are free" in message
+    assert "it takes 0.18 MiB, and 0.00 MiB are free" in message
     assert left == ["latest", "step-00000002"]
 
 
@@ -191,3 +191,32 @@ def full_before(folder: Path) -> tuple[str, list[str], list[str]]:
         with small, pytest.raises(CheckpointError) as refusal:
             run.save(3)
         return str(refusal.value), run.said, sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_a_file_that_the_system_cuts_off_fails_the_save(folder: Path) -> None:
+    """No fake: the kernel refuses to let a file of rank 1 grow, as on a full disk or beyond a quota."""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for message, left, again in run_ranks(limited_then_not, 2, folder):
+        assert "step-00000003: cannot be saved: rank 1: " in message
+        assert "File too large" in message
+        assert left == before
+        assert again == "step-00000003"
+
+
+def limited_then_not(folder: Path) -> tuple[str, dict[Path, bytes], str]:
+    with trainer_of(small_recipe((TENSOR2, "model.num_layers=1"))) as trainer:
+        run = Run(trainer, folder)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if trainer.parallel.rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(CheckpointError) as refusal:
+            run.save(3)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        torch.distributed.barrier()
+        left = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        torch.distributed.barrier()
+        run.save(3)
+    path = newest(folder / "checkpoints")
+    assert path is not None
+    verify(path)
+    return str(refusal.value), left, path.name

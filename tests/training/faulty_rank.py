@@ -20,7 +20,8 @@ def install() -> None:
     heartbeat.BEAT_SECONDS, heartbeat.SILENT_SECONDS = 0.2, 2.0
     kind, rank, at = os.environ["FAULT"].split(":")
     real_batch, real_time = loop.batch, time.time
-    if environment.rank() != int(rank):
+    # torchrun counts its restarts: the fault is the first attempt's.
+    if environment.rank() != int(rank) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return
 
     def batch(dataset, number, *rest, **more):
