@@ -23,9 +23,12 @@ from megatron_sbn.errors import STOPPED, RecipeError, SbnError
 from megatron_sbn.feasibility import check_world, model_ranks
 from megatron_sbn.launch import Machines, launch
 from megatron_sbn.run_status import read_status, saved_step, slurm_attempt, write_status
+from megatron_sbn.stop_signals import SIGNALS
 from megatron_sbn.sweep import load_sweep
 
 NOTHING_TO_DO = 10
+# srun's status when a signal met it, or its tasks, before there were ranks that listen.
+KILLED_BY_REQUEST = tuple(128 + number for number in SIGNALS)
 
 
 class Task:
@@ -92,9 +95,11 @@ def end(task: Task, srun_status: int, asked: str) -> int:
     """Records the attempt and says what is next."""
     status = read_status(task.folder)
     if status is None or status.state == "RUNNING":
-        write_status(
-            task.folder, "FAILED", srun_status or 1, saved_step(task.folder), f"srun ended with status {srun_status}"
-        )
+        saved = saved_step(task.folder)
+        if asked and srun_status in KILLED_BY_REQUEST:
+            write_status(task.folder, "STOPPED", STOPPED, saved, f"SIG{asked}")
+        else:
+            write_status(task.folder, "FAILED", srun_status or 1, saved, f"srun ended with status {srun_status}")
         status = read_status(task.folder)
     assert status is not None
     record_attempt(task.folder, status)
