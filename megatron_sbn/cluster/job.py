@@ -110,11 +110,11 @@ def end(task: Task, srun_status: int, asked: str) -> int:
     return STOPPED if verdict.again else _final(verdict.exit_status)
 
 
-def sizes(path: str) -> int:
+def sizes(path: str, per_node: int | None) -> int:
     """What scaling.sbatch runs, one after another; what is too large for the job's nodes is told and left out."""
     variants = load_sweep(path).variants
     available = _setting("SLURM_JOB_NUM_NODES", 1)
-    per_node = _setting("SBN_NPROC_PER_NODE", 0) or _setting("SLURM_GPUS_ON_NODE", 0)
+    per_node = per_node or _setting("SBN_NPROC_PER_NODE", 0) or _setting("SLURM_GPUS_ON_NODE", 0)
     per_node = per_node or -(-max(variant.ranks for variant in variants) // available)
     for number, variant in sorted(enumerate(variants), key=lambda item: item[1].ranks):
         nodes = -(-variant.ranks // per_node)
@@ -171,7 +171,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.action == "sizes":
-            return sizes(options.target)
+            return sizes(options.target, options.nproc_per_node)
         task = Task(options)
         if options.action == "begin":
             return begin(task)
