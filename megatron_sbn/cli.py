@@ -82,7 +82,7 @@ def sync(options: argparse.Namespace) -> int:
     """Delivers what a run folder holds and MLflow does not."""
     from megatron_sbn.experiments.tracking import sync as deliver
 
-    for folder in options.run:
+    for folder in options.run_folders:
         print(f"{folder}: delivered to MLflow run {deliver(Path(folder), options.uri)}")
     return 0
 
@@ -200,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sweep(commands)
     _add_submit(commands)
     command = _add(commands, "sync", sync, "deliver a run folder's metrics to MLflow, each once")
-    command.add_argument("run", nargs="+", metavar="RUN", help="run folder")
+    command.add_argument("run_folders", nargs="+", metavar="RUN", help="run folder")
     command.add_argument("--uri", help="MLflow server (default: the one of the run's recipe)")
     command.epilog = "example: sbn sync runs/quickstart-* --uri http://mlflow.example:5000"
     command = _add(commands, "compare", compare, "runs side by side: recipes, metrics at equal tokens and FLOPs")
