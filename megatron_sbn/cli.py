@@ -82,7 +82,7 @@ def sync(options: argparse.Namespace) -> int:
     """Delivers what a run folder holds and MLflow does not."""
     from megatron_sbn.experiments.tracking import sync as deliver
 
-    for folder in options.run:
+    for folder in options.run_folders:
         print(f"{folder}: delivered to MLflow run {deliver(Path(folder), options.uri)}")
     return 0
 
@@ -120,8 +120,8 @@ def sweep(options: argparse.Namespace) -> int:
 
     if options.submit:
         return _submit_sweep(options)
-    if options.dry_run or options.at_most or options.time:
-        raise RecipeError("--dry-run, --at-most and --time go with --submit; give it, or leave them out")
+    if options.dry_run or options.at_most or options.time or options.one_job:
+        raise RecipeError("--dry-run, --at-most, --time and --one-job go with --submit; give it, or leave them out")
     study = load_sweep(options.sweep)
     count = len(study.variants)
     if options.write is not None:
@@ -156,8 +156,10 @@ def submit(options: argparse.Namespace) -> int:
 def _submit_sweep(options: argparse.Namespace) -> int:
     from megatron_sbn.cluster import submission
 
+    if options.one_job and options.at_most:
+        raise RecipeError("--at-most is of arrays, and --one-job runs one recipe at a time; leave one of them out")
     planned = submission.plan_sweep(
-        options.sweep, options.folder, options.nproc_per_node, options.time, options.at_most
+        options.sweep, options.folder, options.nproc_per_node, options.time, options.at_most, options.one_job
     )
     submission.submit(planned, dry_run=options.dry_run)
     return 0
@@ -207,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sweep(commands)
     _add_submit(commands)
     command = _add(commands, "sync", sync, "deliver a run folder's metrics to MLflow, each once")
-    command.add_argument("run", nargs="+", metavar="RUN", help="run folder")
+    command.add_argument("run_folders", nargs="+", metavar="RUN", help="run folder")
     command.add_argument("--uri", help="MLflow server (default: the one of the run's recipe)")
     command.epilog = "example: sbn sync runs/quickstart-* --uri http://mlflow.example:5000"
     command = _add(commands, "compare", compare, "runs side by side: recipes, metrics at equal tokens and FLOPs")
@@ -317,10 +319,14 @@ def _add_sweep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--nproc-per-node", type=_positive, default=8, metavar="G", help="--submit: most ranks a node (default: 8)"
     )
     command.add_argument("--at-most", type=_positive, metavar="P", help="--submit: so many of an array at a time")
+    command.add_argument(
+        "--one-job", action="store_true", help="--submit: one job, all sizes in turn on the same nodes (scaling)"
+    )
     _add_job_options(command)
     command.epilog = (
         "example: sbn sweep recipes/sweeps/n-of-8-tiny.yaml --run 3\n"
-        "         sbn sweep recipes/sweeps/n-of-8-tiny.yaml --submit --at-most 4 --dry-run"
+        "         sbn sweep recipes/sweeps/n-of-8-tiny.yaml --submit --at-most 4 --dry-run\n"
+        "         sbn sweep recipes/sweeps/weak-scaling-qwen2.5-0.5b.yaml --submit --one-job --time 08:00:00"
     )
 
 

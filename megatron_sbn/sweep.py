@@ -27,7 +27,7 @@ from pydantic import Field, ValidationError
 from megatron_sbn.config import Name, Recipe, Section, load_recipe
 from megatron_sbn.errors import RecipeError
 from megatron_sbn.feasibility import check_world, model_ranks
-from megatron_sbn.recipe_file import parse_yaml
+from megatron_sbn.recipe_file import parse_yaml, read_recipe
 
 Values = dict[str, Any]
 RANKS = "ranks"
@@ -88,6 +88,17 @@ def load_sweep(path: str | Path) -> Sweep:
     if twice is not None:
         raise RecipeError(f"{path}: two recipes would be called {twice}; give an axis' values different names")
     return Sweep(file.name, base, tuple(variants))
+
+
+def frozen(path: Path) -> dict[str, str]:
+    """Files to write into one folder, by name: the sweep, and its recipe with all that it extends. Raises RecipeError.
+
+    `sweep.yaml` of that folder expands to what `path` does now, whatever becomes of the files that it was made of.
+    """
+    file = _read(path)
+    base = read_recipe(path.parent / file.recipe, (), str)
+    texts = {"sweep.yaml": file.model_dump() | {"recipe": "base.yaml"}, "base.yaml": base}
+    return {name: yaml.safe_dump(values, sort_keys=False) for name, values in texts.items()}
 
 
 def _read(path: Path) -> SweepFile:

@@ -2,6 +2,15 @@
 # folder of the code. What is decided is decided in megatron_sbn/cluster/job.py.
 # shellcheck shell=bash
 
+# What the script was asked meanwhile, USR1 or TERM: remembered, and passed on to the ranks as soon as there are any.
+sbn_asked="" sbn_srun=""
+sbn_ask() {
+    [ "$sbn_asked" = TERM ] || sbn_asked=$1
+    [ -z "$sbn_srun" ] || kill -"$1" "$sbn_srun"
+}
+trap 'sbn_ask USR1' USR1
+trap 'sbn_ask TERM' TERM
+
 # shellcheck source=slurm/env.sh
 source "${SBN_ENV:-$SBN_CODE/slurm/env.sh}"
 sbn_node_environment
@@ -15,30 +24,35 @@ sbn_job() {
     "${SBN_CONTAINER[@]}" "$SBN_PYTHON" -m megatron_sbn.cluster.job "$@"
 }
 
-# sbn_run LOG TARGET ARGUMENT...: one run, begun or gone on with; returns 75 if the job is to start again. sbn_asked is
-# the signal that the script got meanwhile. SBN_SRUN_OPTIONS: of a run on a part of the job's nodes.
+# sbn_run LOG TARGET ARGUMENT...: one run, begun or gone on with; returns 75 if the job is to start again.
+# SBN_SRUN_OPTIONS: of a run on a part of the job's nodes.
 sbn_run() {
-    local log=$1 status=0 srun=""
+    local log=$1 status=0
     shift
-    sbn_asked=""
     sbn_job begin "$@" || { status=$?; [ "$status" = 10 ] && return 0; return "$status"; }
-    trap 'sbn_asked=${sbn_asked:-USR1}; [ -n "$srun" ] && kill -USR1 "$srun"' USR1
-    trap 'sbn_asked=TERM; [ -n "$srun" ] && kill -TERM "$srun"' TERM
-    # In the background: a shell runs its traps only while it waits, not while a command of its own runs.
-    srun --ntasks-per-node=1 --kill-on-bad-exit=1 --open-mode=append --output="$log" "${SBN_SRUN_OPTIONS[@]}" \
-        "${SBN_CONTAINER[@]}" "$SBN_PYTHON" -m megatron_sbn.cluster.job node "$@" &
-    srun=$!
-    # `wait` returns early when a trap has run.
-    while :; do
-        wait "$srun" && status=0 || status=$?
-        kill -0 "$srun" 2>/dev/null || break
-    done
+    if [ -n "$sbn_asked" ]; then
+        status=$((128 + $(kill -l "$sbn_asked"))) # as srun would have ended
+    else
+        # In the background: a shell runs its traps only while it waits, not while a command of its own runs.
+        srun --ntasks-per-node=1 --kill-on-bad-exit=1 --open-mode=append --output="$log" "${SBN_SRUN_OPTIONS[@]}" \
+            "${SBN_CONTAINER[@]}" "$SBN_PYTHON" -m megatron_sbn.cluster.job node "$@" &
+        sbn_srun=$!
+        [ -z "$sbn_asked" ] || kill -"$sbn_asked" "$sbn_srun"
+        # `wait` returns early when a trap has run.
+        while :; do
+            wait "$sbn_srun" && status=0 || status=$?
+            kill -0 "$sbn_srun" 2>/dev/null || break
+        done
+        sbn_srun=""
+    fi
     sbn_job end --srun-status "$status" --asked "$sbn_asked" "$@"
 }
 
 # sbn_end STATUS: the job's end, or for 75 this job again, in its turn; of an array, this task alone.
 sbn_end() {
     [ "$1" = 75 ] || exit "$1"
+    trap '' USR1
+    trap - TERM
     local job=$SLURM_JOB_ID
     [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     scontrol requeue "$job" && sleep 60 # until Slurm ends this script

@@ -9,7 +9,7 @@ from megatron_sbn.cli import main
 from megatron_sbn.config import load_recipe
 from megatron_sbn.errors import RecipeError
 from megatron_sbn.feasibility import check_world, model_ranks
-from megatron_sbn.sweep import load_sweep
+from megatron_sbn.sweep import frozen, load_sweep
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SIZES = ("tiny", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b")
@@ -19,6 +19,8 @@ SWEEPS = {
     "n-of-8-tiny": 28,
     "n-of-8-qwen2.5-0.5b": 14,
     "learning-rates-qwen2.5-0.5b": 8,
+    "scaling-tiny": 6,
+    "scaling-tiny": 6,
     "seeds-qwen2.5-0.5b": 4,
     "strong-scaling-qwen2.5-3b": 20,
     "weak-scaling-qwen2.5-0.5b": 16,
@@ -87,6 +89,15 @@ def test_every_sweep_expands(tmp_path: Path) -> None:
             file = tmp_path / f"{variant.name}.yaml"
             file.write_text(variant.recipe.to_yaml())
             assert load_recipe(file) == variant.recipe
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_frozen_sweep_is_the_same_sweep(name: str, tmp_path: Path) -> None:
+    path = RECIPES / "sweeps" / f"{name}.yaml"
+    for file, text in frozen(path).items():
+        (tmp_path / file).write_text(text)
+    copy = load_sweep(tmp_path / "sweep.yaml")
+    assert (copy.name, copy.variants) == (name, load_sweep(path).variants)
 
 
 def test_names_labels_and_order() -> None:

@@ -101,16 +101,18 @@ def decide(status: RunStatus, failures: int, limits: Limits, *, ending: bool, sw
     if status.state == "FINISHED":
         return Verdict(False, 0, "all steps are done")
     exit_status = status.exit_status or 1
+    saved = f"saved at step {status.step}" if status.step else "no step was saved"
     if switched_off:
         return Verdict(False, exit_status, "there is a STOP file: remove it to go on")
     if ending or status.reason == "SIGTERM":
-        return Verdict(False, exit_status, f"the job was asked to end; saved at step {status.step}")
+        return Verdict(False, exit_status, f"the job was asked to end ({status.reason}); {saved}")
     if exit_status in FOR_GOOD:
         return Verdict(False, exit_status, f"status {exit_status} would come again: {status.reason}")
     if restart >= limits.restarts:
-        return Verdict(False, exit_status, f"restarted {restart} times, which is the limit (SBN_MAX_RESTARTS)")
+        limit = f"restarted {restart} times, which is the limit (SBN_MAX_RESTARTS)"
+        return Verdict(False, exit_status, f"{limit}; {saved}; submit it again to go on")
     if exit_status == STOPPED:
-        return Verdict(True, STOPPED, f"checkpointed at step {status.step}")
+        return Verdict(True, STOPPED, f"asked to stop ({status.reason}); {saved}")
     if failures >= limits.failures:
         return Verdict(
             False, exit_status, f"{failures} failures in a row (SBN_MAX_FAILURES); the last: {status.reason}"

@@ -23,9 +23,12 @@ from megatron_sbn.errors import STOPPED, RecipeError, SbnError
 from megatron_sbn.feasibility import check_world, model_ranks
 from megatron_sbn.launch import Machines, launch
 from megatron_sbn.run_status import read_status, saved_step, slurm_attempt, write_status
+from megatron_sbn.stop_signals import SIGNALS
 from megatron_sbn.sweep import load_sweep
 
 NOTHING_TO_DO = 10
+# srun's status when a signal met it, or its tasks, before there were ranks that listen.
+KILLED_BY_REQUEST = tuple(128 + number for number in SIGNALS)
 
 
 class Task:
@@ -92,9 +95,11 @@ def end(task: Task, srun_status: int, asked: str) -> int:
     """Records the attempt and says what is next."""
     status = read_status(task.folder)
     if status is None or status.state == "RUNNING":
-        write_status(
-            task.folder, "FAILED", srun_status or 1, saved_step(task.folder), f"srun ended with status {srun_status}"
-        )
+        saved = saved_step(task.folder)
+        if asked and srun_status in KILLED_BY_REQUEST:
+            write_status(task.folder, "STOPPED", STOPPED, saved, f"SIG{asked}")
+        else:
+            write_status(task.folder, "FAILED", srun_status or 1, saved, f"srun ended with status {srun_status}")
         status = read_status(task.folder)
     assert status is not None
     record_attempt(task.folder, status)
@@ -105,11 +110,11 @@ def end(task: Task, srun_status: int, asked: str) -> int:
     return STOPPED if verdict.again else _final(verdict.exit_status)
 
 
-def sizes(path: str) -> int:
+def sizes(path: str, per_node: int | None) -> int:
     """What scaling.sbatch runs, one after another; what is too large for the job's nodes is told and left out."""
     variants = load_sweep(path).variants
     available = _setting("SLURM_JOB_NUM_NODES", 1)
-    per_node = _setting("SBN_NPROC_PER_NODE", 0) or _setting("SLURM_GPUS_ON_NODE", 0)
+    per_node = per_node or _setting("SBN_NPROC_PER_NODE", 0) or _setting("SLURM_GPUS_ON_NODE", 0)
     per_node = per_node or -(-max(variant.ranks for variant in variants) // available)
     for number, variant in sorted(enumerate(variants), key=lambda item: item[1].ranks):
         nodes = -(-variant.ranks // per_node)
@@ -166,7 +171,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.action == "sizes":
-            return sizes(options.target)
+            return sizes(options.target, options.nproc_per_node)
         task = Task(options)
         if options.action == "begin":
             return begin(task)

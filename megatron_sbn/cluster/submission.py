@@ -2,8 +2,9 @@
 
     FOLDER/submissions/K/   code/ (snapshot.py)  env.sh  recipes/NAME.yaml (resolved)  NAME.sbatch  NAME.job (its id)
 
-FOLDER is the run folder or, of a sweep, that of the study, and a sweep is one array of jobs for each number of ranks. A
-script holds all of its options and paths, so that `sbatch SCRIPT` by hand is the same job. Imports no torch.
+FOLDER is the run folder or, of a sweep, that of the study. A sweep is one array of jobs for each number of ranks; or
+one job, in which all of them run one after another on the same nodes: a series, which goes by a copy of the sweep file.
+A script holds all of its options and paths, so that `sbatch SCRIPT` by hand is the same job. Imports no torch.
 """
 
 import os
@@ -11,9 +12,11 @@ import re
 import shlex
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree, which
+from typing import Literal
 
 from megatron_sbn.cluster.slurm_queue import queued
 from megatron_sbn.cluster.snapshot import Snapshot, find_code
@@ -23,20 +26,33 @@ from megatron_sbn.experiments.provenance import mask_secrets
 from megatron_sbn.feasibility import check_world, model_ranks
 from megatron_sbn.run_status import read_status
 from megatron_sbn.staging import exclusive
-from megatron_sbn.sweep import load_sweep
+from megatron_sbn.sweep import Variant, frozen, load_sweep
 
-SETTINGS_LINE = "SBN_CODE=${SBN_CODE:-$SLURM_SUBMIT_DIR}\n"  # of train.sbatch: replaced by what is known here
+SETTINGS_LINE = "SBN_CODE=${SBN_CODE:-$SLURM_SUBMIT_DIR}\n"  # of a batch script: replaced by what is known here
+TEMPLATES = {"run": "train.sbatch", "array": "train.sbatch", "series": "scaling.sbatch"}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One sbatch: a run, or an array of them that need as many ranks. `recipes` by task number, run_dir absolute."""
+    """One sbatch: a run, an array of runs that need as many ranks, or a series of runs on the same nodes.
+
+    Attributes:
+        nodes, per_node: nodes, and ranks on each; of a series, those of its largest run.
+        recipes: by task number, run_dir absolute.
+        sweep: of a series, the file.
+    """
 
     name: str
     nodes: int
     per_node: int
     recipes: dict[int, Recipe]
-    array: bool
+    form: Literal["run", "array", "series"]
+    sweep: Path | None = None
+
+    @property
+    def folders(self) -> list[Path]:
+        """Of its runs."""
+        return [Path(str(recipe.run_dir)) for recipe in self.recipes.values()]
 
 
 @dataclass(frozen=True)
@@ -65,25 +81,40 @@ def plan_run(recipe_path: str, overrides: list[str], nodes: int, per_node: int |
         raise RecipeError(
             f"run_dir = {folder}: finished already, {status.step} steps; name another, or raise training.steps"
         )
-    job = Job(recipe.name, nodes, per_node, {0: _placed(recipe, folder)}, array=False)
+    job = Job(recipe.name, nodes, per_node, {0: _placed(recipe, folder)}, "run")
     return Submission(folder, (job,), _time_option(limit))
 
 
-def plan_sweep(path: str, runs: str, per_node: int, limit: str | None, at_most: int | None) -> Submission:
-    """A study: one array for each number of ranks, `per_node` of them on a node at most. Raises RecipeError."""
+def plan_sweep(
+    path: str, runs: str, per_node: int, limit: str | None, at_most: int | None, one_job: bool
+) -> Submission:
+    """A study: an array for each number of ranks, or one job; at most `per_node` ranks a node. Raises RecipeError."""
     sweep = load_sweep(path)
     folder = (Path(runs) / sweep.name).absolute()
+    recipes = {number: _placed(v.recipe, folder / v.name) for number, v in enumerate(sweep.variants)}
+    if one_job:
+        nodes, per_node = _spread(path, max(sweep.variants, key=lambda variant: variant.ranks), per_node)
+        for variant in sweep.variants:
+            _spread(path, variant, per_node)
+        job = Job(sweep.name, nodes, per_node, recipes, "series", Path(path))
+        return Submission(folder, (job,), _time_option(limit))
     jobs = []
     for ranks in sorted({variant.ranks for variant in sweep.variants}):
-        recipes = {n: _placed(v.recipe, folder / v.name) for n, v in enumerate(sweep.variants) if v.ranks == ranks}
-        nodes = -(-ranks // per_node)
-        if ranks % nodes:
-            raise RecipeError(
-                f"{path}: {next(iter(recipes.values())).name} is for {ranks} ranks, which cannot be spread evenly over "
-                f"{nodes} nodes of at most {per_node}; give another --nproc-per-node"
-            )
-        jobs.append(Job(f"{sweep.name}-{ranks}-ranks", nodes, ranks // nodes, recipes, array=True))
+        own = {number: recipes[number] for number, v in enumerate(sweep.variants) if v.ranks == ranks}
+        nodes, each = _spread(path, sweep.variants[min(own)], per_node)
+        jobs.append(Job(f"{sweep.name}-{ranks}-ranks", nodes, each, own, "array"))
     return Submission(folder, tuple(jobs), _time_option(limit), at_most)
+
+
+def _spread(path: str, variant: Variant, per_node: int) -> tuple[int, int]:
+    """(nodes, ranks on each), at most `per_node` of them. Raises RecipeError where that is not even."""
+    nodes = -(-variant.ranks // per_node)
+    if variant.ranks % nodes:
+        raise RecipeError(
+            f"{path}: {variant.name} is for {variant.ranks} ranks, which cannot be spread evenly over "
+            f"{nodes} nodes of at most {per_node}; give another --nproc-per-node"
+        )
+    return nodes, variant.ranks // nodes
 
 
 def submit(submission: Submission, *, dry_run: bool) -> None:
@@ -98,16 +129,27 @@ def submit(submission: Submission, *, dry_run: bool) -> None:
         return
     if which("sbatch") is None:
         raise InputError("sbatch is not on PATH: submit from a login node of the cluster, or look first with --dry-run")
-    with exclusive(submission.folder / "submission"):
-        _refuse(submission)
-        place = submission.submissions / str(_next_number(submission))
-        try:
+    place = submission.submissions
+    try:
+        with exclusive(submission.folder / "submission"):
+            _refuse(submission)
+            place = submission.submissions / str(_next_number(submission))
             _write(submission, place, code, environment)
             _start(submission, place)
-        except (InputError, OSError):
-            if not any(place.glob("*.job")):
-                rmtree(place, ignore_errors=True)
-            raise
+    except (InputError, OSError):
+        if not any(place.glob("*.job")):
+            _leave_nothing(submission, place)
+        raise
+
+
+def _leave_nothing(submission: Submission, place: Path) -> None:
+    """Takes back what was written for jobs of which none was submitted."""
+    if place != submission.submissions:
+        rmtree(place, ignore_errors=True)
+    runs = [run for job in submission.jobs for run in job.folders]
+    for folder in [*(run / "logs" for run in runs), *runs, submission.submissions, submission.folder]:
+        with suppress(OSError):  # what holds anything was there before
+            folder.rmdir()
 
 
 def _placed(recipe: Recipe, folder: Path) -> Recipe:
@@ -132,14 +174,21 @@ def _next_number(submission: Submission) -> int:
 
 def _refuse(submission: Submission) -> None:
     """Raises InputError where a job of before is still in the queue: two would write the same run."""
-    folders = {submission.folder, *(Path(str(run.run_dir)) for job in submission.jobs for run in job.recipes.values())}
+    runs = [run for job in submission.jobs for run in job.folders]
+    folders = {submission.folder, *runs}
     jobs = {path.read_text().strip() for folder in folders for path in folder.glob("submissions/*/*.job")}
     jobs |= {status.job for status in map(read_status, folders) if status is not None}
-    waiting = sorted(queued(jobs))
+    of_studies = {
+        path.read_text().strip()
+        for run in runs
+        for recipe in run.parent.glob(f"submissions/*/recipes/{run.name}.yaml")
+        for path in recipe.parents[1].glob("*.job")
+    }
+    waiting = queued(jobs | of_studies)
     if waiting:
-        raise InputError(
-            f"{submission.folder}: its job {waiting[0]} is still in the queue; wait for it, or scancel it first"
-        )
+        number = min(waiting & jobs or waiting)
+        job = f"its job {number}" if number in jobs else f"job {number} of its study"
+        raise InputError(f"{submission.folder}: {job} is still in the queue; wait for it, or scancel it first")
 
 
 def _recipe_file(place: Path, recipe: Recipe) -> Path:
@@ -147,33 +196,41 @@ def _recipe_file(place: Path, recipe: Recipe) -> Path:
 
 
 def _script(submission: Submission, job: Job, place: Path, code: Snapshot, environment: Path) -> str:
-    """train.sbatch with the job's options and paths."""
-    first = next(iter(job.recipes.values()))
-    # In Slurm's file patterns % is special, in the shell it is not.
-    logs = place if job.array else submission.folder / "logs"
-    output = f"{str(logs).replace('%', '%%')}/slurm-{'%A-%a' if job.array else '%j'}.out"
+    """The batch script of the job's form, with its options and paths."""
     options = [*_site_options(environment, job), f"--job-name={job.name}", f"--chdir={Path.cwd()}"]
-    options += [f"--nodes={job.nodes}", "--ntasks-per-node=1", f"--output={output}", *submission.options]
+    options += [f"--nodes={job.nodes}", "--ntasks-per-node=1", *submission.options]
     settings = [f"SBN_CODE={shlex.quote(str(place / 'code'))}", f"SBN_ENV={shlex.quote(str(place / 'env.sh'))}"]
-    if job.array:
+    if job.form == "run":
+        (recipe,) = job.recipes.values()
+        options.append(f"--output={_literal(submission.folder / 'logs')}/slurm-%j.out")
+        run, target = shlex.quote(str(submission.folder)), shlex.quote(str(_recipe_file(place, recipe)))
+        settings += [f"SBN_LOGS={run}/logs", f"set -- --nproc-per-node {job.per_node} {target}"]
+    elif job.form == "array":
         limit = f"%{submission.at_most}" if submission.at_most else ""
-        options.append(f"--array={ranges(list(job.recipes))}{limit}")
+        options += [f"--output={_literal(place)}/slurm-%A-%a.out", f"--array={ranges(list(job.recipes))}{limit}"]
         settings += ["names=(", *(f"    [{number}]={recipe.name}" for number, recipe in job.recipes.items()), ")"]
-        settings.append('name="${names[$SLURM_ARRAY_TASK_ID]}"')
-        run, recipe_path = (
+        settings += ['name="${names[$SLURM_ARRAY_TASK_ID]}"']
+        run, target = (
             f'{shlex.quote(str(submission.folder))}/"$name"',
             f'{shlex.quote(str(place))}/recipes/"$name".yaml',
         )
+        settings += [f"SBN_LOGS={run}/logs", f"set -- --nproc-per-node {job.per_node} {target}"]
     else:
-        run, recipe_path = shlex.quote(str(submission.folder)), shlex.quote(str(_recipe_file(place, first)))
-    settings += [f"SBN_LOGS={run}/logs", f"set -- --nproc-per-node {job.per_node} {recipe_path}"]
-    template = (code.scripts / "train.sbatch").read_text(encoding="utf-8")
-    if template.count(SETTINGS_LINE) != 1:
-        raise InputError(
-            f"{code.scripts / 'train.sbatch'}: has no line {SETTINGS_LINE.strip()!r}; take it from the project"
-        )
+        options.append(f"--output={_literal(place)}/slurm-%j.out")
+        runs, target = shlex.quote(str(submission.folder.parent)), shlex.quote(str(place / "sweep.yaml"))
+        settings += [f"SBN_LOGS={shlex.quote(str(place))}"]
+        settings += [f"set -- --nproc-per-node {job.per_node} --folder {runs} {target}"]
+    template = code.scripts / TEMPLATES[job.form]
+    text = template.read_text(encoding="utf-8")
+    if text.count(SETTINGS_LINE) != 1:
+        raise InputError(f"{template}: has no line {SETTINGS_LINE.strip()!r}; take it from the project")
     lines = [f"#SBATCH {shlex.quote(option)}" for option in options]
-    return template.replace(SETTINGS_LINE, "\n".join([*lines, *settings, ""]))
+    return text.replace(SETTINGS_LINE, "\n".join([*lines, *settings, ""]))
+
+
+def _literal(folder: Path) -> str:
+    """A path in Slurm's file patterns, where % is special."""
+    return str(folder).replace("%", "%%")
 
 
 def ranges(numbers: list[int]) -> str:
@@ -208,7 +265,13 @@ def _write(submission: Submission, place: Path, code: Snapshot, environment: Pat
         (place / f"{job.name}.sbatch").write_text(_script(submission, job, place, code, environment), encoding="utf-8")
         for recipe in job.recipes.values():
             _recipe_file(place, recipe).write_text(recipe.to_yaml(), encoding="utf-8")
-            (Path(str(recipe.run_dir)) / "logs").mkdir(parents=True, exist_ok=True)
+        for run in job.folders:
+            (run / "logs").mkdir(parents=True, exist_ok=True)
+        if job.sweep is not None:
+            for name, text in frozen(job.sweep).items():
+                (place / name).write_text(text, encoding="utf-8")
+            kept = [_placed(v.recipe, submission.folder / v.name) for v in load_sweep(place / "sweep.yaml").variants]
+            assert kept == list(job.recipes.values()), f"{place / 'sweep.yaml'} is not {job.sweep}"
 
 
 def _start(submission: Submission, place: Path) -> None:
@@ -231,16 +294,23 @@ def _command(place: Path, job: Job) -> list[str]:
 
 
 def _size(job: Job) -> str:
-    runs = f"{len(job.recipes)} runs, each " if job.array else ""
-    return f"{runs}{job.nodes} node{'s' * (job.nodes > 1)} x {job.per_node} rank{'s' * (job.per_node > 1)}"
+    size = f"{job.nodes} node{'s' * (job.nodes > 1)} x {job.per_node} rank{'s' * (job.per_node > 1)}"
+    forms = {
+        "run": "",
+        "array": f"{len(job.recipes)} runs, each ",
+        "series": f"{len(job.recipes)} runs in turn, up to ",
+    }
+    return forms[job.form] + size
 
 
 def _explain(submission: Submission, place: Path, code: Snapshot, environment: Path, scripts: list[str]) -> None:
-    print(f"{'study' if submission.jobs[0].array else 'run'} folder  {submission.folder}")
+    form = submission.jobs[0].form
+    print(f"{'run' if form == 'run' else 'study'} folder  {submission.folder}")
     print(f"code        {len(code.files)} files, {code.size / 1e6:.1f} MB, commit {code.commit or 'unknown'}")
     print(f"            to {place / 'code'}")
     print(f"site        {environment}")
-    print(f"node logs   {submission.folder}/{'NAME/' * submission.jobs[0].array}logs/sbn-JOB-node-N.log")
+    logs = {"run": "logs/sbn-JOB", "array": "NAME/logs/sbn-JOB", "series": f"submissions/{place.name}/sbn-JOB-NUMBER"}
+    print(f"node logs   {submission.folder}/{logs[form]}-node-N.log")
     for job, script in zip(submission.jobs, scripts, strict=True):
         print(f"\n{_size(job)}\n$ {shlex.join(_command(place, job))}\n")
         print("\n".join(f"    {line}".rstrip() for line in script.splitlines()))

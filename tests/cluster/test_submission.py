@@ -1,6 +1,7 @@
 """What `sbn submit` and `sbn sweep --submit` write and refuse, with stand-ins for sbatch and squeue."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from megatron_sbn.cli import main
-from megatron_sbn.cluster import snapshot
+from megatron_sbn.cluster import job, snapshot
 from megatron_sbn.cluster.submission import ranges
 from megatron_sbn.config import load_recipe
 from megatron_sbn.run_status import write_status
+from megatron_sbn.sweep import load_sweep
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
@@ -144,6 +146,37 @@ def test_a_sweep_is_an_array_for_each_number_of_ranks(here: Path, capsys: pytest
     assert {load_recipe(path, []).run_dir for path in recipes} == {str(study / path.stem) for path in recipes}
 
 
+def test_a_series_is_one_job_that_goes_by_a_copy_of_the_sweep(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = here / "runs" / "weak-scaling-qwen2.5-0.5b"
+    shutil.copytree(ROOT / "recipes", here / "recipes")
+    path = str(Path(WEAK_SCALING).relative_to(ROOT))
+    stand_in(here, "sbatch", 'echo "$2" >> scripts; echo 17')
+    assert main(["sweep", path, "--submit", "--one-job", "--time", "8:00:00"]) == 0
+    assert "submitted job 17: 16 runs in turn, up to 8 nodes x 8 ranks" in capsys.readouterr().out
+    place = study / "submissions" / "1"
+    (script,) = [Path(line) for line in (here / "scripts").read_text().splitlines()]
+    assert script == place / "weak-scaling-qwen2.5-0.5b.sbatch"
+    text = script.read_text()
+    for line in (
+        "#SBATCH --nodes=8",
+        "#SBATCH --time=8:00:00",
+        f"#SBATCH '--output={place}/slurm-%j.out'",
+        f"SBN_LOGS='{place}'",
+        f"set -- --nproc-per-node 8 --folder '{here}/runs' '{place}/sweep.yaml'",
+    ):
+        assert f"{line}\n" in text
+    assert "--array" not in text
+    # What the job reads is what was submitted, though the files it was made of are gone.
+    shutil.rmtree(here / "recipes")
+    assert load_sweep(place / "sweep.yaml").variants == load_sweep(WEAK_SCALING).variants
+    assert len(list((place / "recipes").iterdir())) == 16
+    capsys.readouterr()
+    assert job.main(["sizes", "--nproc-per-node", "8", str(place / "sweep.yaml")]) == 0
+    told = capsys.readouterr()
+    assert told.out.splitlines() == [f"{number} 1" for number in range(4)]
+    assert "left out, needs 8 nodes and there are 1" in told.err
+
+
 def test_what_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = here / "runs" / "x"
     submit = ("submit", QUICKSTART, f"run_dir={run}")
@@ -152,7 +185,13 @@ def test_what_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None
     message = refusal(capsys, *submit, "tracking.uri=http://me:hush@host:5000", "--dry-run")
     assert "tracking.uri = http://***@host:5000 holds a password" in message
     assert "cannot be spread evenly" in refusal(capsys, "sweep", WEAK_SCALING, "--submit", "--nproc-per-node", "3")
-    assert "go with --submit" in refusal(capsys, "sweep", WEAK_SCALING, "--run", "0", "--dry-run")
+    assert "cannot be spread evenly" in refusal(
+        capsys, "sweep", WEAK_SCALING, "--submit", "--one-job", "--nproc-per-node", "7"
+    )
+    for option in ("--dry-run", "--one-job"):
+        assert "go with --submit" in refusal(capsys, "sweep", WEAK_SCALING, "--run", "0", option)
+    words = ("--submit", "--one-job", "--at-most", "2")
+    assert "--one-job runs one recipe at a time" in refusal(capsys, "sweep", WEAK_SCALING, *words)
     assert files(here) == set()
     run.mkdir(parents=True)
     write_status(run, "FINISHED", 0, 90)
@@ -180,7 +219,37 @@ def test_what_sbatch_refuses_leaves_no_submission(here: Path, capsys: pytest.Cap
     message = refusal(capsys, "submit", QUICKSTART, "run_dir=runs/x")
     assert "sbatch refused " in message
     assert "invalid account" in message
-    assert list((here / "runs" / "x" / "submissions").iterdir()) == []
+    assert not (here / "runs" / "x").exists()
+    # Of a run that was there before, all that it had stays.
+    (here / "runs" / "x" / "logs").mkdir(parents=True)
+    (here / "runs" / "x" / "logs" / "rank-0.log").touch()
+    refusal(capsys, "submit", QUICKSTART, "run_dir=runs/x")
+    assert files(here / "runs" / "x") == {"logs", "logs/rank-0.log"}
+    refusal(capsys, "sweep", WEAK_SCALING, "--submit")
+    assert files(here / "runs") == {"x", "x/logs", "x/logs/rank-0.log"}
+
+
+def test_arrays_that_were_taken_stay_when_a_later_one_is_refused(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in(here, "sbatch", 'case "$2" in *-64-ranks.sbatch) echo "too large" >&2; exit 1 ;; esac; echo 17')
+    assert "too large" in refusal(capsys, "sweep", WEAK_SCALING, "--submit")
+    study = here / "runs" / "weak-scaling-qwen2.5-0.5b"
+    assert len(list((study / "submissions" / "1").glob("*.job"))) == 3
+    assert len(list(study.glob("*/logs"))) == 16
+
+
+def test_a_run_of_a_study_whose_job_waits_is_not_submitted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stand_in(here, "sbatch", "echo 17")
+    stand_in(here, "squeue", 'case "$*" in *--jobs=17*) echo "17 18" ;; esac')
+    assert main(["sweep", WEAK_SCALING, "--submit"]) == 0
+    capsys.readouterr()
+    study = here / "runs" / "weak-scaling-qwen2.5-0.5b"
+    of_study = str(study / "weak-scaling-qwen2.5-0.5b-8-ranks-tp1-zero1")
+    assert f"{of_study}: job 17 of its study is still in the queue" in refusal(
+        capsys, "submit", QUICKSTART, f"run_dir={of_study}"
+    )
+    assert main(["submit", QUICKSTART, f"run_dir={study}/another", "--dry-run"]) == 0
 
 
 def test_a_site_file_that_bash_cannot_read(

@@ -9,9 +9,10 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
+from megatron_sbn.cli import main
 from megatron_sbn.experiments.metrics import MetricsFile, read_metrics
 from megatron_sbn.experiments.system_metrics import FILE_NAME, Machine, sampled
-from megatron_sbn.experiments.tracking import Tracker, sync
+from megatron_sbn.experiments.tracking import Tracker
 
 CPU = "system/cpu_utilization_percentage"
 
@@ -133,7 +134,9 @@ def test_mlflow_has_every_sample_once_after_a_new_start(run_dir: Path, uri: str)
     assert [step for step, _, _ in delivered(uri, "loss")] == [3]
 
 
-def test_what_was_sampled_while_mlflow_was_away_is_delivered_later(run_dir: Path, uri: str) -> None:
+def test_what_was_sampled_while_mlflow_was_away_is_delivered_later(
+    run_dir: Path, uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -141,6 +144,7 @@ def test_what_was_sampled_while_mlflow_was_away_is_delivered_later(run_dir: Path
     with sampled(run_dir, 0.1):
         time.sleep(0.25)
     assert not away.close("FINISHED", timeout=60)
-    sync(run_dir, uri)
-    sync(run_dir, uri)
+    for _ in range(2):
+        assert main(["sync", str(run_dir), "--uri", uri]) == 0
+    assert "delivered to MLflow run " in capsys.readouterr().out
     assert delivered(uri) == samples(run_dir) != []

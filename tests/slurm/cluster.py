@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import time
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,7 @@ NODES = ("n1", "n2")
 # Seconds. CRED_EXPIRE is also what a requeued job waits before it may start again (slurm.conf(5), AuthInfo).
 CRED_EXPIRE, KILL_WAIT = 5, 20
 START_SECONDS = 30
+MOST_CRASHES = 2  # of a slurmd; Debian's 22.05 was seen to
 
 CONFIGURATION = """\
 ClusterName=test
@@ -79,6 +81,7 @@ class Cluster:
         self.folder = folder
         self.environment = os.environ | {"PATH": _path(), "SLURM_CONF": str(folder / "slurm.conf")}
         self._daemons: list[subprocess.Popen[bytes]] = []
+        self._crashes = 0
 
     def __enter__(self) -> "Cluster":
         with ExitStack() as undo:
@@ -160,7 +163,7 @@ class Cluster:
         return done.stdout.split().count("idle")
 
     def _spawn(self, *command: str) -> None:
-        name = self.folder / f"{command[0]}-{len(self._daemons)}.log"
+        name = self.folder / f"{command[0]}-{len(self._daemons)}-{self._crashes}.log"
         with name.open("wb") as output:
             process = subprocess.Popen(
                 command, env=self.environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL
@@ -179,14 +182,25 @@ class Cluster:
                 daemon.wait()
         self._daemons.clear()
 
+    def _see_to_daemons(self) -> None:
+        """Starts a slurmd that crashed again, as a site's service manager would; anything else that ended is fatal."""
+        for daemon in [daemon for daemon in self._daemons if daemon.poll() is not None]:
+            command = tuple(map(str, daemon.args)) if isinstance(daemon.args, tuple) else ()
+            self._crashes += 1
+            crashed = command[:1] == ("slurmd",) and daemon.returncode == -signal.SIGSEGV
+            assert crashed, f"{command} ended with {daemon.returncode}\n{self.log()}"
+            assert self._crashes <= MOST_CRASHES, f"{command} keeps crashing\n{self.log()}"
+            warnings.warn(f"{' '.join(command)} crashed and was started again", stacklevel=1)
+            self._daemons.remove(daemon)
+            self._spawn(*command)
+
     def _wait(self, condition: object, seconds: float, *, what: str = "", required: bool = True) -> None:
         assert callable(condition)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if condition():
                 return
-            ended = [str(daemon.args) for daemon in self._daemons if daemon.poll() is not None]
-            assert not ended, f"{ended} ended\n{self.log()}"
+            self._see_to_daemons()
             time.sleep(0.2)
         assert not required, f"{what}: not after {seconds} s\n{self.log()}"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from jobs import ROOT, STEPS, write_recipe
+from tiny_run import at_import
 
 from megatron_sbn.cluster.attempts import read_attempts
 from megatron_sbn.experiments.metrics import read_metrics
@@ -21,10 +22,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(tmp_path_factory.mktemp("jobs"))
 
 
-def submit(cluster: Cluster, recipe: Path, *words: str, script: str = "train", options: tuple[str, ...] = ()) -> str:
-    export = f"--export=ALL,SBN_ENV={recipe.parent}/env.sh,SBN_CODE={ROOT},SBN_LOGS={recipe.parent}"
-    command = ["sbatch", "--parsable", "--nodes=2", "--time=20", f"--output={recipe.parent}/%x-%A.out", export]
-    return cluster.output(*command, *options, str(ROOT / "slurm" / f"{script}.sbatch"), str(recipe), *words)
+def submit(cluster: Cluster, recipe: Path, *words: str, nodes: int = 2, **variables: str) -> str:
+    variables |= {"SBN_ENV": f"{recipe.parent}/env.sh", "SBN_CODE": str(ROOT), "SBN_LOGS": str(recipe.parent)}
+    export = ",".join(["--export=ALL", *(f"{name}={value}" for name, value in variables.items())])
+    command = ["sbatch", "--parsable", f"--nodes={nodes}", "--time=20", f"--output={recipe.parent}/%x-%A.out", export]
+    return cluster.output(*command, str(ROOT / "slurm" / "train.sbatch"), str(recipe), *words)
 
 
 def status_of(run: Path) -> RunStatus:
@@ -57,6 +59,11 @@ def test_a_signalled_job_of_two_nodes_starts_again_and_ends_with_the_losses_of_o
     job = submit(cluster, recipe, f"run_dir={run}")
     await_step(run, 20)
     cluster.output("scancel", "--signal=USR1", "--batch", job)
+    # Beside the job, which waits for some seconds before it starts again.
+    command = [sys.executable, "-m", "megatron_sbn.cli", "train", str(recipe), f"run_dir={whole}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as undisturbed:
+        said, _ = undisturbed.communicate(timeout=240)
+    assert undisturbed.returncode == 0, said
     fields = cluster.await_end(job, 240)
     assert (fields["JobState"], fields["Restarts"], fields["NumNodes"]) == ("COMPLETED", "1", "2"), printed(recipe)
     states = [(attempt.state, attempt.reason) for attempt in read_attempts(run)]
@@ -66,11 +73,6 @@ def test_a_signalled_job_of_two_nodes_starts_again_and_ends_with_the_losses_of_o
         log = (recipe.parent / f"sbn-{job}-node-{node}.log").read_text()
         assert f"job {job} restart 0 node {node}" in log
         assert f"job {job} restart 1 node {node}" in log
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_sbn.cli", "train", str(recipe), f"run_dir={whole}"],
-        capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     assert len(losses(whole)) == STEPS
     assert losses(run) == losses(whole)
     again = submit(cluster, recipe, f"run_dir={run}")
@@ -97,11 +99,46 @@ def test_scancel_leaves_a_checkpoint_and_the_kill_switch_keeps_jobs_from_startin
     assert status_of(run) == status
 
 
-def test_a_job_that_fails_again_and_again_ends_after_its_budget(cluster: Cluster, recipe: Path) -> None:
-    """metrics.jsonl is a folder here: rank 0 cannot open it, which is status 1 at every start."""
-    run = recipe.parent / "failing"
-    (run / "metrics.jsonl").mkdir(parents=True)
-    job = submit(cluster, recipe, f"run_dir={run}")
-    fields = cluster.await_end(job, 240)
-    assert (fields["JobState"], fields["Restarts"]) == ("FAILED", "2"), printed(recipe)
-    assert [attempt.state for attempt in read_attempts(run)] == ["FAILED"] * 3
+# Through the batch script, srun and the launcher to the rank, which waits for it in the middle of its imports.
+ASK = 'subprocess.Popen(["scancel", "--signal=USR1", "--batch", os.environ["SLURM_JOB_ID"]]); signal.pause()'
+
+
+@pytest.fixture(scope="module")
+def given_up(cluster: Cluster, recipe: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Two jobs of one node that are started again until it is enough, side by side; their fields at the end.
+
+    asked: told to stop at every start, while it imports the engines. failing: its metrics.jsonl is a folder, which rank
+    0 cannot open; that is status 1 at every start.
+    """
+    (recipe.parent / "failing" / "metrics.jsonl").mkdir(parents=True)
+    words = {name: (f"run_dir={recipe.parent / name}", "parallel.tensor=1") for name in ("asked", "failing")}
+    hook = at_import(recipe.parent / "hook", ASK, ("0",))
+    asked = submit(cluster, recipe, *words["asked"], nodes=1, SBN_MAX_RESTARTS="1", PYTHONPATH=str(hook))
+    failing = submit(cluster, recipe, *words["failing"], nodes=1, SBN_MAX_FAILURES="2")
+    return cluster.await_end(asked, 240), cluster.await_end(failing, 240)
+
+
+def test_a_job_that_is_asked_to_stop_at_every_start_ends_after_its_restarts(
+    given_up: tuple[dict[str, str], dict[str, str]], recipe: Path
+) -> None:
+    run, said = recipe.parent / "asked", printed(recipe)
+    fields, _ = given_up
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "1:0", "1"), said
+    told = [(a.restart, a.state, a.reason, a.exit_status, a.checkpoint) for a in read_attempts(run)]
+    assert told == [(0, "STOPPED", "SIGUSR1", 75, 0), (1, "STOPPED", "SIGUSR1", 75, 0)], said
+    assert f"{run}: starts again: asked to stop (SIGUSR1); no step was saved" in said
+    limit = "restarted 1 times, which is the limit (SBN_MAX_RESTARTS); no step was saved; submit it again to go on"
+    assert f"{run}: ends: {limit}" in said
+    status = status_of(run)
+    assert (status.state, status.exit_status, status.step, status.restart) == ("STOPPED", 75, 0, 1)
+
+
+def test_a_job_that_fails_again_and_again_ends_after_its_budget(
+    given_up: tuple[dict[str, str], dict[str, str]], recipe: Path
+) -> None:
+    _, fields = given_up
+    said = printed(recipe)
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "1:0", "1"), said
+    assert [attempt.state for attempt in read_attempts(recipe.parent / "failing")] == ["FAILED"] * 2
+    assert f"{recipe.parent / 'failing'}: starts again: failure 1 of at most 2 in a row: " in said
+    assert f"{recipe.parent / 'failing'}: ends: 2 failures in a row (SBN_MAX_FAILURES); the last: " in said

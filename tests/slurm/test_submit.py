@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from jobs import ROOT, write_recipe
+from jobs import write_recipe
 
 from megatron_sbn.experiments.metrics import read_metrics
 from megatron_sbn.experiments.report import finished, read_study
@@ -85,25 +85,26 @@ def test_a_submitted_sweep_fills_a_study_and_exits_at_once_when_all_is_there(clu
     assert {name: read_status(study / name) for name in before} == before
 
 
-def test_a_scaling_study_runs_all_sizes_that_fit_on_the_same_nodes(cluster: Cluster, recipe: Path) -> None:
+def test_a_scaling_study_in_one_job_runs_all_sizes_on_the_same_nodes(cluster: Cluster, recipe: Path) -> None:
     sweep = recipe.parent / "scaling.yaml"
     sweep.write_text(
         f"name: scaling\nrecipe: tiny.yaml\n"
         f"set: {{training.steps: {STEPS}, parallel.tensor: 1, training.micro_batch_size: 1}}\n"
-        "axes: {size: {two: {ranks: 2}, one: {ranks: 1}, four: {ranks: 4, training.global_batch_size: 4}}}\n"
+        "axes: {size: {two: {ranks: 2}, one: {ranks: 1}}}\n"
     )
-    export = f"--export=ALL,SBN_ENV={recipe.parent}/env.sh,SBN_CODE={ROOT},SBN_LOGS={recipe.parent}"
-    script = str(ROOT / "slurm" / "scaling.sbatch")
-    options = ["--parsable", "--nodes=2", "--time=20", f"--chdir={recipe.parent}", "--output=scaling.out", export]
-    job = cluster.output("sbatch", *options, script, str(sweep))
-    assert cluster.await_end(job, 240)["JobState"] == "COMPLETED", logs(recipe)
-    runs = {run.recipe.name: run for run in read_study(recipe.parent / "runs" / "scaling")}
+    words = ["sweep", str(sweep), "--submit", "--one-job", "--nproc-per-node", "1", "--time", "20:00"]
+    job = submitted(sbn(cluster, recipe, *words))
+    waiting = sbn(cluster, recipe, "submit", str(recipe), "run_dir=runs/scaling/scaling-two")
+    assert f"job {job} of its study is still in the queue" in waiting.stderr
+    fields = cluster.await_end(job, 240)
+    assert (fields["JobState"], fields["NumNodes"]) == ("COMPLETED", "2"), logs(recipe)
+    study = recipe.parent / "runs" / "scaling"
+    runs = {run.recipe.name: run for run in read_study(study)}
     assert sorted(runs) == ["scaling-one", "scaling-two"]
     assert all(finished(run) for run in runs.values())
     for name, ranks in (("scaling-one", 1), ("scaling-two", 2)):
-        assert f"on {ranks} cpu rank" in (recipe.parent / "runs" / "scaling" / name / "logs" / "rank-0.log").read_text()
-    said = (recipe.parent / "scaling.out").read_text()
-    assert "scaling-four: left out, needs 4 nodes and there are 2" in said
+        assert f"on {ranks} cpu rank" in (study / name / "logs" / "rank-0.log").read_text()
+    said = (study / "submissions" / "1" / f"slurm-{job}.out").read_text()
     assert said.index("scaling-one: ends") < said.index("scaling-two: ends")
 
 

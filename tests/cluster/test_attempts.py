@@ -1,0 +1,76 @@
+"""What a batch job does after an attempt: start again, or end, and with what status."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sbn.cluster import job
+from megatron_sbn.cluster.attempts import Attempt, Limits, Verdict, decide, failures_in_a_row, read_attempts
+from megatron_sbn.run_status import RunStatus, read_status, write_status
+
+ROOT = Path(__file__).parents[2]
+STOPPED, FAILED = ("STOPPED", 75, "SIGUSR1"), ("FAILED", 1, "node 0: status 1")
+
+
+@pytest.mark.parametrize(
+    ("ended", "restart", "failures", "settings", "expected"),
+    [
+        (("FINISHED", 0, ""), 9, 0, {}, (False, 0, "all steps are done")),
+        (STOPPED, 0, 0, {}, (True, 75, "asked to stop (SIGUSR1); saved at step 40")),
+        (STOPPED, 2, 0, {}, (False, 75, "restarted 2 times, which is the limit (SBN_MAX_RESTARTS); saved at step 40")),
+        (STOPPED, 0, 0, {"ending": True}, (False, 75, "the job was asked to end (SIGUSR1); saved at step 40")),
+        (("STOPPED", 75, "SIGTERM"), 0, 0, {}, (False, 75, "the job was asked to end (SIGTERM)")),
+        (STOPPED, 0, 0, {"switched_off": True}, (False, 75, "there is a STOP file: remove it to go on")),
+        (FAILED, 0, 2, {}, (True, 75, "failure 2 of at most 3 in a row: node 0: status 1")),
+        (FAILED, 0, 3, {}, (False, 1, "3 failures in a row (SBN_MAX_FAILURES); the last: node 0: status 1")),
+        (FAILED, 2, 1, {}, (False, 1, "restarted 2 times, which is the limit (SBN_MAX_RESTARTS)")),
+        (("FAILED", 3, "step 7: loss is nan"), 0, 1, {}, (False, 3, "status 3 would come again: step 7: loss is nan")),
+        (("FAILED", None, "no word"), 0, 3, {}, (False, 1, "3 failures in a row")),
+    ],
+)
+def test_what_follows(
+    ended: tuple, restart: int, failures: int, settings: dict, expected: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    state, exit_status, reason = ended
+    status = RunStatus(state, exit_status, 40, reason, "12", restart, 0.0)
+    switches = {"ending": False, "switched_off": False} | settings
+    verdict = decide(status, failures, Limits(2, 3), **switches)
+    again, final, told = expected
+    assert verdict == Verdict(again, final, verdict.reason)
+    assert verdict.reason.startswith(told)
+
+
+def test_failures_in_a_row_end_with_a_stop_and_with_progress() -> None:
+    def attempts(*ended: tuple[str, str, int]) -> list[Attempt]:
+        return [Attempt(job, 0, state, 1, checkpoint, "", 0.0) for job, state, checkpoint in ended]
+
+    failed = ("1", "FAILED", 0)
+    assert failures_in_a_row(attempts(failed, failed, failed), "1") == 3
+    assert failures_in_a_row(attempts(failed, ("1", "STOPPED", 5), ("1", "FAILED", 5)), "1") == 1
+    assert failures_in_a_row(attempts(failed, failed, ("1", "FAILED", 5)), "1") == 1
+    assert failures_in_a_row(attempts(failed, ("2", "FAILED", 0), failed), "1") == 2
+    assert failures_in_a_row([], "1") == 0
+
+
+@pytest.mark.parametrize(
+    ("srun_status", "asked", "state", "reason", "exit_status"),
+    [
+        (138, "USR1", "STOPPED", "SIGUSR1", 75),  # srun, or a node's launcher, before it could pass the signal on
+        (143, "USR1", "STOPPED", "SIGUSR1", 75),  # one node's was killed by it, the others' by srun
+        (143, "TERM", "STOPPED", "SIGTERM", 1),
+        (143, "", "FAILED", "srun ended with status 143", 75),
+        (1, "USR1", "FAILED", "srun ended with status 1", 75),
+    ],
+)
+def test_a_run_whose_ranks_never_said_how_it_ended(
+    srun_status: int, asked: str, state: str, reason: str, exit_status: int, tmp_path: Path
+) -> None:
+    write_status(tmp_path, "RUNNING", None, 0)
+    words = ["--srun-status", str(srun_status), "--asked", asked, str(ROOT / "recipes" / "quickstart.yaml")]
+    assert job.main(["end", *words, f"run_dir={tmp_path}"]) == exit_status
+    status = read_status(tmp_path)
+    assert status is not None
+    assert (status.state, status.reason) == (state, reason)
+    (attempt,) = read_attempts(tmp_path)
+    assert (attempt.state, attempt.reason) == (state, reason)
