@@ -173,14 +173,18 @@ def compare(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """Writes the page of a study."""
-    from megatron_sbn.experiments.report import read_study, write_report
-    from megatron_sbn.experiments.tracking import delivered_study
+    from megatron_sbn.experiments.report import read_study, tracked_as, write_report
+    from megatron_sbn.experiments.tracking import attach_report, delivered_study
 
     study = Path(options.study)
     runs = delivered_study(options.uri, options.study) if options.uri else read_study(study)
     output = Path(options.output or (f"{options.study}-report" if options.uri else study / "report"))
-    write_report(study.name, runs, output)
+    files = write_report(study.name, runs, output)
     print(f"wrote {output / 'index.md'}")
+    if options.attach:
+        uri, name = (options.uri, options.study) if options.uri else tracked_as(study)
+        for run_id in attach_report(uri, name, files):
+            print(f"attached to MLflow run {run_id} of study {name}, artifacts report/")
     return 0
 
 
@@ -213,8 +217,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("study", metavar="STUDY", help="folder of run folders, or with --uri a study's name")
     command.add_argument("--uri", help="read the study's runs from this MLflow instead")
     command.add_argument("--output", metavar="FOLDER", help="where the page goes (default: STUDY/report, STUDY-report)")
+    command.add_argument("--attach", action="store_true", help="make all of it artifacts of the study's run in MLflow")
     command.epilog = (
-        "example: sbn report runs/n-of-8-tiny\n         sbn report n-of-8-tiny --uri http://mlflow.example:5000"
+        "example: sbn report runs/n-of-8-tiny\n"
+        "         sbn report n-of-8-tiny --uri http://mlflow.example:5000 --attach"
     )
     command = _add(commands, "quickstart", quickstart, "ternary against dense on this machine's own Python library")
     command.add_argument("--prepare-only", action="store_true", help="write the shards and stop")

@@ -221,6 +221,9 @@ class Training(Section):
     spike_grad_norm: PositiveFloat | None = None  # this many times as large
     spike_window: Positive = 32
     bad_step_budget: NonNegative = 10  # so many in a run; then it stops
+    hang_warning: NonNegative = 300  # seconds without progress until it is told who holds up the others; 0: never
+    hang_timeout: NonNegative = 1800  # and until the process ends, for the launcher to start anew; 0: never
+    rank_check_interval: NonNegative = 100  # steps between comparisons of the ranks' speed
     rollback_steps: Positive = 1  # rollback: to the newest checkpoint of at least so many steps before
 
 
@@ -243,6 +246,7 @@ class Tracking(Section):
     uri: str | None = None  # None: sqlite:/// beside the run folders
     experiment: str = "megatron_sbn"
     study: Name | None = None  # parent run in MLflow that groups the runs of a study; sweeps set their own name
+    system_metrics_interval: NonNegativeFloat = 10.0  # seconds between samples of rank 0's machine; 0: none
 
 
 class Recipe(Section):

@@ -7,7 +7,7 @@
 | 2 | bad recipe or input |
 | 3 | numerical failure (NaN or Inf) |
 | 4 | no whole checkpoint |
-| 75 | stopped because it was asked to (SIGTERM, SIGUSR1, STOP file) and checkpointed: start it again and it goes on |
+| 75 | stopped because it was asked to (SIGTERM, SIGUSR1, STOP file), what was done is saved: start it again to go on |
 | 128 + n | ended by signal n, or by a second one or the deadline after the first: nothing was saved at that moment |
 
 Every message is one line that names the field or file, the value, and the way out. What people and files say may be
@@ -54,6 +54,10 @@ class CheckpointError(SbnError):
     """No whole checkpoint where one is needed."""
 
     status = 4
+
+
+class RankLostError(SbnError):
+    """Another rank is gone, or does not answer."""
 
 
 class DeliveryError(SbnError):

@@ -17,6 +17,7 @@ from types import FrameType
 
 from megatron_sbn.environment import LAUNCHED
 from megatron_sbn.errors import STOPPED
+from megatron_sbn.stop_signals import blocked
 
 GRACE_SECONDS = 15.0
 _POLL_SECONDS = 0.1
@@ -47,15 +48,19 @@ def launch(
     """Runs `python -m MODULE ARGUMENTS` on `ranks` ranks of this machine; returns the first failing rank's status.
 
     When one rank fails the others are asked to end (SIGTERM), then killed. SIGINT, SIGTERM and SIGUSR1 are passed on;
-    75 (stopped when asked to) is the status if it is a rank's. After `seconds`, if given, ranks that have not finished
-    are ended, and TimeoutError names them.
+    75 (stopped when asked to) is the status if it is a rank's. Ranks begin with SIGTERM and SIGUSR1 blocked, so that
+    none is killed before it listens: MODULE has to `stop_signals.unblock`. After `seconds`, if given, ranks that have
+    not finished are ended, and TimeoutError names them.
     """
     deadline = time.monotonic() + seconds if seconds is not None else None
     machines = machines or Machines()
     machines = machines if machines.port else replace(machines, port=_free_port())
-    processes = [_start([module, *arguments], rank, ranks, machines) for rank in range(ranks)]
+    processes: list[subprocess.Popen[bytes]] = []
     with _forward_signals(processes):
         try:
+            with blocked():
+                for rank in range(ranks):
+                    processes.append(_start([module, *arguments], rank, ranks, machines))
             return _wait(processes, deadline)
         finally:
             _end(processes)
@@ -86,6 +91,10 @@ def _wait(processes: "list[subprocess.Popen[bytes]]", deadline: float | None) ->
             return _await_the_rest(processes)
         failed = [status for status in statuses if status]
         if failed:
+            for rank, status in enumerate(statuses):
+                if status is not None and status < 0:
+                    name = signal.Signals(-status).name
+                    print(f"sbn: rank {rank} was ended by {name}", file=sys.stderr, flush=True)
             # A status above 0 is a rank's own; below 0 it was killed by that signal.
             return next((status for status in failed if status > 0), 128 - failed[0])
         if all(status == 0 for status in statuses):

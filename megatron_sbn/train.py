@@ -1,18 +1,20 @@
 """Entry of every rank: `torchrun --nproc-per-node N -m megatron_sbn.train RECIPE [section.key=value ...]`.
 
 The recipe is checked, against the number of ranks too, before torch is imported: a bad one costs nothing and is
-told in one line. The loop itself is training/loop.py.
+told in one line. The loop itself is training/loop.py. What takes time is imported after the rank listens for signals.
 """
 
 import os
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from megatron_sbn import environment
-from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.errors import RecipeError, SbnError
-from megatron_sbn.experiments.mlflow_settings import configure_mlflow
-from megatron_sbn.feasibility import check_world
+from megatron_sbn.stop_signals import StopSignals
+
+if TYPE_CHECKING:
+    from megatron_sbn.config import Recipe
 
 SECONDS_TO_SPEAK = 1.0
 USAGE = "usage: torchrun --nproc-per-node N -m megatron_sbn.train RECIPE [section.key=value ...]"
@@ -24,22 +26,34 @@ def main(arguments: list[str]) -> int:
         print(USAGE)
         return 0 if arguments else RecipeError.status
     environment.end_with_launcher()
-    try:
-        recipe = load_recipe(arguments[0], arguments[1:])
-        check_world(recipe, environment.world_size())
-        return _train(recipe)
-    except SbnError as error:
-        _report(error)
-        return error.status
+    with StopSignals() as signals:
+        try:
+            recipe = _checked(arguments)
+            signals.allow(recipe.checkpoint.signal_deadline)
+            return _train(recipe, signals)
+        except SbnError as error:
+            _report(error)
+            return error.status
 
 
-def _train(recipe: Recipe) -> int:
+def _checked(arguments: list[str]) -> "Recipe":
+    from megatron_sbn.config import load_recipe
+    from megatron_sbn.feasibility import check_world
+
+    recipe = load_recipe(arguments[0], arguments[1:])
+    check_world(recipe, environment.world_size())
+    return recipe
+
+
+def _train(recipe: "Recipe", signals: StopSignals) -> int:
+    from megatron_sbn.experiments.mlflow_settings import configure_mlflow
+
     environment.silence_engines()
     configure_mlflow()
     # Importing the engines takes seconds: after the checks.
     from megatron_sbn.training.loop import run
 
-    return run(recipe)
+    return run(recipe, signals)
 
 
 def _report(error: SbnError) -> None:

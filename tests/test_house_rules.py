@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILE_LINES, FUNCTION_LINES, KERNEL_LINES = 400, 60, 150
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc"}
-NO_TORCH = tuple(f"megatron_sbn/{n}" for n in "cli cluster/ config environ errors feasib launch sweep train.".split())
+NO_TORCH = tuple(f"megatron_sbn/{n}" for n in "cli cluster/ config env errors feas launch stop_ sweep train.".split())
 HEAVY = ("torch", "deepspeed", "megatron", "mlflow", "sbn_kernels")
 ONLY_IMPORTER = {"deepspeed": "megatron_sbn/parallel/zero.py", "mlflow": "megatron_sbn/experiments/tracking.py"}
 
@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "megatron_sbn/environment.py": {"megatron_sbn.errors"},
     "megatron_sbn/feasibility": {"megatron_sbn.errors", "megatron_sbn.config", "megatron_sbn.feasibility_experts"},
     "megatron_sbn/config.py": {f"megatron_sbn.{n}" for n in ("errors", "feasibility", "recipe_file", "masking")},
-    **{f"megatron_sbn/{name}.py": set() for name in ("masking", "settings", "weight_store", "token_layout")},
+    **{f"megatron_sbn/{name}.py": set() for name in "masking settings stop_signals weight_store token_layout".split()},
     **{f"megatron_sbn/{name}.py": {"megatron_sbn.errors"} for name in ("staging", "recipe_file")},
     **{f"megatron_sbn/{a}.py": {f"megatron_sbn.{b}"} for a, b in (("errors", "masking"), ("producers", "settings"))},
     "megatron_sbn/functional.py": {f"megatron_sbn.{name}" for name in ("settings", "producers", *BASE[-2:])},

@@ -13,12 +13,14 @@ from megatron_sbn import environment
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.doctor.tiny import batch_of
 from megatron_sbn.errors import SbnError
+from megatron_sbn.stop_signals import unblock
 
 
 def main(arguments: list[str]) -> int:
     """Trains every recipe on this rank; returns the exit status of errors.py."""
     steps, folder, *recipes = arguments
     environment.end_with_launcher()
+    unblock()
     environment.silence_engines()
     try:
         for path in recipes:

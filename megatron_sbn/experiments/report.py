@@ -26,6 +26,8 @@ from megatron_sbn.experiments.figures import (
     perplexity_over_sparsity,
     speed_over_ranks,
 )
+from megatron_sbn.experiments.run_record import FILE_NAME, read_record
+from megatron_sbn.experiments.study import STUDY_TAG
 from megatron_sbn.staging import write_whole
 
 COLUMNS = (
@@ -41,6 +43,22 @@ def read_study(folder: Path) -> list[Run]:
     if not runs:
         raise InputError(f"{folder}: holds no run folders (recipe.yaml and metrics.jsonl); name the folder of a study")
     return runs
+
+
+def tracked_as(folder: Path) -> tuple[str, str]:
+    """(tracking URI, name of the study) of a folder's runs, as their tracking.json has them. Raises InputError."""
+    records = [read_record(path) for path in sorted(folder.glob(f"*/{FILE_NAME}"))]
+    found = {(record.uri, record.tags[STUDY_TAG]) for record in records if STUDY_TAG in record.tags}
+    way_out = "give the study's name, and --uri"
+    if not found:
+        raise InputError(f"{folder}: no run of it is tracked under a study (tracking.study); set that, and `sbn sync`")
+    if len(found) > 1:
+        told = ", ".join(f"{name} at {uri}" for uri, name in sorted(found))
+        raise InputError(f"{folder}: its runs are of several studies ({told}); {way_out}")
+    ((uri, name),) = found
+    if "***" in uri:
+        raise InputError(f"{folder}: its tracking URI {uri} lacks its password; {way_out}")
+    return uri, name
 
 
 def finished(run: Run) -> bool:
@@ -91,14 +109,16 @@ def scalings(runs: Sequence[Run]) -> list[Scaling]:
     ]
 
 
-def write_report(name: str, runs: Sequence[Run], output: Path) -> None:
-    """Writes the page, the table and the figures of a study's runs."""
+def write_report(name: str, runs: Sequence[Run], output: Path) -> list[Path]:
+    """Writes the page, the table and the figures of a study's runs; returns their paths."""
     output.mkdir(parents=True, exist_ok=True)
+    written = [output / "index.md", output / "runs.csv"]
     group = max((m for run in runs for n, m in [run.recipe.linear.sparsity] if n < m), default=8)
     made = curves(runs, group)
     page = [f"# {name}", "", *_summary(runs)]
     if made:
-        perplexity_over_sparsity(made, group, output / "perplexity.png")
+        written.append(output / "perplexity.png")
+        perplexity_over_sparsity(made, group, written[-1])
         page += ["", "## Perplexity over sparsity", "", "![perplexity over N:M](perplexity.png)", ""]
         page += _table(made, group)
     measured = [(run, [(run.tokens(step), value) for step, value in run.points("loss")]) for run in runs]
@@ -108,16 +128,19 @@ def write_report(name: str, runs: Sequence[Run], output: Path) -> None:
         if points
     ]
     if traces:
-        loss_over_tokens(traces, output / "loss.png")
+        written.append(output / "loss.png")
+        loss_over_tokens(traces, written[-1])
         page += ["", "## Training loss", "", "![training loss over tokens](loss.png)"]
     layouts = scalings(runs)
     if layouts:
-        speed_over_ranks(layouts, output / "scaling.png")
+        written.append(output / "scaling.png")
+        speed_over_ranks(layouts, written[-1])
         page += ["", "## Speed over ranks", "", "![tokens per second over ranks](scaling.png)", ""]
         page += _scaling_table(layouts)
     page += ["", "Every run: [runs.csv](runs.csv). Metrics are defined in docs/metrics.md."]
     write_whole(output / "runs.csv", _csv(runs).encode())
     write_whole(output / "index.md", ("\n".join(page) + "\n").encode())
+    return written
 
 
 def _summary(runs: Sequence[Run]) -> list[str]:

@@ -12,6 +12,11 @@ from megatron_sbn.staging import in_turn, partial_path
 _SCHEME = "sqlite:///"
 
 
+def default_uri(runs_dir: Path) -> str:
+    """A database beside the run folders: sqlite:///<absolute runs_dir>/mlflow.db."""
+    return f"{_SCHEME}{runs_dir.absolute()}/mlflow.db"
+
+
 def database_file(uri: str) -> Path | None:
     """The file of a sqlite:/// URI, absolute; None for other stores."""
     path = uri.removeprefix(_SCHEME).partition("?")[0]

@@ -19,8 +19,10 @@ from megatron_sbn.config import load_recipe
 from megatron_sbn.errors import InputError
 from megatron_sbn.experiments.compare import Run
 from megatron_sbn.experiments.metrics import Line
+from megatron_sbn.experiments.system_metrics import PREFIX
 
 PARENT_TAG, STUDY_TAG, KIND_TAG = "mlflow.parentRunId", "study", "run_kind"
+REPORT_FOLDER = "report"  # of the parent's artifacts
 _PAGE = 1000
 
 
@@ -80,19 +82,40 @@ def _children(client: Any, experiment_id: str, parent: str | None) -> list[Any]:
 
 def delivered(client: Any, name: str) -> list[Run]:  # noqa: ANN401 - MlflowClient
     """The runs of a study as MLflow has them, by name. Raises InputError where it has no such study."""
+    parents = _known_parents(client, name)
+    runs = [run for parent in parents for run in _children(client, parent.info.experiment_id, parent.info.run_id)]
+    return [_delivered_run(client, run) for run in sorted(runs, key=lambda run: str(run.info.run_name))]
+
+
+def attach(client: Any, name: str, files: Iterable[Path]) -> list[str]:  # noqa: ANN401 - MlflowClient
+    """Puts files under report/ of the study's parent run, in every experiment that has it; returns the runs' ids.
+
+    Those of before with the same names are replaced. Raises InputError where MLflow has no such study.
+    """
+    eldest: dict[str, str] = {}
+    for parent in _known_parents(client, name):
+        eldest.setdefault(parent.info.experiment_id, parent.info.run_id)
+    for run_id in eldest.values():
+        for file in files:
+            client.log_artifact(run_id, str(file), REPORT_FOLDER)
+    return list(eldest.values())
+
+
+def _known_parents(client: Any, name: str) -> list[Any]:  # noqa: ANN401 - MlflowClient
+    """Those of all experiments, the oldest first; InputError where there is none."""
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     parents = _parents(client, experiments, name)
     if not parents:
         raise InputError(
             f"MLflow has no study {name!r}; a run's tag `study`, or `name` of the sweep file, is what to give"
         )
-    runs = [run for parent in parents for run in _children(client, parent.info.experiment_id, parent.info.run_id)]
-    return [_delivered_run(client, run) for run in sorted(runs, key=lambda run: str(run.info.run_name))]
+    return parents
 
 
 def _delivered_run(client: Any, run: Any) -> Run:  # noqa: ANN401 - MlflowClient, mlflow.entities.Run
     by_step: dict[int, Line] = {}
-    for name in run.data.metrics:
+    # The steps of system metrics count samples.
+    for name in (name for name in run.data.metrics if not name.startswith(PREFIX)):
         for point in client.get_metric_history(run.info.run_id, name):
             by_step.setdefault(point.step, {"step": point.step})[name] = point.value
     with TemporaryDirectory() as folder:

@@ -1,12 +1,12 @@
 """MLflow: runs to compare in its UI, delivered beside training and never in its way. The only importer of mlflow.
 
-    metrics.jsonl, tracking.json  ->  one daemon thread  ->  MLflow
+    metrics.jsonl, system_metrics.jsonl, tracking.json  ->  one daemon thread  ->  MLflow
 
 The training loop writes the run folder's files; a thread of rank 0 follows them. A metric line is sent when its step
-is above the last step that MLflow itself reports for that metric. So a repeated batch, a resumed job that writes steps
-anew, or a run folder that is delivered a second time adds nothing: each (metric, step) is there once, as it was first
-delivered. Only MLflow is asked what it has, when a connection is made and after every failure. Timestamps are the
-line's own, so even a batch whose answer was lost is the same rows again.
+is above the last step that MLflow itself reports for that metric (undelivered.py). So a repeated batch, a resumed job
+that writes steps anew, or a run folder that is delivered a second time adds nothing: each (metric, step) is there
+once, as it was first delivered. Only MLflow is asked what it has, when a connection is made and after every failure.
+Timestamps are the line's own, so even a batch whose answer was lost is the same rows again.
 
 While MLflow cannot be reached one warning is logged, attempts grow rarer, and nothing is lost: the files are complete
 and `sync` delivers them later. mlflow takes seconds to import, so that happens in the thread.
@@ -23,19 +23,27 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_sbn.errors import DeliveryError, InputError, SbnError
 from megatron_sbn.experiments.compare import Run
-from megatron_sbn.experiments.metrics import Line, read_new
 from megatron_sbn.experiments.mlflow_settings import configure_mlflow
 from megatron_sbn.experiments.provenance import describe_environment, describe_recipe
 from megatron_sbn.experiments.run_record import FILE_NAME, RunRecord, RunRecordFile, new_key, read_record
-from megatron_sbn.experiments.sqlite_file import artifact_location, database_file, ensure_tables
-from megatron_sbn.experiments.study import STUDY_TAG, Study, delivered
+from megatron_sbn.experiments.sqlite_file import artifact_location, database_file, default_uri, ensure_tables
+from megatron_sbn.experiments.study import STUDY_TAG, Study, attach, delivered
+from megatron_sbn.experiments.system_metrics import FILE_NAME as SYSTEM_METRICS_NAME
+from megatron_sbn.experiments.undelivered import Undelivered
 from megatron_sbn.masking import mask_secrets
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric
     from mlflow.entities import Run as MlflowRun
 
-__all__ = ["Tracker", "default_uri", "delivered_study", "describe_environment", "describe_recipe", "sync"]
+__all__ = [
+    "Tracker",
+    "attach_report",
+    "default_uri",
+    "delivered_study",
+    "describe_environment",
+    "describe_recipe",
+    "sync",
+]
 
 METRICS_NAME = "metrics.jsonl"
 KEY_TAG = "run_key"
@@ -44,11 +52,6 @@ CLOSING_ATTEMPTS = 3
 # MLflow's limits on one request and on one value.
 METRICS_PER_BATCH, ENTRIES_PER_BATCH, PARAM_LENGTH, TAG_LENGTH = 1000, 100, 6000, 8000
 _log = logging.getLogger("megatron_sbn")
-
-
-def default_uri(runs_dir: Path) -> str:
-    """A database beside the run folders: sqlite:///<absolute runs_dir>/mlflow.db."""
-    return f"sqlite:///{runs_dir.absolute()}/mlflow.db"
 
 
 def sync(run_dir: Path, uri: str | None = None) -> str:
@@ -198,6 +201,17 @@ def delivered_study(uri: str, name: str) -> list[Run]:
         return delivered(MlflowClient(uri), name)
 
 
+def attach_report(uri: str, name: str, files: Sequence[Path]) -> list[str]:
+    """Makes files artifacts of a study's parent run; returns its id (several: one an experiment).
+
+    Raises InputError for an unknown study, DeliveryError for no MLflow.
+    """
+    with _conversation(uri):
+        from mlflow import MlflowClient
+
+        return attach(MlflowClient(uri), name, files)
+
+
 @contextmanager
 def _conversation(uri: str) -> Iterator[None]:
     """mlflow's failures as one line without secrets."""
@@ -220,14 +234,13 @@ class _Delivery:
     """All that is said to MLflow about one run. Every method may be repeated after any failure."""
 
     def __init__(self, run_dir: Path, file: RunRecordFile, uri: str) -> None:
-        self._metrics_path = run_dir / METRICS_NAME
+        self._metrics = Undelivered(run_dir / METRICS_NAME)
+        self._system_metrics = Undelivered(run_dir / SYSTEM_METRICS_NAME)
         self._file = file
         self._uri = uri
         self.rewound = False  # whether the file has to be read from its start again
         self._connected = False
         self._artifacts_done = False
-        self._offset = 0
-        self._last_steps: dict[str, int] = {}
 
     def push(self) -> None:
         """Delivers what is new. Raises DeliveryError, or InputError for a broken metrics.jsonl."""
@@ -236,9 +249,12 @@ class _Delivery:
         with self._conversation():
             if not self._connected:
                 self._connect()
-            self._send_metrics()
+            step = self._send_points(self._metrics)
+            if step is not None:
+                self._file.update(delivered_step=max(step, self._file.record.delivered_step or 0))
             if not self._artifacts_done:
                 self._send_artifacts()
+            self._send_points(self._system_metrics)
 
     def finish(self) -> None:
         """Gives the MLflow run the record's status and end. Raises DeliveryError."""
@@ -278,8 +294,9 @@ class _Delivery:
         self._experiment = run.info.experiment_id
         self._study: Study | None = None
         self._join_study()
-        self._offset = 0
-        self._last_steps = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+        last_steps = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+        self._metrics.begin_after(last_steps)
+        self._system_metrics.begin_after(last_steps)
         self._connected = True
 
     def _join_study(self) -> None:
@@ -349,29 +366,15 @@ class _Delivery:
         if record.status == "RUNNING" != run.info.status:
             self._client.update_run(run.info.run_id, status="RUNNING")
 
-    def _send_metrics(self) -> None:
-        if not self._metrics_path.exists():
-            return
-        lines, offset = read_new(self._metrics_path, self._offset)
-        metrics = self._missing(lines)
-        for start in range(0, len(metrics), METRICS_PER_BATCH):
-            self._client.log_batch(self._run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
-        self._offset = offset
-        if metrics:
-            self._file.update(delivered_step=max(self._last_steps.values()))
-
-    def _missing(self, lines: Sequence[Line]) -> "list[Metric]":
-        """What the lines hold above each metric's last step. Steps of one metric grow from line to line."""
+    def _send_points(self, source: Undelivered) -> int | None:
+        """Sends what is missing; returns its last step, None for nothing."""
         from mlflow.entities import Metric
 
-        metrics = []
-        for line in lines:
-            step, timestamp = int(line["step"]), _milliseconds(line["time"])
-            for name, value in line.items():
-                if name not in ("step", "time") and step > self._last_steps.get(name, -1):
-                    self._last_steps[name] = step
-                    metrics.append(Metric(name, value, timestamp, step))
-        return metrics
+        points = source.take()
+        for start in range(0, len(points), METRICS_PER_BATCH):
+            batch = [Metric(*point) for point in points[start : start + METRICS_PER_BATCH]]
+            self._client.log_batch(self._run_id, metrics=batch)
+        return max((point.step for point in points), default=None)
 
     def _send_artifacts(self) -> None:
         for artifact in map(Path, self._file.record.artifacts):

@@ -4,6 +4,7 @@ Steps are counted by what is done: step 1 is the first update, and checkpoint st
 100th. The batch of a step depends on the seed and the step alone, so a resumed run sees what it would have seen.
 """
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from megatron_sbn.errors import STOPPED, CheckpointError, NumericalError
 from megatron_sbn.experiments.flops import model_flops_per_token
 from megatron_sbn.experiments.metrics import MetricsFile
 from megatron_sbn.experiments.provenance import batch_scripts, installed_packages
+from megatron_sbn.experiments.system_metrics import sampled
 from megatron_sbn.experiments.telemetry import Telemetry
 from megatron_sbn.experiments.tracking import Tracker, default_uri, describe_environment, describe_recipe
 from megatron_sbn.model import build_stages
@@ -25,30 +27,56 @@ from megatron_sbn.parallel import state as parallel_state
 from megatron_sbn.parallel.cpu import without_cuda
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.parallel.traffic import Totals, Traffic, group_names, step_metrics
+from megatron_sbn.run_status import saved_step
 from megatron_sbn.staging import write_whole
+from megatron_sbn.stop_signals import StopSignals
 from megatron_sbn.training import screen
 from megatron_sbn.training.bad_steps import BadStepError
 from megatron_sbn.training.checkpoints import Checkpoints
 from megatron_sbn.training.console import Console
 from megatron_sbn.training.evaluate import Evaluator
+from megatron_sbn.training.heartbeat import Heartbeat, contact
 from megatron_sbn.training.run_folder import RunFolder, open_run_folder, recorded
-from megatron_sbn.training.signals import Reason, StopRequest, listening
+from megatron_sbn.training.signals import Reason, StopRequest
 from megatron_sbn.training.step import StepResult, Trainer
+from megatron_sbn.training.stragglers import Stragglers
 
 
-def run(recipe: Recipe) -> int:
+def run(recipe: Recipe, signals: StopSignals) -> int:
     """Trains a recipe on this rank, from its start or its last checkpoint.
 
-    Returns 0, or 75 (errors.STOPPED) where it was asked to stop (`signals.py`) and is checkpointed.
+    Returns 0, or 75 (errors.STOPPED) where it was asked to stop (`signals.py`) and what it did is checkpointed.
     """
     with without_cuda():
         parallel = parallel_state.initialize(recipe)
         with open_run_folder(recipe, parallel) as folder:
-            request = StopRequest(folder.path, parallel)
-            with recorded(folder, parallel), listening(request, recipe.checkpoint.signal_deadline):
-                reason = Loop(recipe, parallel, folder).run(request)
+            request = StopRequest(folder.path, parallel, signals)
+            heart = _heartbeat(recipe, parallel, folder)
+            with recorded(folder, parallel), heart, contact(heart, parallel.world_size):
+                reason = Loop(recipe, parallel, folder, heart).run(request)
         parallel_state.finalize()
     return STOPPED if reason else 0
+
+
+def _heartbeat(recipe: Recipe, parallel: ParallelState, folder: RunFolder) -> Heartbeat:
+    """What it says goes to standard error, and from rank 0 to the log too: a hang may hold the console's own lock."""
+
+    def say(line: str) -> None:
+        print(f"sbn: {line}", file=sys.stderr, flush=True)
+        if parallel.rank == 0:
+            with folder.log.open("a", encoding="utf-8") as log:
+                log.write(f"{line}\n")
+
+    training = recipe.training
+    return Heartbeat(
+        folder.path,
+        parallel.rank,
+        parallel.world_size,
+        training.hang_warning,
+        training.hang_timeout,
+        say,
+        lambda why: folder.tell(parallel, "FAILED", 1, saved_step(folder.path), why),
+    )
 
 
 EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
@@ -64,8 +92,9 @@ class Ending:
 class Loop:
     """One run on one rank."""
 
-    def __init__(self, recipe: Recipe, parallel: ParallelState, folder: RunFolder) -> None:
+    def __init__(self, recipe: Recipe, parallel: ParallelState, folder: RunFolder, heart: Heartbeat) -> None:
         self.recipe = recipe
+        self.heart = heart
         self.parallel = parallel
         shards = [(shard.path, shard.weight) for shard in recipe.data.train]
         self.dataset = build_dataset(shards, recipe.model.seq_length, recipe.training.seed)
@@ -78,6 +107,7 @@ class Loop:
         self.sent: Totals = {}  # by the last step
         self.tracker: Tracker | None = None
         self.console = Console(folder.log, recipe.training.steps, parallel.rank == 0)
+        self.stragglers = Stragglers(parallel, self.console.say)
         self.checkpoints = Checkpoints(recipe, parallel, folder, self.trainer, self.telemetry, self.console.say)
         self.first = self.batches = self.bad_steps = 0
         if folder.continues:
@@ -88,8 +118,7 @@ class Loop:
         self.saved = self.first  # the step of the last checkpoint
         self.metrics = MetricsFile(self.folder.metrics) if parallel.rank == 0 else None
         if self.metrics is not None:
-            # A start anew measures step 0 again.
-            self.metrics.truncate_after(self.first if folder.continues else -1)
+            self.metrics.truncate_after(self.first if folder.continues else -1)  # a start anew measures step 0 again
 
     def run(self, request: StopRequest) -> Reason:
         """All steps that are left, or until the ranks agree that they were asked to stop; returns why."""
@@ -105,6 +134,7 @@ class Loop:
                 self._measure(console, 0)
             step = self.first
             while step < training.steps:
+                self.heart.enter("agreeing to go on", step)
                 self.checkpoints.saver.poll()
                 reason = request.agreed()
                 if reason:
@@ -144,6 +174,7 @@ class Loop:
         self.folder.tell(self.parallel, "STOPPED", STOPPED, done, reason.name)
 
     def _step(self, step: int) -> tuple[StepResult, float]:
+        self.heart.enter("reading a batch", step + 1)
         self.traffic.restart()
         began = time.perf_counter()
         recipe = self.recipe
@@ -154,7 +185,9 @@ class Loop:
             self.trainer.rows(),
             vocab_size=recipe.model.vocab_size,
         )
+        self.stragglers.read(time.perf_counter() - began)
         self.batches += 1
+        self.heart.enter("forward, backward and update", step + 1)
         result = self.trainer.step(step, samples)
         if self.parallel.device.type == "cuda":
             torch.cuda.synchronize()
@@ -209,17 +242,22 @@ class Loop:
                 values["skipped_batches"] = self.batches - done
             self._record(done, values | step_metrics(self.sent, self.parallel))
         if self.evaluator and training.validation_interval and (done % training.validation_interval == 0 or last):
+            self.heart.enter("validation", done)
             values = self.evaluator.run(self.trainer)
             self._record(done, values)
             console.say(f"step {done}: validation perplexity {values['validation_perplexity']:.3f}")
         if training.telemetry_interval and (done % training.telemetry_interval == 0 or last):
             self._measure(console, done)
+        if training.rank_check_interval and done % training.rank_check_interval == 0 and self.parallel.world_size > 1:
+            self.heart.enter("comparing the ranks", done)
+            self.stragglers.check()
         if self.recipe.checkpoint.interval and (done % self.recipe.checkpoint.interval == 0 or last):
             self._save(done)
 
     def _measure(self, console: Console, done: int) -> None:
         if not self.recipe.training.telemetry_interval:
             return
+        self.heart.enter("telemetry", done)
         values = self.telemetry.measure(done)
         self._record(done, values)
         console.say(f"step {done}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
@@ -229,6 +267,7 @@ class Loop:
             self.metrics.append(done, values)
 
     def _save(self, done: int) -> None:
+        self.heart.enter("saving", done)
         self.saved = done
         run_id = self.tracker.run_id if self.tracker is not None else None
         if self.metrics is not None:
@@ -239,10 +278,12 @@ class Loop:
     def _tracked(self) -> Iterator["Ending"]:
         """MLflow on rank 0, told truthfully how the run ended: FINISHED unless the body says or raises otherwise."""
         self.tracker = tracker = self._tracker()
+        interval = self.recipe.tracking.system_metrics_interval if tracker is not None else 0.0
         ending = Ending()
         status: EndStatus = "FAILED"
         try:
-            yield ending
+            with sampled(self.folder.path, interval):
+                yield ending
             status = ending.status
         except KeyboardInterrupt:
             status = "KILLED"

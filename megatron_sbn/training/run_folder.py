@@ -1,12 +1,13 @@
 """The run folder: everything that one run leaves behind, in one place.
 
-    recipe.yaml        the resolved recipe, passwords masked
-    environment.txt    installed packages, of a tracked run
-    metrics.jsonl      one object a line (docs/metrics.md)
-    checkpoints/       step-N folders and `latest`
-    logs/rank-0.log    what was printed
-    status.json        how the run stands (run_status.py)
-    STOP               made by a person: the run stops at the next step, checkpointed
+    recipe.yaml           the resolved recipe, passwords masked
+    environment.txt       installed packages, of a tracked run
+    metrics.jsonl         one object a line (docs/metrics.md)
+    system_metrics.jsonl  samples of rank 0's machine, of a tracked run
+    checkpoints/          step-N folders and `latest`
+    logs/rank-0.log       what was printed
+    status.json           how the run stands (run_status.py)
+    STOP                  made by a person: the run stops at the next step, checkpointed
 
 `run_dir` names it, and then a second start continues what is there (`checkpoint.resume: auto`); without it every start
 is a new run in runs/NAME-TIME.

@@ -12,6 +12,7 @@ from training_runs import small_recipe, train_step, trainer_of
 from megatron_sbn.data.corpus import PrepareOptions, prepare
 from megatron_sbn.errors import SbnError
 from megatron_sbn.experiments.metrics import read_metrics
+from megatron_sbn.stop_signals import StopSignals
 from megatron_sbn.training import loop
 from megatron_sbn.training.bad_steps import BadStepError
 from megatron_sbn.training.step import Trainer
@@ -91,7 +92,7 @@ def trained(shard: Path, folder: Path, bad_batches: tuple[int, ...], overrides: 
 
     with mock.patch.object(loop, "batch", noted), mock.patch.object(Trainer, "_mean_loss", poisoned):
         try:
-            ended = str(loop.run(recipe))
+            ended = str(loop.run(recipe, StopSignals()))
         except SbnError as error:
             ended = f"{type(error).__name__}: {error}"
     return ended, losses

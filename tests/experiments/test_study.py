@@ -1,8 +1,10 @@
 """Runs of a study are children of one parent run, whoever starts first, and the parent says how the study stands."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -111,9 +113,9 @@ def test_sweeps_are_studies_and_tags_say_what_to_filter_by() -> None:
     assert "study" not in describe_recipe(load_recipe(RECIPES / "quickstart.yaml"), 2)
 
 
-def test_the_report_from_mlflow_is_that_from_the_folders(
-    tmp_path: Path, uri: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def study(tmp_path: Path, uri: str) -> Path:
+    """Two run folders of the study n-of-8, which MLflow has."""
     study = tmp_path / "n-of-8"
     for n, perplexity in ((8, 100.0), (6, 104.5)):
         folder = study / f"ternary-{n}"
@@ -126,9 +128,17 @@ def test_the_report_from_mlflow_is_that_from_the_folders(
             metrics.append(step, {"loss": 8.0 - step, "tokens_per_second": 100.0 * step})
         metrics.append(2, {"validation_perplexity": perplexity})
         metrics.close()
+        # A sample of the machine, of which there are more than steps, is no step of the run.
+        MetricsFile(folder / "system_metrics.jsonl").append(7, {"system/cpu_utilization_percentage": 50.0})
         tags = describe_recipe(recipe, 1)
-        tracker = Tracker(folder, folder.name, "tiny", uri, recipe.flat(), tags, [folder / "recipe.yaml"])
+        tracker = Tracker(folder, folder.name, "experiment", uri, recipe.flat(), tags, [folder / "recipe.yaml"])
         assert tracker.close("FINISHED")
+    return study
+
+
+def test_the_report_from_mlflow_is_that_from_the_folders(
+    tmp_path: Path, study: Path, uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["report", str(study), "--output", str(tmp_path / "folders")]) == 0
     assert main(["report", "n-of-8", "--uri", uri, "--output", str(tmp_path / "mlflow")]) == 0
     for name in ("index.md", "runs.csv"):
@@ -137,6 +147,60 @@ def test_the_report_from_mlflow_is_that_from_the_folders(
     capsys.readouterr()
     assert main(["report", "n-of-9", "--uri", uri]) == 2
     assert "MLflow has no study 'n-of-9'" in capsys.readouterr().err
+
+
+def attached(uri: str, folder: Path) -> dict[str, bytes]:
+    """The parent's artifacts by path."""
+    (parent,) = rows(uri, "study")
+    client = MlflowClient(uri)
+    assert [entry.path for entry in client.list_artifacts(parent.info.run_id)] == ["report"]
+    found = [entry.path for entry in client.list_artifacts(parent.info.run_id, "report")]
+    folder.mkdir()
+    return {path: Path(client.download_artifacts(parent.info.run_id, path, str(folder))).read_bytes() for path in found}
+
+
+def test_a_report_is_attached_to_the_studys_run(
+    tmp_path: Path, study: Path, uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (study / "report").mkdir()
+    (study / "report" / "notes.txt").write_text("not of the report")
+    names = ("index.md", "loss.png", "perplexity.png", "runs.csv")
+    assert main(["report", str(study), "--attach"]) == 0
+    (parent,) = rows(uri, "study")
+    assert f"attached to MLflow run {parent.info.run_id} of study n-of-8" in capsys.readouterr().out
+    assert attached(uri, tmp_path / "a") == {f"report/{name}": (study / "report" / name).read_bytes() for name in names}
+    # From MLflow, when another run has joined: the new page is in the place of the old one.
+    assert track(tmp_path / "c", uri).close("FINISHED")
+    (tmp_path / "c" / "recipe.yaml").write_text((study / "ternary-8" / "recipe.yaml").read_text())
+    third = next(row for row in rows(uri, "run") if row.info.run_name == "c")
+    MlflowClient(uri).log_artifact(third.info.run_id, str(tmp_path / "c" / "recipe.yaml"))
+    output = tmp_path / "page"
+    assert main(["report", "n-of-8", "--uri", uri, "--output", str(output), "--attach"]) == 0
+    assert b"3 runs, 2 finished" in (output / "index.md").read_bytes()
+    assert attached(uri, tmp_path / "b") == {f"report/{name}": (output / name).read_bytes() for name in names}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tags": {}}, "no run of it is tracked under a study (tracking.study)"),
+        ({"uri": "http://***@host:5000"}, "its tracking URI http://***@host:5000 lacks its password; give the study's"),
+        ({"tags": {STUDY_TAG: "other"}}, "its runs are of several studies (n-of-8 at sqlite:///"),
+        ({"tags": {STUDY_TAG: "absent"}}, "MLflow has no study 'absent'"),
+    ],
+)
+def test_a_report_that_cannot_be_attached(
+    study: Path, changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index, folder in enumerate(sorted(study.iterdir())):
+        path = folder / "tracking.json"
+        if index == 0 or "several" not in message:
+            path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert main(["report", str(study), "--attach"]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert (study / "report" / "index.md").is_file()
 
 
 def test_jobs_that_start_at_once_make_one_database(tmp_path: Path) -> None:

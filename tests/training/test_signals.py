@@ -7,47 +7,31 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
+from mlflow import MlflowClient
+from tiny_run import at_import, write_tiny_recipe
 
-from megatron_sbn.data.shards import ShardWriter
 from megatron_sbn.errors import STOPPED
 from megatron_sbn.experiments.metrics import read_metrics
 from megatron_sbn.experiments.run_record import read_record
+from megatron_sbn.launch import launch
 from megatron_sbn.run_status import read_status
 
 STEPS = 300
-VOCABULARY = 128
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One layer on two tensor-parallel ranks; it never checkpoints of itself."""
     folder = tmp_path_factory.mktemp("signals")
-    writer = ShardWriter(folder / "tokens.bin", folder / "tokens.idx", VOCABULARY)
-    generator = np.random.default_rng(0)
-    for _ in range(50):
-        writer.add(generator.integers(0, VOCABULARY, 100))
-    writer.finish()
-    path = folder / "tiny.yaml"
-    path.write_text(
-        f"""name: tiny
-model: {{num_layers: 1, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 2, seq_length: 16,
-  vocab_size: {VOCABULARY}, bf16: false}}
-parallel: {{tensor: 2}}
-data: {{train: {folder}/tokens}}
-training: {{steps: {STEPS}, global_batch_size: 2, micro_batch_size: 2, telemetry_interval: 50}}
-tracking: {{uri: "sqlite:///{folder}/mlflow.db"}}
-"""
-    )
-    return path
+    return write_tiny_recipe(folder, STEPS, tracking=f'uri: "sqlite:///{folder}/mlflow.db"')
 
 
-def start(recipe: Path, run: Path, *overrides: str) -> "subprocess.Popen[str]":
+def start(recipe: Path, run: Path, *overrides: str, path: str = "") -> "subprocess.Popen[str]":
     words = ["train", str(recipe), f"run_dir={run}", *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": path} if path else {})
     return subprocess.Popen(
         [sys.executable, "-m", "megatron_sbn.cli", *words],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
     )  # fmt: skip
 
 
@@ -61,6 +45,12 @@ def await_line(process: "subprocess.Popen[str]", beginning: str) -> None:
 
 def losses(run: Path) -> list[tuple[float, float]]:
     return [(line["step"], line["loss"]) for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
+
+
+def history(run: Path, metric: str) -> list:  # type: ignore[type-arg]
+    """Points that MLflow has."""
+    record = read_record(run / "tracking.json")
+    return sorted(MlflowClient(record.uri).get_metric_history(record.run_id, metric), key=lambda point: point.step)
 
 
 def test_a_signalled_run_goes_on_with_the_same_losses(recipe: Path) -> None:
@@ -88,6 +78,52 @@ def test_a_signalled_run_goes_on_with_the_same_losses(recipe: Path) -> None:
     assert ended is not None
     assert (ended.state, ended.exit_status, ended.step) == ("FINISHED", 0, STEPS)
     assert read_record(run / "tracking.json").status == "FINISHED"
+    samples = read_metrics(run / "system_metrics.jsonl")
+    assert [line["step"] for line in samples] == list(range(len(samples)))
+    assert len(samples) >= 3  # one a start at least
+    assert [point.step for point in history(run, "system/cpu_utilization_percentage")] == list(range(len(samples)))
+
+
+def test_a_signal_while_the_engines_are_imported_is_remembered(recipe: Path, tmp_path: Path) -> None:
+    """Of one rank alone, of a run that begins and of one that goes on; the third start has all steps to do, once."""
+    run = recipe.parent / "early"
+    path = at_import(tmp_path / "hook", "os.kill(os.getpid(), signal.SIGTERM)", ("1",))
+    early = ("training.steps=3", "checkpoint.interval=2", "tracking.enabled=false")
+    with start(recipe, run, *early, path=str(path)) as process:
+        said, _ = process.communicate(timeout=120)
+    assert process.returncode == STOPPED, said
+    status = read_status(run)
+    assert status is not None
+    assert (status.state, status.reason, status.step) == ("STOPPED", "SIGTERM", 0)
+    assert not (run / "checkpoints" / "latest").exists()
+    with start(recipe, run, *early) as process:
+        process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert [step for step, _ in losses(run)] == [1, 2, 3]
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl") if "zero_fraction" in line] == [0, 3]
+    longer = ("training.steps=9", *early[1:])
+    with start(recipe, run, *longer, path=str(path)) as process:
+        process.communicate(timeout=120)
+    assert process.returncode == STOPPED
+    status = read_status(run)
+    assert status is not None
+    assert (status.state, status.reason, status.step) == ("STOPPED", "SIGTERM", 3)
+    assert [step for step, _ in losses(run)] == [1, 2, 3]
+
+
+EARLIEST = """
+import os, signal, sys
+os.kill(os.getpid(), signal.SIGTERM)
+from megatron_sbn.stop_signals import StopSignals
+with StopSignals() as signals:
+    sys.exit(75 if signals.noted == {signal.SIGTERM} else 1)
+"""
+
+
+def test_a_signal_before_a_rank_listens_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "earliest_rank.py").write_text(EARLIEST)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert launch([], 2, module="earliest_rank") == STOPPED
 
 
 def test_the_kill_switch_stops_a_run(recipe: Path) -> None:
@@ -104,10 +140,9 @@ def test_the_kill_switch_stops_a_run(recipe: Path) -> None:
 
 FROZEN = """
 import sys, time
-from pathlib import Path
-from types import SimpleNamespace
-from megatron_sbn.training.signals import StopRequest, listening
-with listening(StopRequest(Path("."), SimpleNamespace()), float(sys.argv[1])):
+from megatron_sbn.stop_signals import StopSignals
+with StopSignals() as signals:
+    signals.allow(float(sys.argv[1]))
     print("ready", flush=True)
     time.sleep(60)
 """

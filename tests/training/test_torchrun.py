@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_run import at_import
 
 from megatron_sbn.data.shards import ShardWriter
 from megatron_sbn.experiments.metrics import read_metrics
@@ -36,10 +37,10 @@ tracking: {{enabled: false}}
     return path
 
 
-def start(recipe: Path, *words: str) -> "subprocess.Popen[str]":
+def start(recipe: Path, *words: str, **variables: str) -> "subprocess.Popen[str]":
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     return subprocess.Popen(
-        [*TORCHRUN, *words], cwd=recipe.parent, env=environment | {"OMP_NUM_THREADS": "1"},
+        [*TORCHRUN, *words], cwd=recipe.parent, env=environment | {"OMP_NUM_THREADS": "1"} | variables,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -58,6 +59,18 @@ def test_one_machine(recipe: Path) -> None:
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     trained(recipe.parent / "one")
+
+
+def test_torchrun_that_is_ended_while_its_ranks_import_the_engines(recipe: Path, tmp_path: Path) -> None:
+    """torchrun passes SIGTERM on and waits; the rank's import goes on when the signal is there."""
+    path = at_import(tmp_path / "hook", "os.kill(os.getppid(), signal.SIGTERM); signal.pause()", ("0",))
+    train = ["-m", "megatron_sbn.train", str(recipe), "parallel.tensor=2", "run_dir=ended"]
+    process = start(recipe, "--nproc-per-node", "2", *train, PYTHONPATH=str(path))
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    status = read_status(recipe.parent / "ended")
+    assert status is not None, said
+    assert (status.state, status.reason, status.exit_status, status.step) == ("STOPPED", "SIGTERM", 75, 0)
 
 
 def test_two_machines(recipe: Path) -> None:
