@@ -17,10 +17,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from megatron_sbn import feasibility
 from megatron_sbn.errors import RecipeError
+from megatron_sbn.masking import excerpt
 from megatron_sbn.recipe_file import read_recipe
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+LARGEST = 2**53  # every whole number up to it is one in JSON, in a float and in 64 bits
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -329,7 +331,4 @@ def _problem(error: ValidationError) -> str:
         return f"{field} is not a recipe key{_nearest(field)}"
     if problem["type"] == "missing":
         return f"{field} is missing: the recipe must set it"
-    value = repr(problem["input"])
-    return (
-        f"{field} = {value if len(value) <= 80 else value[:77] + '...'}: {problem['msg'].removeprefix('Value error, ')}"
-    )
+    return f"{field} = {excerpt(problem['input'])}: {problem['msg'].removeprefix('Value error, ')}"

@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Literal
 from megatron_sbn.errors import DeliveryError, InputError, SbnError
 from megatron_sbn.experiments.compare import Run
 from megatron_sbn.experiments.mlflow_settings import configure_mlflow
-from megatron_sbn.experiments.provenance import describe_environment, describe_recipe, mask_secrets
+from megatron_sbn.experiments.provenance import describe_environment, describe_recipe
 from megatron_sbn.experiments.run_record import FILE_NAME, RunRecord, RunRecordFile, new_key, read_record
 from megatron_sbn.experiments.sqlite_file import artifact_location, database_file, default_uri, ensure_tables
 from megatron_sbn.experiments.study import STUDY_TAG, Study, attach, delivered
 from megatron_sbn.experiments.system_metrics import FILE_NAME as SYSTEM_METRICS_NAME
 from megatron_sbn.experiments.undelivered import Undelivered
+from megatron_sbn.masking import mask_secrets
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun

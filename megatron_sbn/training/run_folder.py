@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron_sbn.checkpoint.folder import clean, holds_any
 from megatron_sbn.config import Recipe
 from megatron_sbn.errors import CheckpointError, InputError, SbnError
-from megatron_sbn.experiments.provenance import mask_secrets
+from megatron_sbn.masking import mask_secrets
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.run_status import State, read_status, saved_step, write_status
 from megatron_sbn.staging import exclusive, write_whole

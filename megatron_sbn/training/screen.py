@@ -8,8 +8,8 @@ from pathlib import Path
 
 from megatron_sbn.checkpoint.folder import newest
 from megatron_sbn.config import Recipe
-from megatron_sbn.experiments.provenance import mask_secrets
 from megatron_sbn.experiments.tracking import default_uri
+from megatron_sbn.masking import mask_secrets
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.plan.device import CPU, ON_CUDA
 from megatron_sbn.plan.memory import rank_memory
