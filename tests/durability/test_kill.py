@@ -31,6 +31,25 @@ def test_a_run_killed_at_every_kind_of_moment_ends_as_if_nothing_had_been(tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_killed_run_goes_on_at_other_layouts(tmp_path: Path) -> None:
+    words = ["--kills", "3", "--seed", "3", "--change-layout", "--no-damage", "--folder", str(tmp_path / "runs")]
+    done = subprocess.run(
+        [sys.executable, kill.__file__, *words], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 kills in 1 runs" in done.stdout
+    assert "losses within " in done.stdout
+
+
+def test_runs_at_other_layouts_are_compared_by_their_losses(finished: Path) -> None:
+    off = [line | {"loss": line["loss"] * (1 + 3e-6)} for line in WHOLE]
+    assert kill.apart(off, WHOLE) == pytest.approx(3e-6, rel=1e-3)
+    assert kill.apart(off[:-1], WHOLE) == float("inf")
+    kill.check_finished(finished, off, 4e-6)
+    with pytest.raises(FireError, match=r"a loss is 3\.0e-06 off, at most 2\.0e-06 may be"):
+        kill.check_finished(finished, off, 2e-6)
+
+
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     """A finished run's metrics and checkpoints, as far as they are looked at."""
