@@ -20,7 +20,6 @@ SWEEPS = {
     "n-of-8-qwen2.5-0.5b": 14,
     "learning-rates-qwen2.5-0.5b": 8,
     "scaling-tiny": 6,
-    "scaling-tiny": 6,
     "seeds-qwen2.5-0.5b": 4,
     "strong-scaling-qwen2.5-3b": 20,
     "weak-scaling-qwen2.5-0.5b": 16,
