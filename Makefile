@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 
-.PHONY: quickstart test bench gpu check format setup clean
+KILLS ?= 100
+
+.PHONY: quickstart test bench gpu kill check format setup clean
 
 quickstart: $(SETUP)
 	$(BIN)/sbn quickstart
@@ -26,6 +28,10 @@ gpu:
 	PYTHONPATH=kernels $(PYTHON) -m sbn_kernels.inspection --architectures $(GPU_ARCHITECTURES) || status=1; \
 	$(PYTHON) kernels/bench/run.py --device cuda --budget $$(($(GPU_SECONDS) - $$(date +%s) + start)) || status=1; \
 	exit $$status
+
+# Training runs killed again and again (docs/durability.md): about four minutes on two slow cores.
+kill: $(SETUP)
+	$(BIN)/python tests/durability/kill.py --kills $(KILLS)
 
 check: $(SETUP)
 	$(BIN)/ruff check .

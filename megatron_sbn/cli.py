@@ -87,6 +87,14 @@ def sync(options: argparse.Namespace) -> int:
     return 0
 
 
+def checkpoint(options: argparse.Namespace) -> int:
+    """What checkpoints hold, and whether they are whole."""
+    from megatron_sbn.checkpoint import command
+
+    path = Path(options.path)
+    return command.verify(path) if options.action == "verify" else command.show(path, options.tensors)
+
+
 def doctor(options: argparse.Namespace) -> int:
     """Checks a recipe, and what its layout computes."""
     from megatron_sbn.doctor import command
@@ -195,6 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_prepare(commands)
+    _add_checkpoint(commands)
     _add_doctor(commands)
     _add_plan(commands)
     _add_sweep(commands)
@@ -246,6 +255,17 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="ranks to start (default: one replica of the model)",
     )
     command.epilog = "example: sbn train recipes/quickstart.yaml training.steps=20 run_dir=runs/first"
+
+
+def _add_checkpoint(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = _add(commands, "checkpoint", checkpoint, "show what a checkpoint holds, or verify that it is whole")
+    command.add_argument("action", choices=("show", "verify"), help="show reads the manifest, verify every file")
+    command.add_argument("path", metavar="PATH", help="a checkpoint, or a run's folder for all of its checkpoints")
+    command.add_argument("--tensors", action="store_true", help="show: name, type and shape of every tensor")
+    command.epilog = (
+        "example: sbn checkpoint verify runs/first\n"
+        "exit status: 0, or 4 where a checkpoint is not whole or there is none"
+    )
 
 
 def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -17,10 +17,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from megatron_sbn import feasibility
 from megatron_sbn.errors import RecipeError
+from megatron_sbn.masking import excerpt
 from megatron_sbn.recipe_file import read_recipe
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+LARGEST = 2**53  # every whole number up to it is one in JSON, in a float and in 64 bits
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -213,13 +215,27 @@ class Training(Section):
     validation_interval: NonNegative = 0
     validation_samples: Positive = 64
     telemetry_interval: NonNegative = 100
+    # A bad step: loss or gradient norm not finite, or a spike over the median of the last `spike_window` steps.
+    on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
+    spike_loss: PositiveFloat | None = None  # this many nats above
+    spike_grad_norm: PositiveFloat | None = None  # this many times as large
+    spike_window: Positive = 32
+    bad_step_budget: NonNegative = 10  # so many in a run; then it stops
+    time_limit: NonNegative = 0  # seconds from the start until it stops as if it were asked to (status 75); 0: none
+    hang_warning: NonNegative = 300  # seconds without progress until it is told who holds up the others; 0: never
+    hang_timeout: NonNegative = 1800  # and until the process ends, for the launcher to start anew; 0: never
+    rank_check_interval: NonNegative = 100  # steps between comparisons of the ranks' speed
+    rollback_steps: Positive = 1  # rollback: to the newest checkpoint of at least so many steps before
 
 
 class Checkpoint(Section):
     """When to save, how many to keep, and whether an existing run folder is continued."""
 
     interval: NonNegative = 0
-    keep: Positive = 2
+    keep: Positive = 2  # the newest
+    keep_every: NonNegative = 0  # and, for good, those whose step is a multiple of this; 0: none
+    asynchronous: bool = True  # training waits for the copy to host memory only
+    on_failure: Literal["stop", "continue"] = "stop"  # when a checkpoint cannot be written
     resume: Literal["auto", "never", "required"] = "auto"
     signal_deadline: NonNegative = 600  # seconds from SIGTERM or SIGUSR1 to a forced exit; 0: none
 
@@ -315,7 +331,4 @@ def _problem(error: ValidationError) -> str:
         return f"{field} is not a recipe key{_nearest(field)}"
     if problem["type"] == "missing":
         return f"{field} is missing: the recipe must set it"
-    value = repr(problem["input"])
-    return (
-        f"{field} = {value if len(value) <= 80 else value[:77] + '...'}: {problem['msg'].removeprefix('Value error, ')}"
-    )
+    return f"{field} = {excerpt(problem['input'])}: {problem['msg'].removeprefix('Value error, ')}"

@@ -103,3 +103,8 @@ def _number(name: str) -> int:
         return int(os.environ.get(name, "0"))
     except ValueError:
         raise RecipeError(f"environment variable {name} = {os.environ[name]!r} is not a number; unset it") from None
+
+
+def store_outlives_ranks() -> bool:
+    """Whether the launcher keeps the ranks' store, over restarts too, as torchrun does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

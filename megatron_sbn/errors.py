@@ -10,8 +10,11 @@
 | 75 | stopped because it was asked to (SIGTERM, SIGUSR1, STOP file), what was done is saved: start it again to go on |
 | 128 + n | ended by signal n, or by a second one or the deadline after the first: nothing was saved at that moment |
 
-Every message is one line that names the field or file, the value, and the way out.
+Every message is one line that names the field or file, the value, and the way out. What people and files say may be
+part of it, so it is shown without secrets and control characters, and not at any length (masking.py).
 """
+
+from megatron_sbn.masking import one_line
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h
 
@@ -21,6 +24,10 @@ class SbnError(Exception):
 
     status: int = 1
     on_every_rank: bool = False  # whether all ranks see it, so that one may speak for all
+
+    def __str__(self) -> str:
+        """The message, fit to be shown."""
+        return one_line(super().__str__())
 
 
 class RecipeError(SbnError):
@@ -47,6 +54,10 @@ class CheckpointError(SbnError):
     """No whole checkpoint where one is needed."""
 
     status = 4
+
+
+class RankLostError(SbnError):
+    """Another rank is gone, or does not answer."""
 
 
 class DeliveryError(SbnError):

@@ -91,6 +91,10 @@ def _wait(processes: "list[subprocess.Popen[bytes]]", deadline: float | None) ->
             return _await_the_rest(processes)
         failed = [status for status in statuses if status]
         if failed:
+            for rank, status in enumerate(statuses):
+                if status is not None and status < 0:
+                    name = signal.Signals(-status).name
+                    print(f"sbn: rank {rank} was ended by {name}", file=sys.stderr, flush=True)
             # A status above 0 is a rank's own; below 0 it was killed by that signal.
             return next((status for status in failed if status > 0), 128 - failed[0])
         if all(status == 0 for status in statuses):

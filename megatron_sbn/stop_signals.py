@@ -29,10 +29,12 @@ class StopSignals:
 
     Attributes:
         noted: which signals came.
+        since: when this was made, by the monotonic clock: the start of the rank.
     """
 
     def __init__(self) -> None:
         self.noted: set[signal.Signals] = set()
+        self.since = time.monotonic()
         self._deadline = 0.0
 
     def __enter__(self) -> "StopSignals":

@@ -27,7 +27,7 @@ from pydantic import Field, ValidationError
 from megatron_sbn.config import Name, Recipe, Section, load_recipe
 from megatron_sbn.errors import RecipeError
 from megatron_sbn.feasibility import check_world, model_ranks
-from megatron_sbn.recipe_file import parse_yaml, read_recipe
+from megatron_sbn.recipe_file import parse_yaml, read_recipe, read_text
 
 Values = dict[str, Any]
 RANKS = "ranks"
@@ -102,11 +102,7 @@ def frozen(path: Path) -> dict[str, str]:
 
 
 def _read(path: Path) -> SweepFile:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise RecipeError(f"{path}: cannot read this sweep: {error}") from None
-    values = parse_yaml(text, str(path))
+    values = parse_yaml(read_text(path, "sweep"), str(path))
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a sweep is a mapping with the keys name, recipe, set and axes")
     try:

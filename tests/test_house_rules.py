@@ -25,10 +25,10 @@ FOUNDATION = {f"megatron_sbn.{name}" for name in BASE}
 MAY_IMPORT = {
     "megatron_sbn/environment.py": {"megatron_sbn.errors"},
     "megatron_sbn/feasibility": {"megatron_sbn.errors", "megatron_sbn.config", "megatron_sbn.feasibility_experts"},
-    "megatron_sbn/config.py": {"megatron_sbn.errors", "megatron_sbn.feasibility", "megatron_sbn.recipe_file"},
-    **{f"megatron_sbn/{name}.py": set() for name in "errors settings stop_signals weight_store token_layout".split()},
+    "megatron_sbn/config.py": {f"megatron_sbn.{n}" for n in ("errors", "feasibility", "recipe_file", "masking")},
+    **{f"megatron_sbn/{name}.py": set() for name in "masking settings stop_signals weight_store token_layout".split()},
     **{f"megatron_sbn/{name}.py": {"megatron_sbn.errors"} for name in ("staging", "recipe_file")},
-    "megatron_sbn/producers.py": {"megatron_sbn.settings"},
+    **{f"megatron_sbn/{a}.py": {f"megatron_sbn.{b}"} for a, b in (("errors", "masking"), ("producers", "settings"))},
     "megatron_sbn/functional.py": {f"megatron_sbn.{name}" for name in ("settings", "producers", *BASE[-2:])},
     "megatron_sbn/parallel/": FOUNDATION | {"megatron_sbn.parallel"},
     "megatron_sbn/layers/": FOUNDATION

@@ -22,8 +22,8 @@ from megatron_sbn.cluster.slurm_queue import queued
 from megatron_sbn.cluster.snapshot import Snapshot, find_code
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.errors import InputError, RecipeError
-from megatron_sbn.experiments.provenance import mask_secrets
 from megatron_sbn.feasibility import check_world, model_ranks
+from megatron_sbn.masking import mask_secrets
 from megatron_sbn.run_status import read_status
 from megatron_sbn.staging import exclusive
 from megatron_sbn.sweep import Variant, frozen, load_sweep

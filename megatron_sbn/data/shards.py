@@ -9,6 +9,7 @@ first, once, in O(documents): a damaged file is an InputError that names it.
 """
 
 import contextlib
+import os
 import struct
 import warnings
 from pathlib import Path
@@ -28,7 +29,10 @@ _REMEDY = "write it again with `sbn prepare` or Megatron's preprocess_data.py"
 
 
 class Shard:
-    """A shard, memory-mapped. Tokens are numbered 0 to `tokens` in the order of the file.
+    """A shard. Tokens are numbered 0 to `tokens` in the order of the file.
+
+    Tokens are read from the open file and not through a memory map, in which a file that was cut short meanwhile would
+    end the process by a signal without a word.
 
     `document_lengths` and `document_starts` are int64 [documents], in tokens. Raises InputError for a missing, damaged
     or empty pair of files, and for tokens that are no integers.
@@ -37,7 +41,8 @@ class Shard:
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
         _check_files(self.prefix)
-        self._indexed = IndexedDataset(self.prefix)
+        self._indexed = IndexedDataset(self.prefix, mmap=False)
+        self._file = Path(f"{self.prefix}.bin").open("rb", buffering=0)  # noqa: SIM115 - for as long as the shard lives
         self.dtype = np.dtype(self._indexed.index.dtype)
         marks = np.asarray(self._indexed.document_indices)
         ends = np.concatenate([[0], np.cumsum(self._indexed.sequence_lengths, dtype=np.int64)])  # [sequences + 1]
@@ -46,8 +51,18 @@ class Shard:
         self.tokens = int(ends[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens start to start + count, in the dtype of the file: a view of the map. Bounds are the caller's."""
-        return self._indexed.bin_reader.read(self.dtype.type, count, start * self.dtype.itemsize)
+        """Tokens start to start + count, in the dtype of the file. Bounds are the caller's.
+
+        Raises InputError where the file cannot be read any more, or is shorter than its index says.
+        """
+        size, offset = count * self.dtype.itemsize, start * self.dtype.itemsize
+        try:
+            data = os.pread(self._file.fileno(), size, offset)
+        except OSError as error:
+            raise InputError(f"{self.prefix}.bin: cannot be read: {error.strerror or error}") from None
+        if len(data) < size:
+            raise InputError(f"{self.prefix}.bin: ends at byte {offset + len(data)}, its index needs more; {_REMEDY}")
+        return np.frombuffer(data, dtype=self.dtype)
 
 
 class ShardWriter:

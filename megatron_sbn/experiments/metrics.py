@@ -59,9 +59,13 @@ class MetricsFile:
         replace_file(self.path, b"".join(kept))
         self._file = self.path.open("ab")
 
+    def flush_to_disk(self) -> None:
+        """What is written survives the machine."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Puts the file on disk and closes it."""
-        os.fsync(self._file.fileno())
+        self.flush_to_disk()
         self._file.close()
 
 

@@ -1,13 +1,12 @@
 """Where a run comes from: commit, versions, machine, job, command; and how secrets are kept out of all of it.
 
 Every value is text, made to be an MLflow tag. Versions are read from package metadata, so nothing is imported for
-them. Whatever leaves the process passes `mask_secrets`, because tracking URIs may hold a password and turn up in
-recipes, command lines and error messages.
+them. Whatever leaves the process passes `mask_secrets` (masking.py), because tracking URIs may hold a password and turn
+up in recipes, command lines and error messages.
 """
 
 import os
 import platform
-import re
 import shlex
 import socket
 import subprocess
@@ -16,18 +15,12 @@ from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
 from megatron_sbn.config import Recipe
+from megatron_sbn.masking import mask_secrets
 from megatron_sbn.plan.shapes import model_parameters
 
 PACKAGES = ("megatron_sbn", "torch", "megatron-core", "deepspeed", "triton", "mlflow")
 SLURM = {"SLURM_JOB_ID": "slurm_job_id", "SLURM_ARRAY_TASK_ID": "slurm_array_task_id"}
 COMMIT_FILE = ".sbn-commit"  # in a copy of the code (cluster/snapshot.py): its commit
-_USER_INFO = re.compile(r"(?<=://)[^/\s'\"]*@")
-_SECRET_SETTING = re.compile(r"(?i)((?:^|[?&;\s'\"])[\w.-]*(?:password|passwd|pwd|token|secret|api_?key)=)[^&;\s'\"]+")
-
-
-def mask_secrets(text: str) -> str:
-    """Replaces `user:password@` in URLs, and values named like passwords or tokens, by `***`."""
-    return _SECRET_SETTING.sub(r"\1***", _USER_INFO.sub("***@", text))
 
 
 def describe_environment() -> dict[str, str]:

@@ -22,7 +22,14 @@ from megatron_sbn.layers.ternary_state import TernaryState, layer_mask
 from megatron_sbn.parallel.shard import is_expert
 from megatron_sbn.parallel.state import ParallelState
 
-_COUNTERS, _MASKS = "counters", "masks."
+
+@dataclass(frozen=True)
+class Counters:
+    """Optimizer steps at the last measurement, mask bits flipped since the first, N and M of the reference masks."""
+
+    step: int
+    flips: int
+    sparsity: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -90,30 +97,27 @@ class Telemetry:
             values["flip_rate_cumulative"] = self._flips / bits
         return values
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """What a resumed run needs to go on with identical values; empty before the first measurement.
+    def counters(self) -> Counters | None:
+        """What a resumed run needs beside the reference masks, equal on every rank; None before any measurement."""
+        return None if self._step < 0 else Counters(self._step, self._flips, self._sparsity)
 
-        `counters` is int64 [4] (step, flips, N, M), equal on every rank; `masks.LAYER` are this rank's packed masks.
-        """
-        if self._step < 0:
-            return {}
-        counters = torch.tensor([self._step, self._flips, *self._sparsity], dtype=torch.int64)
-        return {_COUNTERS: counters} | {_MASKS + name: mask for name, mask in self._references.items()}
+    def references(self) -> dict[str, Tensor]:
+        """The masks at the previous measurement, by layer, bool [out, in]."""
+        layers = self.state.layers
+        return {name: sbn_kernels.unpack_mask(m, layers[name].store.shape[1]) for name, m in self._references.items()}
 
-    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
-        """Takes back what `state_tensors` gave in the same layout. Raises CheckpointError if it does not fit."""
-        if not state:
-            return
-        masks = {name.removeprefix(_MASKS): mask for name, mask in state.items() if name.startswith(_MASKS)}
-        if _COUNTERS not in state or (masks and masks.keys() != self.state.layers.keys()):
-            raise CheckpointError("telemetry: counters or masks of some layers are missing; use another checkpoint")
-        for name, mask in masks.items():
-            rows, columns = self.state.layers[name].store.shape
-            if mask.dtype != torch.uint8 or mask.shape != (rows, -(-columns // 8)):
-                raise CheckpointError(f"telemetry: mask of {name} is {tuple(mask.shape)}; use another checkpoint")
-        self._step, self._flips, n, m = (int(value) for value in state[_COUNTERS].tolist())
-        self._sparsity = (n, m)
-        self._references = {name: mask.to(self.parallel.device).clone() for name, mask in masks.items()}
+    def take(self, counters: Counters, references: Mapping[str, Tensor]) -> None:
+        """Takes back what `counters` and `references` gave. Raises CheckpointError where some are missing."""
+        if references and references.keys() != self.state.layers.keys():
+            raise CheckpointError("telemetry: the masks of some layers are missing; use another checkpoint")
+        self._step, self._flips, self._sparsity = counters.step, counters.flips, counters.sparsity
+        self._references = {
+            name: sbn_kernels.pack_mask(mask).to(self.parallel.device) for name, mask in references.items()
+        }
+
+    def forget(self) -> None:
+        """As before the first measurement."""
+        self._step, self._flips, self._sparsity, self._references = -1, 0, (0, 0), {}
 
     def _sum(self, names: Iterable[str], group: dist.ProcessGroup) -> Tensor:
         """Counts of these layers over all ranks of `group`, int64 [7]."""

@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Literal
 from megatron_sbn.errors import DeliveryError, InputError, SbnError
 from megatron_sbn.experiments.compare import Run
 from megatron_sbn.experiments.mlflow_settings import configure_mlflow
-from megatron_sbn.experiments.provenance import describe_environment, describe_recipe, mask_secrets
+from megatron_sbn.experiments.provenance import describe_environment, describe_recipe
 from megatron_sbn.experiments.run_record import FILE_NAME, RunRecord, RunRecordFile, new_key, read_record
-from megatron_sbn.experiments.sqlite_store import artifact_location, database_of, default_uri
+from megatron_sbn.experiments.sqlite_file import artifact_location, database_file, default_uri, ensure_tables
 from megatron_sbn.experiments.study import STUDY_TAG, Study, attach, delivered
 from megatron_sbn.experiments.system_metrics import FILE_NAME as SYSTEM_METRICS_NAME
 from megatron_sbn.experiments.undelivered import Undelivered
-from megatron_sbn.staging import in_turn
+from megatron_sbn.masking import mask_secrets
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
@@ -90,6 +90,7 @@ class Tracker:
         params: logged once; MLflow keeps the first value, a later one becomes the tag `changed.NAME`.
         tags: set at every start.
         artifacts: text files, such as the resolved recipe.
+        run_id: MLflow's id of this run as its checkpoint knows it, for a run folder without a tracking.json.
         poll_seconds: how often new lines are looked for.
     """
 
@@ -103,6 +104,7 @@ class Tracker:
         tags: Mapping[str, str],
         artifacts: Sequence[Path],
         *,
+        run_id: str | None = None,
         poll_seconds: float = 2.0,
     ) -> None:
         self._poll_seconds = poll_seconds
@@ -110,7 +112,7 @@ class Tracker:
         self._delivered = False
         self._warned = False
         masked = mask_secrets(uri)
-        self._file = RunRecordFile(run_dir / FILE_NAME, _record(run_dir, name, experiment, masked))
+        self._file = RunRecordFile(run_dir / FILE_NAME, _record(run_dir, name, experiment, masked, run_id))
         self._file.update(
             name=name,
             params={key: mask_secrets(value) for key, value in params.items()},
@@ -127,6 +129,11 @@ class Tracker:
     def run_id(self) -> str | None:
         """MLflow's id of this run; None until MLflow has been reached."""
         return self._file.record.run_id
+
+    def rewind(self, why: str) -> None:
+        """metrics.jsonl was cut back to an earlier step. MLflow keeps what it has, and the reason as a tag."""
+        self._file.update(tags=self._file.record.tags | {"rollback": why})
+        self._delivery.rewound = True
 
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"], timeout: float = 30.0) -> bool:
         """Delivers the rest with the run's status, for at most `timeout` seconds. Returns whether MLflow has it all.
@@ -170,15 +177,15 @@ class Tracker:
         return True
 
 
-def _record(run_dir: Path, name: str, experiment: str, uri: str) -> RunRecord:
-    """The run folder's record, if it has one, for this destination; else a new one."""
+def _record(run_dir: Path, name: str, experiment: str, uri: str, run_id: str | None) -> RunRecord:
+    """The run folder's record, if it has one, for this destination; else a new one, of the run of that id."""
     path = run_dir / FILE_NAME
     try:
         return _at_destination(read_record(path), experiment, uri)
     except InputError as error:
         if path.exists():
             _log.warning("%s; this run starts anew in MLflow", error)
-        return RunRecord(new_key(), name, experiment, uri, time.time(), {}, {}, [])
+        return RunRecord(new_key(), name, experiment, uri, time.time(), {}, {}, [], run_id=run_id)
 
 
 def _at_destination(record: RunRecord, experiment: str, uri: str) -> RunRecord:
@@ -233,11 +240,14 @@ class _Delivery:
         self._system_metrics = Undelivered(run_dir / SYSTEM_METRICS_NAME)
         self._file = file
         self._uri = uri
+        self.rewound = False  # whether the file has to be read from its start again
         self._connected = False
         self._artifacts_done = False
 
     def push(self) -> None:
         """Delivers what is new. Raises DeliveryError, or InputError for a broken metrics.jsonl."""
+        if self.rewound:
+            self.rewound = self._connected = False
         with self._conversation():
             if not self._connected:
                 self._connect()
@@ -276,11 +286,10 @@ class _Delivery:
         """Finds or makes the run, describes it, and asks which steps it has."""
         from mlflow import MlflowClient
 
-        database = database_of(self._uri)
-        # Whoever comes first makes SQLite's tables; two at once would fail.
-        with in_turn(database.with_name(f"{database.name}.lock")) if database else nullcontext():
-            self._client = MlflowClient(self._uri)
-            self._client.search_experiments(max_results=1)
+        database = database_file(self._uri)
+        if database is not None:
+            ensure_tables(database, lambda uri: MlflowClient(uri).search_experiments(max_results=1))
+        self._client = MlflowClient(self._uri)
         run = self._known_run() or self._run_by_key(self._experiment_id())
         self._file.update(run_id=run.info.run_id)
         self._describe(run)

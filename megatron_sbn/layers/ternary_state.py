@@ -153,16 +153,19 @@ class TernaryState:
             described[f"{name.rpartition('.')[2]} {out_features} x {in_features}"] = served
         return described
 
-    def mask_state(self) -> dict[str, Tensor]:
-        """Packed masks by layer name, when they are not a function of the current weights; else empty."""
-        return {name: sbn_kernels.pack_mask(mask) for name, mask in self._masks.items()}
+    def kept_masks(self) -> dict[str, Tensor]:
+        """Masks by layer name, bool [out, in], when they are not a function of the current weights; else empty."""
+        return dict(self._masks)
 
-    def load_mask_state(self, state: Mapping[str, Tensor], step: int) -> None:
-        """Takes back what `mask_state` gave after `step` steps."""
-        for name, packed in state.items():
-            store = self.layers[name].store
-            self._masks[name] = sbn_kernels.unpack_mask(packed, store.shape[1]).to(store.device)
-        self._mask_sparsity = settings_at(self.linear, step).sparsity if state else None
+    @property
+    def mask_sparsity(self) -> tuple[int, int] | None:
+        """N and M of the kept masks; None where there are none."""
+        return self._mask_sparsity if self._masks else None
+
+    def take_masks(self, masks: Mapping[str, Tensor], sparsity: tuple[int, int] | None) -> None:
+        """Takes back what `kept_masks` and `mask_sparsity` gave; without masks the next `prepare` makes them anew."""
+        self._masks = dict(masks)
+        self._mask_sparsity = sparsity if masks else None
 
     @property
     def _outlives_step(self) -> bool:

@@ -10,6 +10,7 @@ ranks hold different experts, and an expert's replicas are the ranks of its `exp
 import datetime
 import os
 import socket
+import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,9 +20,11 @@ from megatron.core import tensor_parallel
 
 from megatron_sbn import environment
 from megatron_sbn.config import Recipe
-from megatron_sbn.errors import RecipeError
+from megatron_sbn.errors import RankLostError, RecipeError
 
 TIMEOUT = datetime.timedelta(minutes=30)
+_CONNECTING = datetime.timedelta(seconds=5)
+_STORE_KEY = "megatron_sbn/store"
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,10 @@ def _join(rank: int, world_size: int, device: torch.device) -> None:
     if environment.in_srun_task() and world_size > 1:
         os.environ["MASTER_ADDR"] = environment.master_address()
         os.environ["MASTER_PORT"] = str(environment.master_port())
+    if environment.store_outlives_ranks() and world_size > 1:
+        store = _fresh_store(rank, world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+        return
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=TIMEOUT)
         return
@@ -153,3 +160,29 @@ def _join(rank: int, world_size: int, device: torch.device) -> None:
         port = probe.getsockname()[1]
     store = dist.TCPStore("127.0.0.1", port, 1, is_master=True)
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+
+
+def _fresh_store(rank: int, world_size: int) -> dist.Store:
+    """A store of this attempt's own, in rank 0's process; its address is in the launcher's store.
+
+    torchrun keeps one store over its restarts, with the addresses that the ranks of the last attempt left in it:
+    whoever connected by those would wait for the dead. The address of a dead rank 0's store answers no more, and so is
+    read again until it is that of a living one. Raises RankLostError where there is none within TIMEOUT.
+    """
+    shared, *_ = next(dist.rendezvous("env://", rank, world_size, timeout=TIMEOUT))
+    host = os.environ["MASTER_ADDR"]
+    if rank == 0:
+        own = dist.TCPStore(host, 0, world_size, is_master=True, timeout=TIMEOUT, wait_for_workers=False)
+        shared.set(_STORE_KEY, f"{host} {own.port}")
+        return own
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    while time.monotonic() < deadline:
+        address, port = shared.get(_STORE_KEY).decode().split()
+        try:
+            store = dist.TCPStore(address, int(port), world_size, timeout=_CONNECTING, wait_for_workers=False)
+        except dist.DistNetworkError:
+            time.sleep(1)
+            continue
+        store.set_timeout(TIMEOUT)
+        return store
+    raise RankLostError(f"rank 0 does not answer at {host} within {TIMEOUT}; look at its log")

@@ -15,7 +15,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_sbn.config import Recipe
-from megatron_sbn.errors import CheckpointError
-from megatron_sbn.parallel.shard import is_expert
+from megatron_sbn.parallel.gradient_norm import GradientNorm
+from megatron_sbn.parallel.shard import LogicalParameter, is_expert
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.weight_store import ResidentWeight
 
@@ -37,7 +37,46 @@ import deepspeed.ops
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_set_full_fp32_param
 
+MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 _BUCKET = 1 << 27  # elements
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A run of a flattened parameter, from `start` on, of which this rank keeps master and moments.
+
+    `tensors` are views, fp32 [elements of the run], by the names "master", "exp_avg", "exp_avg_sq".
+    """
+
+    start: int
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Elements `start` to `start + length` of a flattened parameter are those from `offset` on of a flat master."""
+
+    master: Tensor
+    offset: int
+    start: int
+    length: int
+
+
+def _flat_place(zero: Any, parameter: Any) -> _Place | None:  # noqa: ANN401 - DeepSpeed's own
+    """ZeRO-1 and -2: parameters of a group lie one after the other, cut anywhere."""
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    held, own = mapping.hp_fragment_address, mapping.lp_fragment_address
+    return _Place(zero.single_partition_of_fp32_groups[mapping.param_group_index], held.start, own.start, own.numel)
+
+
+def _cut_place(zero: Any, parameter: Any) -> _Place | None:  # noqa: ANN401 - DeepSpeed's own
+    """ZeRO-3: each parameter is cut into equal parts, the last of which is padded."""
+    group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
+    start = dist.get_rank(parameter.ds_process_group) * padded
+    length = max(0, min(padded, parameter.ds_numel - start))
+    return _Place(zero.fp32_partitioned_groups_flat[group], offset, start, length) if length else None
 
 
 @dataclass(frozen=True)
@@ -134,25 +173,6 @@ class CutWeight(ResidentWeight):
         return None
 
 
-class _JointNorm:
-    """Stands in for the gradient norm of several DeepSpeed optimizers: all of them get the norm over all of them."""
-
-    def __init__(self, optimizers: Sequence[Any]) -> None:
-        self._own = [optimizer.scaled_global_norm for optimizer in optimizers]
-        self._norm = torch.zeros(())
-        for optimizer in optimizers:
-            optimizer.scaled_global_norm = self
-
-    def measure(self) -> None:
-        """Takes the norm of the gradients as they are, together with all ranks; negative where it is not finite."""
-        norms = torch.stack([own() for own in self._own])  # DeepSpeed says -1 for a norm that is not finite
-        self._norm = torch.where((norms >= 0).all(), norms.square().sum().sqrt(), norms.new_tensor(-1.0))
-
-    def __call__(self, norm_type: int = 2) -> Tensor:
-        """What was measured last."""
-        return self._norm
-
-
 class ZeroOptimizer:
     """AdamW with fp32 masters and moments, cut over data parallelism by DeepSpeed ZeRO-1, -2 or -3."""
 
@@ -171,7 +191,7 @@ class ZeroOptimizer:
         self._engines = {"": _engine(chunks if self.stage == 3 else nn.ParameterList(rest), recipe, parallel)}
         if experts:
             self._engines["experts."] = _engine(nn.ParameterList(experts), recipe, parallel.seen_by_experts)
-        self._norm = _JointNorm([engine.optimizer for engine in self._engines.values()]) if experts else None
+        self._norm = GradientNorm([engine.optimizer for engine in self._engines.values()], cut=self.stage == 3)
 
     @contextlib.contextmanager
     def accumulation(self) -> Iterator[None]:
@@ -181,20 +201,21 @@ class ZeroOptimizer:
                 stack.enter_context(engine.coalesce_grad_reduction())
             yield
 
-    def step(self, lr: float, weight_decay: float) -> float:
+    def step(self, lr: float, weight_decay: float, accept: Callable[[float], bool] = math.isfinite) -> float:
         """Clips, updates, gathers the new weights; returns the gradient norm before clipping (inf: not finite).
 
-        With a norm that is not finite nothing is updated.
+        Where the norm is not finite, or `accept` says no to it, nothing is updated and the gradients are dropped.
+        `accept` answers the same on every rank.
         """
-        if self._norm is not None:
-            self._norm.measure()
+        norm = self._norm.measure()
+        if not accept(norm):
+            self._norm.refuse()
         for engine in self._engines.values():
             for group in engine.optimizer.optimizer.param_groups:
                 group["lr"] = lr
                 group["weight_decay"] = weight_decay if group["decays"] else 0.0
             engine.step()
-        norm = float(self._engines[""].get_global_grad_norm())
-        return norm if math.isfinite(norm) and norm >= 0 else math.inf
+        return norm
 
     @contextlib.contextmanager
     def whole(self, parameters: Sequence[nn.Parameter], *, write: bool = False) -> Iterator[None]:
@@ -219,38 +240,45 @@ class ZeroOptimizer:
             parameter.copy_(value)
         safe_set_full_fp32_param(parameter, value)
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """This rank's fp32 masters and Adam state, by stable names; the tensors themselves, not copies."""
-        tensors = {}
-        for prefix, master, state in self._masters():
-            tensors[f"{prefix}master"] = master.data
-            for key, value in state.items():
-                tensors[f"{prefix}{key}"] = value
-        return tensors
+    @property
+    def updates(self) -> int:
+        """How many updates Adam has counted."""
+        steps = {int(state["step"]) for _, state in self._masters() if "step" in state}
+        assert len(steps) <= 1, "all parameter groups are updated together"
+        return next(iter(steps), 0)
 
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes back what `state_tensors` gave on this rank at the same layout; weights are loaded separately.
+    def fragment(self, logical: LogicalParameter) -> Fragment | None:
+        """What this rank keeps of a parameter's fp32 master and moments, as views; None where it keeps nothing.
 
-        Raises CheckpointError where the masters are missing or of another size.
+        Before the first update there are no moments.
         """
-        for prefix, master, state in self._masters():
-            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            saved = own.pop("master", None)
-            if saved is None or saved.shape != master.shape:
-                raise CheckpointError(f"{prefix}master is missing or of another size; resume with the saved recipe")
-            with torch.no_grad():
-                master.data.copy_(saved)
-            for key, value in own.items():
-                # Adam's step count stays on the CPU, where torch keeps it.
-                state[key] = value.clone() if value.dim() == 0 else value.to(master.device, copy=True)
+        zero = self._engines["experts." if logical.is_expert else ""].optimizer
+        cut = _cut_place if self.stage == 3 else _flat_place
+        place = cut(zero, logical.parameter)
+        if place is None:
+            return None
+        state = zero.optimizer.state.get(place.master, {})
+        flats = {MASTER: place.master.data} | {key: value for key, value in state.items() if value.dim()}
+        return Fragment(
+            place.start, {key: flat[place.offset : place.offset + place.length] for key, flat in flats.items()}
+        )
 
-    def _masters(self) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """(prefix of its names, flat fp32 master, Adam state) of every parameter group."""
-        for name, engine in self._engines.items():
+    def reset_moments(self, updates: int) -> None:
+        """Adam's moments as before any update, and its count of them as if there had been `updates`: to be filled."""
+        for master, state in self._masters():
+            if not updates:
+                state.clear()
+                continue
+            state["step"] = torch.tensor(float(updates))  # on the CPU, where torch keeps it
+            for key in MOMENTS:
+                state.setdefault(key, torch.empty_like(master.data)).zero_()
+
+    def _masters(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """(flat fp32 master, Adam state) of every parameter group."""
+        for engine in self._engines.values():
             zero = engine.optimizer
-            masters = zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat
-            for index, master in enumerate(masters):
-                yield f"{name}group{index}.", master, zero.optimizer.state[master]
+            for master in zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat:
+                yield master, zero.optimizer.state[master]
 
 
 def _engine(model: nn.Module, recipe: Recipe, parallel: ParallelState) -> Any:  # noqa: ANN401 - DeepSpeed's own

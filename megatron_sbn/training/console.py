@@ -14,17 +14,22 @@ class Console:
 
     Args:
         log: file that keeps every line.
-        first, last: step before the first and number of the last, for the bar.
+        last: number of the last step.
         speaks: whether this is rank 0.
     """
 
-    def __init__(self, log: Path, first: int, last: int, speaks: bool) -> None:
+    def __init__(self, log: Path, last: int, speaks: bool) -> None:
         self.speaks = speaks
-        self.first, self.last = first, last
+        self.first, self.last = 0, last
         self._began = time.monotonic()
         self._log = log.open("a", encoding="utf-8") if speaks else None
-        terminal = speaks and sys.stderr.isatty()
-        self._bar = tqdm(total=last, initial=first, unit="step", dynamic_ncols=True) if terminal else None
+        self._bar: tqdm | None = None
+
+    def begin(self, first: int) -> None:
+        """Steps follow, after `first` that are done: the bar and the expected time count from here."""
+        self.first, self._began = first, time.monotonic()
+        if self._log is not None and sys.stderr.isatty():
+            self._bar = tqdm(total=self.last, initial=first, unit="step", dynamic_ncols=True)
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""

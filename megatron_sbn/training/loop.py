@@ -4,18 +4,18 @@ Steps are counted by what is done: step 1 is the first update, and checkpoint st
 100th. The batch of a step depends on the seed and the step alone, so a resumed run sees what it would have seen.
 """
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from megatron_sbn.config import Recipe
 from megatron_sbn.data.dataset import batch, build_dataset
-from megatron_sbn.errors import STOPPED
+from megatron_sbn.errors import STOPPED, CheckpointError, NumericalError
 from megatron_sbn.experiments.flops import model_flops_per_token
 from megatron_sbn.experiments.metrics import MetricsFile
 from megatron_sbn.experiments.provenance import batch_scripts, installed_packages
@@ -27,14 +27,19 @@ from megatron_sbn.parallel import state as parallel_state
 from megatron_sbn.parallel.cpu import without_cuda
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.parallel.traffic import Totals, Traffic, group_names, step_metrics
+from megatron_sbn.run_status import saved_step
 from megatron_sbn.staging import write_whole
 from megatron_sbn.stop_signals import StopSignals
-from megatron_sbn.training import checkpoint, screen
+from megatron_sbn.training import screen
+from megatron_sbn.training.bad_steps import BadStepError
+from megatron_sbn.training.checkpoints import Checkpoints
 from megatron_sbn.training.console import Console
 from megatron_sbn.training.evaluate import Evaluator
+from megatron_sbn.training.heartbeat import Heartbeat, contact
 from megatron_sbn.training.run_folder import RunFolder, open_run_folder, recorded
 from megatron_sbn.training.signals import Reason, StopRequest
 from megatron_sbn.training.step import StepResult, Trainer
+from megatron_sbn.training.stragglers import Stragglers
 
 
 def run(recipe: Recipe, signals: StopSignals) -> int:
@@ -45,11 +50,33 @@ def run(recipe: Recipe, signals: StopSignals) -> int:
     with without_cuda():
         parallel = parallel_state.initialize(recipe)
         with open_run_folder(recipe, parallel) as folder:
-            request = StopRequest(folder.path, parallel, signals)
-            with recorded(folder, parallel):
-                reason = Loop(recipe, parallel, folder).run(request)
+            request = StopRequest(folder.path, parallel, signals, recipe.training.time_limit)
+            heart = _heartbeat(recipe, parallel, folder)
+            with recorded(folder, parallel), heart, contact(heart, parallel.world_size):
+                reason = Loop(recipe, parallel, folder, heart).run(request)
         parallel_state.finalize()
     return STOPPED if reason else 0
+
+
+def _heartbeat(recipe: Recipe, parallel: ParallelState, folder: RunFolder) -> Heartbeat:
+    """What it says goes to standard error, and from rank 0 to the log too: a hang may hold the console's own lock."""
+
+    def say(line: str) -> None:
+        print(f"sbn: {line}", file=sys.stderr, flush=True)
+        if parallel.rank == 0:
+            with folder.log.open("a", encoding="utf-8") as log:
+                log.write(f"{line}\n")
+
+    training = recipe.training
+    return Heartbeat(
+        folder.path,
+        parallel.rank,
+        parallel.world_size,
+        training.hang_warning,
+        training.hang_timeout,
+        say,
+        lambda why: folder.tell(parallel, "FAILED", 1, saved_step(folder.path), why),
+    )
 
 
 EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
@@ -65,8 +92,9 @@ class Ending:
 class Loop:
     """One run on one rank."""
 
-    def __init__(self, recipe: Recipe, parallel: ParallelState, folder: RunFolder) -> None:
+    def __init__(self, recipe: Recipe, parallel: ParallelState, folder: RunFolder, heart: Heartbeat) -> None:
         self.recipe = recipe
+        self.heart = heart
         self.parallel = parallel
         shards = [(shard.path, shard.weight) for shard in recipe.data.train]
         self.dataset = build_dataset(shards, recipe.model.seq_length, recipe.training.seed)
@@ -77,49 +105,56 @@ class Loop:
         self.telemetry = Telemetry(stages.state, parallel)
         self.traffic = Traffic(group_names(parallel))
         self.sent: Totals = {}  # by the last step
-        self.first = self._resume() if self.folder.resume_from else 0
+        self.tracker: Tracker | None = None
+        self.console = Console(folder.log, recipe.training.steps, parallel.rank == 0)
+        self.stragglers = Stragglers(parallel, self.console.say)
+        self.checkpoints = Checkpoints(recipe, parallel, folder, self.trainer, self.telemetry, self.console.say)
+        self.first = self.batches = self.bad_steps = 0
+        self.run_id: str | None = None  # in MLflow, as the checkpoint knows it
+        if folder.continues:
+            state = self.checkpoints.restore()
+            self.first, self.batches, self.bad_steps = state.step, state.data.batches, state.bad_steps
+            self.run_id = state.run_id
+        else:
+            stages.state.prepare(0)
         self.saved = self.first  # the step of the last checkpoint
-        stages.state.prepare(self.first)
         self.metrics = MetricsFile(self.folder.metrics) if parallel.rank == 0 else None
         if self.metrics is not None:
-            self.metrics.truncate_after(self.first or -1)  # step 0 is measured again
-
-    @property
-    def layout(self) -> checkpoint.Layout:
-        """What a checkpoint can be resumed at."""
-        parallel = self.recipe.parallel
-        return checkpoint.Layout(
-            tensor=parallel.tensor,
-            pipeline=parallel.pipeline,
-            data=self.parallel.data_size,
-            virtual_pipeline=parallel.virtual_pipeline or 1,
-            zero_stage=parallel.zero_stage,
-            expert=parallel.expert,
-        )
+            self.metrics.truncate_after(self.first if folder.continues else -1)  # a start anew measures step 0 again
 
     def run(self, request: StopRequest) -> Reason:
         """All steps that are left, or until the ranks agree that they were asked to stop; returns why."""
         training = self.recipe.training
-        console = Console(self.folder.log, self.first, training.steps, self.parallel.rank == 0)
+        console = self.console
         kernels = self.trainer.stages.state.kernels()
         console.say("\n".join(screen.opening(self.recipe, self.parallel, self.folder, self.first, kernels)))
+        console.begin(self.first)
         pace = screen.Pace(self.first, training.steps)
         reason = Reason.NONE
         with self._tracked() as ending, self.traffic:
             if self.first == 0:
                 self._measure(console, 0)
-            for step in range(self.first, training.steps):
+            step = self.first
+            while step < training.steps:
+                self.heart.enter("agreeing to go on", step)
+                self.checkpoints.saver.poll()
                 reason = request.agreed()
                 if reason:
-                    self._stop(console, step, reason)
+                    self._stop(step, reason)
                     ending.status = "KILLED"
                     break
-                result, seconds = self._step(step)
-                self._after_step(console, step + 1, result, seconds)
-                expected = pace.note(step + 1, seconds)
+                try:
+                    result, seconds = self._step(step)
+                except BadStepError as error:
+                    step = self._after_bad_step(step, error)
+                    continue
+                step += 1
+                self._after_step(console, step, result, seconds)
+                expected = pace.note(step, seconds)
                 if expected is not None:
                     console.say(expected)
             else:
+                self.checkpoints.saver.finish()
                 self.folder.tell(self.parallel, "FINISHED", 0, training.steps)
         if self.metrics is not None:
             self.metrics.close()
@@ -128,29 +163,66 @@ class Loop:
         console.close()
         return reason
 
-    def _stop(self, console: Console, done: int, reason: Reason) -> None:
+    def _stop(self, done: int, reason: Reason) -> None:
         """Saves what is not saved yet, then says so: whoever reads STOPPED may rely on the checkpoint."""
         if done > self.first and self.saved != done:
-            console.say(f"step {done}: saved {self._save(done)}")
+            self._save(done)
+        saver = self.checkpoints.saver
+        saver.finish()
+        if done > self.first and saver.published != done:
+            raise CheckpointError(
+                f"{self.folder.path}: asked to stop at step {done}, which could not be saved; see the log"
+            )
         self.folder.tell(self.parallel, "STOPPED", STOPPED, done, reason.name)
 
     def _step(self, step: int) -> tuple[StepResult, float]:
+        self.heart.enter("reading a batch", step + 1)
         self.traffic.restart()
         began = time.perf_counter()
         recipe = self.recipe
         samples = batch(
             self.dataset,
-            step,
+            self.batches,
             recipe.training.global_batch_size,
             self.trainer.rows(),
             vocab_size=recipe.model.vocab_size,
         )
+        self.stragglers.read(time.perf_counter() - began)
+        self.batches += 1
+        self.heart.enter("forward, backward and update", step + 1)
         result = self.trainer.step(step, samples)
         if self.parallel.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         self.sent = self.traffic.totals()
         return result, seconds
+
+    def _after_bad_step(self, step: int, error: BadStepError) -> int:
+        """Gives up the batch of a refused step; returns how many steps are done then. Raises where the run stops."""
+        training = self.recipe.training
+        self.bad_steps += 1
+        if training.on_bad_step == "stop":
+            self.checkpoints.saver.finish()
+            raise error
+        if self.bad_steps > training.bad_step_budget:
+            self.checkpoints.saver.finish()
+            raise NumericalError(
+                f"step {step + 1}: {error.why}, after {self.bad_steps - 1} bad steps; training.bad_step_budget = "
+                f"{training.bad_step_budget} is used up: lower optimizer.lr, look at the data, or raise it"
+            )
+        told = f"step {step + 1}: {error.why}; batch {self.batches} is given up"
+        if training.on_bad_step == "skip":
+            self.console.say(f"{told} (bad step {self.bad_steps} of {training.bad_step_budget} allowed)")
+            return step
+        self.checkpoints.saver.finish()
+        restored = self.checkpoints.restore(max(0, step - training.rollback_steps)).step
+        self.console.say(f"{told}, and the run goes back to step {restored}, with batch {self.batches + 1}")
+        self.saved = restored
+        if self.metrics is not None:
+            self.metrics.truncate_after(restored)
+        if self.tracker is not None:
+            self.tracker.rewind(f"{told}; back to step {restored}")
+        return restored
 
     def _after_step(self, console: Console, done: int, result: StepResult, seconds: float) -> None:
         training, last = self.recipe.training, done == self.recipe.training.steps
@@ -168,20 +240,26 @@ class Loop:
                 "model_flops_per_second_dense": dense * tokens_per_second,
                 "model_flops_per_second_sparse": sparse * tokens_per_second,
             }
+            if training.on_bad_step != "stop":
+                values["skipped_batches"] = self.batches - done
             self._record(done, values | step_metrics(self.sent, self.parallel))
         if self.evaluator and training.validation_interval and (done % training.validation_interval == 0 or last):
+            self.heart.enter("validation", done)
             values = self.evaluator.run(self.trainer)
             self._record(done, values)
             console.say(f"step {done}: validation perplexity {values['validation_perplexity']:.3f}")
         if training.telemetry_interval and (done % training.telemetry_interval == 0 or last):
             self._measure(console, done)
+        if training.rank_check_interval and done % training.rank_check_interval == 0 and self.parallel.world_size > 1:
+            self.heart.enter("comparing the ranks", done)
+            self.stragglers.check()
         if self.recipe.checkpoint.interval and (done % self.recipe.checkpoint.interval == 0 or last):
-            path = self._save(done)
-            console.say(f"step {done}: saved {path}")
+            self._save(done)
 
     def _measure(self, console: Console, done: int) -> None:
         if not self.recipe.training.telemetry_interval:
             return
+        self.heart.enter("telemetry", done)
         values = self.telemetry.measure(done)
         self._record(done, values)
         console.say(f"step {done}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
@@ -190,33 +268,18 @@ class Loop:
         if self.metrics is not None:
             self.metrics.append(done, values)
 
-    def _save(self, done: int) -> Path:
+    def _save(self, done: int) -> None:
+        self.heart.enter("saving", done)
         self.saved = done
-        stages = self.trainer.stages
-        weights = self.trainer.weights()
-        weights |= {f"masks.{name}": mask for name, mask in stages.state.mask_state().items()}
-        weights |= {f"telemetry.{name}": tensor for name, tensor in self.telemetry.state_tensors().items()}
-        snapshot = checkpoint.Snapshot(weights, self.trainer.zero.state_tensors())
-        return checkpoint.save(
-            self.folder.checkpoints, done, self.layout, snapshot, self.parallel, self.recipe.checkpoint.keep
-        )
-
-    def _resume(self) -> int:
-        """Takes weights, optimizer, masks and telemetry from the checkpoint; returns the steps that were done."""
-        assert self.folder.resume_from is not None
-        step, snapshot = checkpoint.load(self.folder.resume_from, self.layout, self.parallel)
-        stages = self.trainer.stages
-        path = self.folder.resume_from
-        self.trainer.load_weights(lambda target, name: checkpoint.restore(target, snapshot.weights, name, path))
-        self.trainer.zero.load_state_tensors(snapshot.optimizer)
-        stages.state.load_mask_state(checkpoint.section(snapshot.weights, "masks."), step)
-        self.telemetry.load_state_tensors(checkpoint.section(snapshot.weights, "telemetry."))
-        return step
+        run_id = self.tracker.run_id if self.tracker is not None else None
+        if self.metrics is not None:
+            self.metrics.flush_to_disk()
+        self.checkpoints.save(done, self.batches, run_id, self.bad_steps)
 
     @contextmanager
     def _tracked(self) -> Iterator["Ending"]:
         """MLflow on rank 0, told truthfully how the run ended: FINISHED unless the body says or raises otherwise."""
-        tracker = self._tracker()
+        self.tracker = tracker = self._tracker()
         interval = self.recipe.tracking.system_metrics_interval if tracker is not None else 0.0
         ending = Ending()
         status: EndStatus = "FAILED"
@@ -251,5 +314,6 @@ class Loop:
             uri=recipe.tracking.uri or default_uri(self.folder.path.parent),
             params=recipe.flat(),
             tags=tags,
+            run_id=self.run_id,
             artifacts=[self.folder.recipe, self.folder.environment, *batch_scripts()],
         )

@@ -21,23 +21,23 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_sbn.checkpoint.folder import clean, holds_any
 from megatron_sbn.config import Recipe
 from megatron_sbn.errors import CheckpointError, InputError, SbnError
-from megatron_sbn.experiments.provenance import mask_secrets
+from megatron_sbn.masking import mask_secrets
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.run_status import State, read_status, saved_step, write_status
 from megatron_sbn.staging import exclusive, write_whole
-from megatron_sbn.training import checkpoint
 
 RUNS = Path("runs")
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of one run, and the checkpoint to continue from (None: start anew)."""
+    """Paths of one run; `continues` says whether it has checkpoints, from one of which it goes on."""
 
     path: Path
-    resume_from: Path | None
+    continues: bool
 
     @property
     def recipe(self) -> Path:
@@ -116,24 +116,25 @@ def _decide(recipe: Recipe, stack: ExitStack) -> RunFolder | CheckpointError | I
     path = Path(recipe.run_dir) if recipe.run_dir else RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         stack.enter_context(exclusive(path / "run"))
-        resume_from = _resume_point(recipe, path)
+        continues = _continues(recipe, path)
         for folder in (path / "checkpoints", path / "logs"):
             folder.mkdir(parents=True, exist_ok=True)
+        clean(path / "checkpoints")
         write_whole(path / "recipe.yaml", mask_secrets(recipe.to_yaml()).encode())
     except (CheckpointError, InputError) as error:
         return error
     except OSError as error:
         return InputError(f"run_dir = {path}: cannot be written: {error.strerror}; name another folder")
-    return RunFolder(path, resume_from)
+    return RunFolder(path, continues)
 
 
-def _resume_point(recipe: Recipe, path: Path) -> Path | None:
-    found = checkpoint.newest(path / "checkpoints")
+def _continues(recipe: Recipe, path: Path) -> bool:
+    found = holds_any(path / "checkpoints")
     mode = recipe.checkpoint.resume
-    if mode == "required" and found is None:
+    if mode == "required" and not found:
         raise CheckpointError(
             f"{path}: checkpoint.resume = required, and there is no checkpoint; use auto to start anew"
         )
-    if mode == "never" and found is not None:
+    if mode == "never" and found:
         raise CheckpointError(f"{path}: holds a run already and checkpoint.resume = never; name another run_dir")
     return found

@@ -6,14 +6,15 @@ Passwords in URIs are masked.
 
 from pathlib import Path
 
+from megatron_sbn.checkpoint.folder import newest
 from megatron_sbn.config import Recipe
-from megatron_sbn.experiments.provenance import mask_secrets
 from megatron_sbn.experiments.tracking import default_uri
+from megatron_sbn.masking import mask_secrets
 from megatron_sbn.parallel.state import ParallelState
-from megatron_sbn.plan.device import CPU, GIB, ON_CUDA
+from megatron_sbn.plan.device import CPU, ON_CUDA
 from megatron_sbn.plan.memory import rank_memory
 from megatron_sbn.plan.shapes import Layout, model_parameters
-from megatron_sbn.training import checkpoint
+from megatron_sbn.text_table import size_text
 from megatron_sbn.training.run_folder import RunFolder
 
 TIMED_STEPS = 5  # of this job, the first of them left out: it makes and measures what later ones use
@@ -46,6 +47,7 @@ def opening(
         *(f"kernels: {layer}: {served}" for layer, served in kernels.items()),
         _row("tokens", told),
         _row("memory", _memory(recipe, parallel)),
+        _row("saving", _saving(recipe, sum(kinds.values()))),
         _row("time", time),
         _row("mlflow", mlflow_place(recipe, folder.path)),
     ]
@@ -53,7 +55,7 @@ def opening(
 
 def closing(recipe: Recipe, folder: RunFolder, ended: str) -> list[str]:
     """Lines after the last step: how it `ended`, and where everything is."""
-    saved = checkpoint.newest(folder.checkpoints)
+    saved = newest(folder.checkpoints)
     none = "none" if recipe.checkpoint.interval else "none: checkpoint.interval = 0"
     return [
         f"{ended}; run folder {folder.path}",
@@ -121,10 +123,18 @@ def _linear(recipe: Recipe) -> str:
     )
 
 
+def _saving(recipe: Recipe, parameters: int) -> str:
+    settings = recipe.checkpoint
+    if not settings.interval:
+        return "never: checkpoint.interval = 0"
+    more = f", and every {settings.keep_every} for good" if settings.keep_every else ""
+    size = size_text(12 * parameters)  # fp32 masters and both moments
+    return f"{size} every {settings.interval} steps, the newest {settings.keep} kept{more}"
+
+
 def _memory(recipe: Recipe, parallel: ParallelState) -> str:
     layout = Layout(recipe, parallel.world_size)
     keeps = ON_CUDA if parallel.device.type == "cuda" else CPU.keeps
     most = max((rank_memory(layout, s, keeps) for s in range(layout.pipeline)), key=lambda rank: rank.total)
-    size = f"{most.total / GIB:.2f} GiB" if most.total >= GIB else f"{most.total / 2**20:.1f} MiB"
     which = f" of stage {most.stage}" if layout.pipeline > 1 else ""
-    return f"{size} of tensors expected on a rank{which} at most (docs/plan.md)"
+    return f"{size_text(most.total)} of tensors expected on a rank{which} at most (docs/plan.md)"

@@ -1,4 +1,5 @@
-"""Being asked to stop: SIGTERM, SIGUSR1 and the kill-switch file `STOP` end a run at a step boundary, checkpointed.
+"""Being asked to stop: SIGTERM, SIGUSR1, the kill-switch file `STOP`, and `training.time_limit` seconds after its start
+end a run at a step boundary, checkpointed.
 
     signal -> a note on this rank (stop_signals.py) -> MAX over all ranks at the next step boundary
            -> checkpoint, if a step was done since the last -> exit status 75
@@ -27,13 +28,15 @@ class Reason(enum.IntEnum):
     SIGUSR1 = 1
     SIGTERM = 2
     STOP_FILE = 3
+    TIME_LIMIT = 4
 
 
 class StopRequest:
     """What this rank was asked, and the ranks' agreement on it."""
 
-    def __init__(self, folder: Path, parallel: ParallelState, signals: StopSignals) -> None:
+    def __init__(self, folder: Path, parallel: ParallelState, signals: StopSignals, time_limit: float = 0) -> None:
         self._file = folder / STOP_FILE
+        self._time_limit = time_limit  # seconds; 0: none
         self._parallel = parallel
         self._signals = signals
         self._looked = 0.0
@@ -47,6 +50,8 @@ class StopRequest:
         own = max((Reason[number.name] for number in tuple(self._signals.noted)), default=Reason.NONE)
         if self._switched_off:
             own = Reason.STOP_FILE
+        if self._time_limit and time.monotonic() - self._signals.since > self._time_limit:
+            own = Reason.TIME_LIMIT
         flag = torch.tensor(int(own), dtype=torch.int32, device=self._parallel.device)
         if self._parallel.world_size > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)

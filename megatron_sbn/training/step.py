@@ -18,12 +18,12 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from megatron_sbn.config import Recipe
-from megatron_sbn.errors import NumericalError
 from megatron_sbn.model import Stages, language_model_loss
 from megatron_sbn.parallel.gradients import make_finalizer
 from megatron_sbn.parallel.replicas import check_replicas
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.parallel.zero import CutWeight, ZeroOptimizer
+from megatron_sbn.training.bad_steps import BadStepError, Judge
 from megatron_sbn.training.schedule import learning_rate, weight_decay
 
 
@@ -54,6 +54,7 @@ class Trainer:
         for chunk in stages.chunks:
             if stages.tied_embedding is not None and chunk.post_process:
                 self.zero.read_by(chunk.get_submodule("output_layer"), stages.tied_embedding)
+        self.judge = Judge(recipe.training)
         self._schedule = get_forward_backward_func()
 
     def rows(self) -> list[int]:
@@ -64,17 +65,24 @@ class Trainer:
     def step(self, step: int, samples: np.ndarray) -> StepResult:
         """Forward, backward, update with this replica's samples, int64 [global_batch / data ranks, tokens + 1].
 
-        Raises NumericalError, naming step and rank, when the loss or the gradient is not finite; nothing is updated.
+        Raises BadStepError, naming step and rank, when loss or gradient norm is not finite or a spike (bad_steps.py):
+        nothing is updated. Raises NumericalError where an updated weight is not finite.
         """
         with self.zero.accumulation():
             losses = self._run(samples, forward_only=False)
         loss = self._mean_loss(losses)
-        if not np.isfinite(loss):
-            raise NumericalError(self._not_finite("loss", loss, step, losses))
         lr, decay = learning_rate(self.recipe, step), weight_decay(self.recipe, step)
-        norm = self.zero.step(lr, decay)
-        if not np.isfinite(norm):
-            raise NumericalError(self._not_finite("gradient norm", norm, step, losses))
+        wrong = self.judge.loss(loss)
+
+        def accept(norm: float) -> bool:
+            nonlocal wrong
+            wrong = wrong or self.judge.norm(norm)
+            return not wrong
+
+        norm = self.zero.step(lr, decay, accept)
+        if wrong:
+            raise BadStepError(step + 1, wrong + self._where(loss, norm, losses))
+        self.judge.accept(loss, norm)
         self.stages.state.prepare(step + 1)
         return StepResult(loss, norm, lr, decay)
 
@@ -133,17 +141,15 @@ class Trainer:
     def _on_device(self, value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float64, device=self.parallel.device)
 
-    def _not_finite(self, what: str, value: float, step: int, losses: list[Tensor]) -> str:
-        """Names the ranks whose own losses are not finite, or says that none is."""
+    def _where(self, loss: float, norm: float, losses: list[Tensor]) -> str:
+        """Names the ranks whose own losses are not finite, or says that none is; nothing where all is finite."""
+        if np.isfinite(loss) and np.isfinite(norm):
+            return ""
         bad = torch.zeros(self.parallel.world_size, dtype=torch.int64, device=self.parallel.device)
         bad[self.parallel.rank] = int(any(not torch.isfinite(loss) for loss in losses))
         dist.all_reduce(bad)
         ranks = [str(rank) for rank in bad.nonzero().flatten().tolist()]
-        where = f"rank {', '.join(ranks)}" if ranks else "no single rank: the sum over ranks"
-        return (
-            f"step {step + 1}: {what} is {value} on {where}; the checkpoints are as they were: "
-            "resume from the last one, with a lower optimizer.lr or other data"
-        )
+        return f" on rank {', '.join(ranks)}" if ranks else " on no single rank: the sum over ranks"
 
 
 def _forward_step(

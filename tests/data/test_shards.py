@@ -128,3 +128,18 @@ def test_files_of_two_runs(write_shard):
     shutil.copy(f"{first}.idx", f"{second}.idx")
     with pytest.raises(InputError, match=r"b\.bin: 8 bytes where the index has 12"):
         TokenDataset(second, 1)
+
+
+def test_a_shard_that_is_cut_short_or_gone_while_it_is_open(write_shard):
+    """A file that is gone is still there for who has it open; one that is cut short is named, instead of a SIGBUS."""
+    prefix = write_shard("m", DOCUMENTS, np.int32)
+    shard, cut = Shard(prefix), Shard(prefix)
+    with Path(f"{prefix}.bin").open("r+b") as file:
+        file.truncate(4 * 20 + 1)
+    assert cut.read(0, 20).tolist() == list(range(1, 21))
+    with pytest.raises(InputError, match=r"m.bin: ends at byte 81, its index needs more; write it again"):
+        cut.read(10, 15)
+    Path(f"{prefix}.bin").unlink()
+    assert shard.read(0, 3).tolist() == [1, 2, 3]
+    with pytest.raises(InputError, match=r"m.bin"):
+        Shard(prefix)

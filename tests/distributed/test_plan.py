@@ -96,9 +96,9 @@ def measure(overrides: tuple[str, ...]) -> Measured:
             held = {"parameters": float(nbytes([p.ds_tensor for p in parameters] + [p.data for p in parameters], seen))}
         else:
             held = {"parameters": float(nbytes(parameters, seen))}
-        states = trainer.zero.state_tensors()
-        held["masters"] = nbytes([t for name, t in states.items() if name.endswith("master")], seen)
-        held["moments"] = nbytes([t for name, t in states.items() if "exp_avg" in name], seen)
+        states = [f.tensors for f in map(trainer.zero.fragment, stages.parameters) if f is not None]
+        held["masters"] = nbytes([tensors["master"] for tensors in states], seen)
+        held["moments"] = nbytes([tensors[key] for tensors in states for key in ("exp_avg", "exp_avg_sq")], seen)
         prepared = [layer.prepared for layer in stages.state.layers.values()]
         codes = [t for p in prepared for t in (p.codes, p.codes_t, p.gamma_per_row, *p.packed) if t is not None]
         held["codes and scales"] = nbytes(codes, seen)

@@ -193,17 +193,17 @@ def mask_round_trips(overrides: tuple[str, ...], steps: tuple[int, ...]) -> list
 
 
 def mask_round_trip(overrides: tuple[str, ...], done: int) -> tuple[int, bool]:
-    """Trains `done` steps; a second trainer that is given weights and mask_state() must prepare the same codes."""
+    """Trains `done` steps; a second trainer that is given weights and masks must prepare the same codes."""
     recipe = small_recipe(("optimizer.lr=3e-2", "optimizer.min_lr=1e-2", *overrides))
     with trainer_of(recipe) as trainer:
         for step in range(done):
             train_step(trainer, step)
         weights, expected = weight_pieces(trainer), prepared_pieces(trainer.stages)
-        masks = {name: mask.clone() for name, mask in trainer.stages.state.mask_state().items()}
+        masks = {name: mask.clone() for name, mask in trainer.stages.state.kept_masks().items()}
     with trainer_of(recipe) as other:
         for logical in other.stages.parameters:
             logical.parameter.data.copy_(weights[logical.name].value)
-        other.stages.state.load_mask_state(masks, done)
+        other.stages.state.take_masks(masks, trainer.stages.state.mask_sparsity)
         other.stages.state.prepare(done)
         ours = prepared_pieces(other.stages)
     return len(masks), all(torch.equal(ours[name].value, piece.value) for name, piece in expected.items())
@@ -236,7 +236,7 @@ def stale_masks() -> tuple[int, bool]:
     recipe = small_recipe(("linear.mask_interval=100", "optimizer.lr=3e-2", "optimizer.min_lr=1e-2", phases_))
     with trainer_of(recipe) as trainer:
         train_step(trainer, 0)
-        in_between = len(trainer.stages.state.mask_state())
+        in_between = len(trainer.stages.state.kept_masks())
         train_step(trainer, 1)
         layer = trainer.stages.state.layers["decoder.layers.0.mlp.linear_fc1"]
         groups = layer.weight.detach().abs().unflatten(1, (-1, 8))

@@ -356,3 +356,27 @@ def test_an_outage_warns_once_and_is_made_up_for(run_dir, uri, tmp_path, caplog,
 def test_importing_tracking_does_not_import_mlflow():
     code = "import sys, megatron_sbn.experiments.tracking as t; assert not {'mlflow', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_rollback_and_a_lost_record_go_on_in_the_same_run(run_dir, uri):
+    """Cut back and written anew, the file is read from its start; MLflow keeps what it was told first."""
+    file = MetricsFile(run_dir / "metrics.jsonl")
+    tracker = start(run_dir, uri)
+    for step in range(1, 9):
+        file.append(step, {"loss": float(step)})
+    wait_for(lambda: read_record(run_dir / "tracking.json").delivered_step == 8)
+    file.truncate_after(3)
+    tracker.rewind("loss is nan; back to step 3")
+    for step in range(4, 11):
+        file.append(step, {"loss": 100.0 + step})
+    assert tracker.close("FAILED") is True
+    first = tracker.run_id
+    values = [value for _, _, value in history(uri, "loss")]
+    assert values == [*map(float, range(1, 9)), 109.0, 110.0]
+    assert only_run(uri).data.tags["rollback"] == "loss is nan; back to step 3"
+    (run_dir / "tracking.json").unlink()
+    again = start(run_dir, uri, run_id=first)
+    file.append(11, {"loss": 111.0})
+    assert again.close("FINISHED") is True
+    assert again.run_id == first
+    assert [step for step, _, _ in history(uri, "loss")] == list(range(1, 12))

@@ -87,7 +87,7 @@ def test_a_run_leaves_what_its_folder_promises(uninterrupted: tuple[Path, str]) 
     said = (run / "logs" / "rank-0.log").read_text().splitlines()
     opening = said[: next(index for index, line in enumerate(said) if line.startswith("step 0"))]
     assert len(opening) <= 20
-    told = ("model", "layout", "batch", "linear", "tokens", "memory", "time", "mlflow")
+    told = ("model", "layout", "batch", "linear", "tokens", "memory", "saving", "time", "mlflow")
     assert [line.split()[0] for line in opening if line.startswith("  ")] == list(told)
     assert sum(line.startswith("kernels: ") for line in opening) == 4
     assert any(line.startswith("  time ") and "at the" in line for line in said[len(opening) :])

@@ -19,7 +19,7 @@ def lines(recipe: Recipe, world: int, folder: Path, first: int = 0) -> list[str]
     parallel = mock.create_autospec(ParallelState, instance=True)
     parallel.world_size, parallel.data_size, parallel.device = world, world // size, torch.device("cpu")
     parallel.describe.return_value = "the layout"
-    return opening(recipe, parallel, RunFolder(folder, None), first, KERNELS)
+    return opening(recipe, parallel, RunFolder(folder, False), first, KERNELS)
 
 
 def test_the_start_fits_on_a_screen_in_plain_text(tmp_path: Path) -> None:

@@ -73,6 +73,23 @@ def test_torchrun_that_is_ended_while_its_ranks_import_the_engines(recipe: Path,
     assert (status.state, status.reason, status.exit_status, status.step) == ("STOPPED", "SIGTERM", 75, 0)
 
 
+def test_torchrun_starts_a_run_anew_when_a_rank_dies(recipe: Path) -> None:
+    """The same command, once with a rank that is killed in its third step: all steps once, the same losses."""
+    words = ["parallel.tensor=2", "checkpoint.interval=1", "training.telemetry_interval=0"]
+    losses = {}
+    for name, fault in (("killed", "kill:1:2"), ("undisturbed", "none:1:0")):
+        module = ["-m", "faulty_rank", str(recipe), f"run_dir={name}", *words]
+        python = str(Path(__file__).parent)
+        process = start(recipe, "--nproc-per-node", "2", "--max-restarts", "1", *module, FAULT=fault, PYTHONPATH=python)
+        said, _ = process.communicate(timeout=180)
+        assert process.returncode == 0, said
+        trained(recipe.parent / name)
+        lines = read_metrics(recipe.parent / name / "metrics.jsonl")
+        losses[name] = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+        assert ("continues after step" in said) == (name == "killed")
+    assert losses["killed"] == losses["undisturbed"]
+
+
 def test_two_machines(recipe: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

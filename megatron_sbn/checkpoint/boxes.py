@@ -1,0 +1,100 @@
+"""Boxes: rectangular parts of a logical tensor, in which checkpoints are written and read.
+
+A rank's piece of a tensor (`LogicalShard`) is some row ranges and one column range of it; ZeRO keeps a run of the
+flattened piece, which may begin and end within a row. Such a run is, for every row range, at most three boxes:
+
+    . . . # #      the end of a row
+    # # # # #      whole rows
+    # # . . .      the beginning of a row
+
+Saved boxes and wanted boxes are both in coordinates of the logical tensor, so a reader needs nothing but overlaps.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_sbn.parallel.shard import LogicalShard
+
+
+@dataclass(frozen=True)
+class Box:
+    """`sizes` elements from `offsets` on, along each dimension of the logical tensor."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements inside."""
+        count = 1
+        for size in self.sizes:
+            count *= size
+        return count
+
+    def overlap(self, other: "Box") -> "Box | None":
+        """What both hold; None where that is nothing."""
+        starts = tuple(max(a, b) for a, b in zip(self.offsets, other.offsets, strict=True))
+        ends = tuple(
+            min(a + m, b + n) for a, m, b, n in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        )
+        sizes = tuple(end - start for start, end in zip(starts, ends, strict=True))
+        return Box(starts, sizes) if min(sizes) > 0 else None
+
+    def within(self, other: "Box") -> tuple[slice, ...]:
+        """Where it lies in a tensor that holds just `other`, of which it is a part."""
+        starts = [a - b for a, b in zip(self.offsets, other.offsets, strict=True)]
+        return tuple(slice(start, start + size) for start, size in zip(starts, self.sizes, strict=True))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A box whose elements, row by row, are `box.numel` consecutive ones of a flattened piece, from `start` on."""
+
+    box: Box
+    start: int
+
+
+def runs(shard: LogicalShard, start: int, length: int) -> Iterator[Run]:
+    """The boxes of `length` elements from `start` on of a rank's flattened piece, in the order of the elements."""
+    if len(shard.shape) > 2:
+        raise ValueError(f"a tensor of shape {shard.shape} has no rows and columns; checkpoints hold one or two")
+    first_column, width = shard.columns or (0, shard.shape[1] if len(shard.shape) == 2 else 1)
+    before = 0  # elements of the piece before this range of rows
+    for first_row, count in _joined(shard.rows):
+        low, high = max(start - before, 0), min(start + length - before, count * width)
+        for row, column, rows, columns in _rectangles(low, high, width):
+            box = Box((first_row + row, first_column + column), (rows, columns))
+            if len(shard.shape) == 1:
+                box = Box(box.offsets[:1], box.sizes[:1])
+            yield Run(box, before + row * width + column)
+        before += count * width
+
+
+def piece(shard: LogicalShard) -> Iterator[Run]:
+    """The boxes of a rank's whole piece."""
+    width = 1 if len(shard.shape) == 1 else (shard.columns or (0, shard.shape[1]))[1]
+    return runs(shard, 0, width * sum(count for _, count in shard.rows))
+
+
+def _joined(ranges: tuple[tuple[int, int], ...]) -> Iterator[tuple[int, int]]:
+    """Ranges (start, length) with neighbours that follow each other made one."""
+    first, length = ranges[0]
+    for start, more in ranges[1:]:
+        if start == first + length:
+            length += more
+        else:
+            yield first, length
+            first, length = start, more
+    yield first, length
+
+
+def _rectangles(low: int, high: int, width: int) -> Iterator[tuple[int, int, int, int]]:
+    """(row, column, rows, columns) of elements `low` to `high` of a matrix of `width` columns, in order."""
+    while low < high:
+        row, column = divmod(low, width)
+        if column or high - low < width:
+            rows, columns = 1, min(width - column, high - low)
+        else:
+            rows, columns = (high - low) // width, width
+        yield row, column, rows, columns
+        low += rows * columns

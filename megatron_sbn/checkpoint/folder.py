@@ -1,0 +1,160 @@
+"""The folder of a run's checkpoints: which are there, which is in force, whether one is whole, which are removed.
+
+    checkpoints/step-00000100/       manifest.json, state.json, shard-RRRRR-K.safetensors
+    checkpoints/latest               text: the name of the one in force
+    checkpoints/.step-....partial    being written; .step-....removed: being removed. Nothing reads them
+
+A checkpoint appears under its name whole, by a rename; `latest` is replaced after that. Where the one that `latest`
+names is not whole, the one before it is used; later ones are left alone, for they belong to a run that was given up.
+Imports no torch.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from megatron_sbn.checkpoint.manifest import Manifest, read_manifest, read_state
+from megatron_sbn.errors import CheckpointError
+from megatron_sbn.staging import write_whole
+
+LATEST = "latest"
+PARTIAL, REMOVED = ".partial", ".removed"
+
+
+def step_name(step: int) -> str:
+    """step-00000100."""
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step in a checkpoint's name; None for another name."""
+    number = path.name.removeprefix("step-")
+    return int(number) if path.name.startswith("step-") and number.isascii() and number.isdigit() else None
+
+
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints by their names, newest first; whether they are whole is not looked at."""
+    try:
+        found = [path for path in folder.iterdir() if step_of(path) is not None and path.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror or error}") from None
+    return sorted(found, key=lambda path: step_of(path) or 0, reverse=True)
+
+
+def pointed(folder: Path) -> Path | None:
+    """The checkpoint that `latest` names; None where there is no `latest`, or what it says is no checkpoint's name."""
+    try:
+        name = (folder / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    path = folder / name
+    return path if Path(name).name == name and step_of(path) is not None else None
+
+
+def candidates(folder: Path) -> list[Path]:
+    """The checkpoints to try, in this order: the one that `latest` names and those before it; all, without `latest`."""
+    everything = saved(folder)
+    latest = pointed(folder)
+    if latest is None:
+        return everything
+    limit = step_of(latest) or 0
+    return [path for path in everything if (step_of(path) or 0) <= limit]
+
+
+def holds_any(folder: Path) -> bool:
+    """Whether something was saved here, whole or not."""
+    return bool(saved(folder)) or (folder / LATEST).exists()
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint in force, by its name; None where there is none."""
+    return next(iter(candidates(folder)), None)
+
+
+def check_files(path: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Raises CheckpointError, naming the first of these files that is not what the manifest says."""
+    for name in names:
+        file, expected = path / name, manifest.files[name]
+        try:
+            size = file.stat().st_size
+            if size != expected.bytes:
+                raise CheckpointError(f"{file}: has {size} bytes, and {expected.bytes} were saved")
+            with file.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from None
+        if digest != expected.sha256:
+            raise CheckpointError(f"{file}: its content is not what was saved (SHA-256 differs)")
+
+
+def verify(path: Path) -> Manifest:
+    """Checks every file of a checkpoint. Raises CheckpointError, naming the first that is not whole."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: is no folder; name a checkpoint, or a run")
+    manifest = read_manifest(path)
+    check_files(path, manifest, sorted(manifest.files))
+    step = read_state(path).step
+    if step_of(path) not in (None, step):
+        raise CheckpointError(f"{path}: holds step {step}; give it its own name back")
+    return manifest
+
+
+def partial(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is written before it gets its name."""
+    return folder / f".{step_name(step)}{PARTIAL}"
+
+
+def begin(folder: Path, step: int) -> Path:
+    """An empty folder for the checkpoint of a step; what killed runs left is removed. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clean(folder)
+    path = partial(folder, step)
+    path.mkdir()
+    return path
+
+
+def clean(folder: Path) -> None:
+    """Removes what a killed run left half written or half removed. Raises OSError."""
+    for ending in (PARTIAL, REMOVED):
+        for stale in folder.glob(f".step-*{ending}"):
+            shutil.rmtree(stale)
+    (folder / f".{LATEST}{PARTIAL}").unlink(missing_ok=True)
+
+
+def publish(folder: Path, step: int) -> Path:
+    """Gives the written checkpoint its name, then names it in `latest`. Raises OSError, InputError."""
+    final = folder / step_name(step)
+    if final.exists():
+        _remove(final)
+    partial(folder, step).rename(final)
+    write_whole(folder / LATEST, f"{final.name}\n".encode())
+    return final
+
+
+def retire(folder: Path, keep: int, keep_every: int) -> None:
+    """Removes all but the newest `keep`, and those whose step is a multiple of `keep_every` (0: none). Raises OSError.
+
+    The one that `latest` names stays even where a run went back and continued from an older one.
+    """
+    latest = pointed(folder)
+    others = [path for path in saved(folder) if path != latest]
+    for old in others[max(0, keep - 1) :]:
+        if not keep_every or (step_of(old) or 0) % keep_every:
+            _remove(old)
+
+
+def abandon(folder: Path, step: int) -> None:
+    """Removes what was written of a checkpoint that could not be finished."""
+    shutil.rmtree(partial(folder, step), ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Takes the name away first: what is left of a removal that is cut short is no checkpoint."""
+    hidden = path.with_name(f".{path.name}{REMOVED}")
+    if hidden.exists():
+        shutil.rmtree(hidden)
+    path.rename(hidden)
+    shutil.rmtree(hidden)

@@ -1,0 +1,43 @@
+"""Ranks that save and read together: when one of them fails, all of them know."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from megatron_sbn.errors import CheckpointError, InputError
+from megatron_sbn.parallel.state import ParallelState
+
+
+@dataclass
+class Attempt:
+    """What went wrong in a block, in one line; nothing where it went well."""
+
+    problem: str = ""
+
+
+@contextmanager
+def attempt() -> Iterator[Attempt]:
+    """A block whose failure is kept for the other ranks to be told, instead of being raised."""
+    outcome = Attempt()
+    try:
+        yield outcome
+    except OSError as error:
+        outcome.problem = f"{error.filename or 'a file'}: {error.strerror or error}"
+    except (CheckpointError, InputError, SafetensorError) as error:
+        outcome.problem = str(error)
+
+
+def first_problem(problem: str, parallel: ParallelState) -> str:
+    """The problem of the first rank that has one, told on every rank; nothing where there is none."""
+    count = torch.tensor(int(bool(problem)), device=parallel.device)
+    dist.all_reduce(count)
+    if not count:
+        return ""
+    told: list[str] = [""] * parallel.world_size
+    dist.all_gather_object(told, problem)
+    rank = next(index for index, text in enumerate(told) if text)
+    return told[rank] if parallel.world_size == 1 else f"rank {rank}: {told[rank]}"

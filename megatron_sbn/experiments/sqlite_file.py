@@ -1,0 +1,44 @@
+"""MLflow's SQLite file: where a URI puts it, and its tables, which are there as a whole or not at all. No mlflow here.
+
+mlflow makes its tables one by one and cannot go on where a killed process left them ("table already exists"), so a new
+database is made under another name and renamed. Whoever comes first makes it; the others wait.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_sbn.staging import in_turn, partial_path
+
+_SCHEME = "sqlite:///"
+
+
+def default_uri(runs_dir: Path) -> str:
+    """A database beside the run folders: sqlite:///<absolute runs_dir>/mlflow.db."""
+    return f"{_SCHEME}{runs_dir.absolute()}/mlflow.db"
+
+
+def database_file(uri: str) -> Path | None:
+    """The file of a sqlite:/// URI, absolute; None for other stores."""
+    path = uri.removeprefix(_SCHEME).partition("?")[0]
+    return Path(path).absolute() if uri.startswith(_SCHEME) and path not in ("", ":memory:") else None
+
+
+def artifact_location(uri: str) -> str | None:
+    """For SQLite a folder beside the database; a server knows its own."""
+    database = database_file(uri)
+    return None if database is None else (database.parent / "mlartifacts").as_uri()
+
+
+def ensure_tables(path: Path, make: Callable[[str], object]) -> None:
+    """Makes the database if it is not there: `make` makes the tables of a database by its URI.
+
+    Raises OSError where it cannot be written, and what `make` raises; then there is no database.
+    """
+    with in_turn(path.with_name(f"{path.name}.lock")):
+        if path.exists() and path.stat().st_size:
+            return
+        partial = partial_path(path)
+        for left_behind in (partial, Path(f"{partial}-journal")):
+            left_behind.unlink(missing_ok=True)
+        make(f"{_SCHEME}{partial}")
+        partial.replace(path)

@@ -1,0 +1,132 @@
+"""The checkpoints of a run: what the loop saves, and what a start continues from.
+
+What is saved is in `megatron_sbn/checkpoint`; here it is put together from a recipe and a trainer, and a checkpoint is
+refused where the next batch would not be the one that follows.
+"""
+
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from megatron_sbn import __version__
+from megatron_sbn.checkpoint.contents import Contents, parameter_names
+from megatron_sbn.checkpoint.manifest import DataPosition, Layout, State, TelemetryState
+from megatron_sbn.checkpoint.opening import Opened, open_newest
+from megatron_sbn.checkpoint.saver import Saver
+from megatron_sbn.checkpoint.shards import Reader
+from megatron_sbn.checkpoint.together import attempt, first_problem
+from megatron_sbn.config import Recipe
+from megatron_sbn.errors import CheckpointError
+from megatron_sbn.experiments.telemetry import Telemetry
+from megatron_sbn.parallel.state import ParallelState
+from megatron_sbn.training.run_folder import RunFolder
+from megatron_sbn.training.step import Trainer
+
+
+class Checkpoints:
+    """Saves and restores one run, on all ranks together.
+
+    Args:
+        say: takes a line for people.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        parallel: ParallelState,
+        folder: RunFolder,
+        trainer: Trainer,
+        telemetry: Telemetry,
+        say: Callable[[str], None],
+    ) -> None:
+        self.recipe = recipe
+        self.parallel = parallel
+        self.folder = folder
+        self.telemetry = telemetry
+        self.trainer = trainer
+        stages = trainer.stages
+        self.contents = Contents(stages.parameters, trainer.zero, stages.state, telemetry, parallel)
+        self.saver = Saver(folder.checkpoints, self.contents, recipe.checkpoint, say)
+        self._say = say
+
+    def save(self, step: int, batches: int, run_id: str | None, bad_steps: int = 0) -> None:
+        """Saves the run as it is after `step` updates and `batches` batches. Raises CheckpointError (saver.py)."""
+        counters = self.telemetry.counters()
+        training, parallel = self.recipe.training, self.recipe.parallel
+        state = State(
+            step=step,
+            layout=Layout(
+                tensor=parallel.tensor,
+                pipeline=parallel.pipeline,
+                data=self.parallel.data_size,
+                virtual_pipeline=parallel.virtual_pipeline or 1,
+                expert=parallel.expert,
+                zero_stage=parallel.zero_stage,
+            ),
+            data=DataPosition(
+                batches=batches,
+                seed=training.seed,
+                global_batch_size=training.global_batch_size,
+                seq_length=self.recipe.model.seq_length,
+            ),
+            optimizer_steps=self.trainer.zero.updates,
+            masks=self.trainer.stages.state.mask_sparsity,
+            telemetry=None
+            if counters is None
+            else TelemetryState(step=counters.step, flips=counters.flips, sparsity=counters.sparsity),
+            run_id=run_id,
+            bad_steps=bad_steps,
+            losses=tuple(self.trainer.judge.losses),
+            norms=tuple(self.trainer.judge.norms),
+            version=__version__,
+        )
+        self.saver.save(state)
+
+    def restore(self, at_most: int | None = None) -> State:
+        """Takes everything from the newest whole checkpoint, or that of at most so many steps, and prepares the layers.
+
+        Raises CheckpointError on every rank where none is whole, or where it is of another model or other data.
+        """
+        opened = open_newest(self.folder.checkpoints, self.parallel, at_most)
+        for problem in opened.passed_over:
+            self._say(f"a checkpoint is not whole: {problem}; the one before it is used")
+        known = self._parameter_names()
+        with attempt() as checking:
+            self._check(opened, known)
+        problem = first_problem(checking.problem, self.parallel)
+        if not problem:
+            with attempt() as reading, Reader(opened.path, opened.manifest) as reader:
+                state = opened.state
+                self.contents.restore(reader, state.optimizer_steps, state.masks, state.telemetry)
+            problem = first_problem(reading.problem, self.parallel)
+        if problem:
+            error = CheckpointError(problem)
+            error.on_every_rank = True
+            raise error
+        self.trainer.judge.recall(opened.state.losses, opened.state.norms)
+        self.trainer.stages.state.prepare(opened.state.step)
+        return opened.state
+
+    def _parameter_names(self) -> set[str]:
+        """Global names of the parameters of all ranks."""
+        own = [logical.name for logical in self.contents.parameters]
+        told: list[list[str]] = [[] for _ in range(self.parallel.world_size)]
+        dist.all_gather_object(told, own)
+        return {name for names in told for name in names}
+
+    def _check(self, opened: Opened, known: set[str]) -> None:
+        """Raises CheckpointError for a checkpoint of another model, or other data, than the recipe's."""
+        data, training = opened.state.data, self.recipe.training
+        for key, saved, wanted in (
+            ("training.seed", data.seed, training.seed),
+            ("training.global_batch_size", data.global_batch_size, training.global_batch_size),
+            ("model.seq_length", data.seq_length, self.recipe.model.seq_length),
+        ):
+            if saved != wanted:
+                raise CheckpointError(
+                    f"{opened.path}: {key} was {saved} and is {wanted}, which would change what is read next; "
+                    f"set it to {saved}, or name another run_dir"
+                )
+        for name in parameter_names(list(opened.manifest.tensors)):
+            if name not in known:
+                raise CheckpointError(f"{opened.path}: holds {name}, which this model lacks; use its own recipe")
