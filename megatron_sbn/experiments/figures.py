@@ -79,15 +79,23 @@ def _called(weight_format: str) -> str:
 
 @dataclass(frozen=True)
 class Trace:
-    """Training loss of one run: (tokens, nats a token), with what tells it from others."""
+    """Training loss of one run: (tokens, nats a token), with what tells it from others; `batch` in samples."""
 
     weight_format: str
     sparsity: tuple[int, int]
+    batch: int
     points: tuple[tuple[float, float], ...]
+
+    @property
+    def setting(self) -> tuple[float, int, str]:
+        """What has a shade of its own, in the order of the legend."""
+        n, m = self.sparsity
+        return -n / m, self.batch, f"{n}:{m}"
 
 
 def loss_over_tokens(traces: Sequence[Trace], path: Path) -> None:
-    """One panel a format on a common scale, a shade for each N:M, a line for each seed."""
+    """One panel a format on a common scale; a shade for each N:M and size of the batch, a line for each seed."""
+    batches_differ = len({trace.batch for trace in traces}) > 1
     formats = sorted({trace.weight_format for trace in traces}, reverse=True)
     size = (1.0 + 4.6 * len(formats), 4.4)
     figure, panels = plt.subplots(
@@ -96,14 +104,15 @@ def loss_over_tokens(traces: Sequence[Trace], path: Path) -> None:
     colours = plt.get_cmap("viridis")
     for axes, weight_format in zip(panels[0], formats, strict=True):
         own = [trace for trace in traces if trace.weight_format == weight_format]
-        kept = sorted({trace.sparsity for trace in own}, key=lambda nm: nm[0] / nm[1], reverse=True)
+        settings = sorted({trace.setting for trace in own})
+        shades = {setting: colours(0.9 * i / max(1, len(settings) - 1)) for i, setting in enumerate(settings)}
         for trace in own:
             tokens, values = zip(*trace.points, strict=True)
-            shade = colours(0.9 * kept.index(trace.sparsity) / max(1, len(kept) - 1))
-            axes.plot([t / 1e6 for t in tokens], values, color=shade, linewidth=1.1)
-        for sparsity in kept:  # one entry for all seeds
-            shade = colours(0.9 * kept.index(sparsity) / max(1, len(kept) - 1))
-            axes.plot([], [], color=shade, linewidth=2, label="{}:{}".format(*sparsity))
+            axes.plot([t / 1e6 for t in tokens], values, color=shades[trace.setting], linewidth=1.1)
+        for setting, shade in shades.items():  # one entry for all seeds
+            _, batch, sparsity = setting
+            label = f"{sparsity}, batch {batch}" if batches_differ else sparsity
+            axes.plot([], [], color=shade, linewidth=2, label=label)
         axes.set_title(_called(weight_format))
         axes.set_xlabel("tokens (millions)")
         axes.grid(alpha=0.25)

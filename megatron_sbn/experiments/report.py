@@ -123,7 +123,12 @@ def write_report(name: str, runs: Sequence[Run], output: Path) -> list[Path]:
         page += _table(made, group)
     measured = [(run, [(run.tokens(step), value) for step, value in run.points("loss")]) for run in runs]
     traces = [
-        Trace(run.recipe.linear.weight_format, run.recipe.linear.sparsity, tuple(points))
+        Trace(
+            run.recipe.linear.weight_format,
+            run.recipe.linear.sparsity,
+            run.recipe.training.global_batch_size,
+            tuple(points),
+        )
         for run, points in measured
         if points
     ]
