@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 
 KILLS ?= 100
+CASES ?= 10000
 
-.PHONY: quickstart test bench gpu kill check format setup clean
+.PHONY: quickstart test bench gpu kill fuzz check format setup clean
 
 quickstart: $(SETUP)
 	$(BIN)/sbn quickstart
@@ -32,6 +33,10 @@ gpu:
 # Training runs killed again and again (docs/durability.md): about four minutes on two slow cores.
 kill: $(SETUP)
 	$(BIN)/python tests/durability/kill.py --kills $(KILLS)
+
+# Bad input of every kind to every command (docs/durability.md): about a quarter of an hour on one slow core.
+fuzz: $(SETUP)
+	$(BIN)/python tests/durability/fuzz.py --cases $(CASES)
 
 check: $(SETUP)
 	$(BIN)/ruff check .

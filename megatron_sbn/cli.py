@@ -9,9 +9,11 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_sbn import __version__
 from megatron_sbn.errors import RecipeError, SbnError
+from megatron_sbn.masking import excerpt, one_line
 from megatron_sbn.staging import write_whole
 
 
@@ -197,8 +199,16 @@ def quickstart(options: argparse.Namespace) -> int:
     return job.run(options.overrides, prepare_only=options.prepare_only)
 
 
+class _Parser(argparse.ArgumentParser):
+    """What it complains about is shown as in every other message: no passwords, on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message and leaves with status 2."""
+        super().error(one_line(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sbn", description="Pretraining of Sparse-BitNet language models.")
+    parser = _Parser(prog="sbn", description="Pretraining of Sparse-BitNet language models.")
     parser.add_argument("--version", action="version", version=f"megatron_sbn {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
@@ -231,9 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, run: object, text: str
-) -> argparse.ArgumentParser:
+def _add(commands: "argparse._SubParsersAction[_Parser]", name: str, run: object, text: str) -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     command = commands.add_parser(name, help=text, description=text, formatter_class=formatter)
     command.set_defaults(run=run)
@@ -244,7 +252,7 @@ def _add_overrides(command: argparse.ArgumentParser) -> None:
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
 
 
-def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
     command = _add(commands, "train", train, "train a recipe on this machine (several nodes: torchrun or Slurm)")
     command.add_argument("recipe", metavar="RECIPE", help="path of a recipe, such as recipes/quickstart.yaml")
     _add_overrides(command)
@@ -257,7 +265,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command.epilog = "example: sbn train recipes/quickstart.yaml training.steps=20 run_dir=runs/first"
 
 
-def _add_checkpoint(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_checkpoint(commands: "argparse._SubParsersAction[_Parser]") -> None:
     command = _add(commands, "checkpoint", checkpoint, "show what a checkpoint holds, or verify that it is whole")
     command.add_argument("action", choices=("show", "verify"), help="show reads the manifest, verify every file")
     command.add_argument("path", metavar="PATH", help="a checkpoint, or a run's folder for all of its checkpoints")
@@ -268,7 +276,7 @@ def _add_checkpoint(commands: "argparse._SubParsersAction[argparse.ArgumentParse
     )
 
 
-def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_doctor(commands: "argparse._SubParsersAction[_Parser]") -> None:
     command = _add(commands, "doctor", doctor, "check a recipe and its layout before a job is paid for")
     command.add_argument("recipe", metavar="RECIPE", help="path of a recipe")
     _add_overrides(command)
@@ -289,7 +297,7 @@ def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
 
 
-def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_plan(commands: "argparse._SubParsersAction[_Parser]") -> None:
     command = _add(commands, "plan", plan, "memory, bytes, time and layouts of a recipe before nodes are asked for")
     command.add_argument("recipe", metavar="RECIPE", help="path of a recipe")
     _add_overrides(command)
@@ -304,7 +312,7 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
 
 
-def _add_sweep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_sweep(commands: "argparse._SubParsersAction[_Parser]") -> None:
     command = _add(commands, "sweep", sweep, "expand a sweep file to recipes: list, write, or train one of them")
     command.add_argument("sweep", metavar="FILE", help="such as recipes/sweeps/n-of-8-tiny.yaml")
     action = command.add_mutually_exclusive_group(required=True)
@@ -330,7 +338,7 @@ def _add_sweep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
 
 
-def _add_submit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_submit(commands: "argparse._SubParsersAction[_Parser]") -> None:
     command = _add(commands, "submit", submit, "train a recipe on Slurm, from a copy of the code")
     command.add_argument("recipe", metavar="RECIPE", help="path of a recipe, such as recipes/quickstart.yaml")
     _add_overrides(command)
@@ -349,7 +357,7 @@ def _add_job_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dry-run", action="store_true", help="show what would be written and submitted, do nothing")
 
 
-def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_prepare(commands: "argparse._SubParsersAction[_Parser]") -> None:
     command = _add(commands, "prepare", prepare, "tokenise text into Megatron .bin/.idx shards")
     command.add_argument("--input", nargs="+", required=True, metavar="FILE|GLOB", help="txt, jsonl or parquet")
     command.add_argument("--output", required=True, metavar="PREFIX", help="where the shards go")
@@ -375,10 +383,9 @@ def _time_limit(text: str) -> str:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{excerpt(text)} is not a whole number from 1 to 999,999,999")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ Rank 0 writes it, whole or not at all. It is what a Slurm job goes by: torchrun 
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_sbn.staging import write_whole
 
@@ -42,12 +44,14 @@ class RunStatus:
     time: float
 
 
+_ADAPTER = TypeAdapter(RunStatus)
+
+
 def read_status(folder: Path) -> RunStatus | None:
     """The run's status; None where there is none, or none that can be read."""
     try:
-        values = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
-        return RunStatus(**{field.name: values[field.name] for field in fields(RunStatus)})
-    except (OSError, ValueError, KeyError, TypeError):
+        return _ADAPTER.validate_json((folder / FILE_NAME).read_bytes(), strict=True)
+    except (OSError, ValidationError):
         return None
 
 

@@ -16,6 +16,7 @@ is meant for. Imports no torch.
 """
 
 import itertools
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from megatron_sbn.recipe_file import parse_yaml, read_recipe, read_text
 
 Values = dict[str, Any]
 RANKS = "ranks"
+MOST_RECIPES = 1000  # Slurm's arrays end there too, unless a site has set MaxArraySize
 STUDY = "tracking.study"
 
 
@@ -76,6 +78,9 @@ def load_sweep(path: str | Path) -> Sweep:
     file = _read(path)
     base = path.parent / file.recipe
     axes = [_axis(path, name, values) for name, values in file.axes.items()]
+    count = math.prod(map(len, axes))
+    if count > MOST_RECIPES:
+        raise RecipeError(f"{path}: its axes make {count:,} recipes, at most {MOST_RECIPES:,}; give it fewer")
     variants = []
     for combination in itertools.product(*axes):
         labels = dict(zip(file.axes, (label for label, _ in combination), strict=True))

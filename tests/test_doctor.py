@@ -71,6 +71,11 @@ def test_without_ranks_it_says_what_the_recipe_needs(capsys: pytest.CaptureFixtu
     assert "not there yet: data/corpus-train.bin" in told
 
 
+def test_a_batch_of_any_size_is_looked_at_in_a_moment(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", QWEN, f"training.global_batch_size={2**52}", "training.micro_batch_size=1"]) == 0
+    assert f"its batch of {2**52} fills: 1, 2, 4, 8" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

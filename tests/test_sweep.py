@@ -136,6 +136,10 @@ BASE = f"name: s\nrecipe: {RECIPES / 'tiny' / 'base.yaml'}\n"
         (BASE + "axis: {training.seed: [1]}\n", "axes: Field required"),
         (BASE + "axes: {training.seed: []}\n", "axes.training.seed is empty"),
         (
+            BASE + "axes: {" + ", ".join(f"a{i}: [{', '.join(map(str, range(10)))}]" for i in range(12)) + "}\n",
+            "its axes make 1,000,000,000,000 recipes, at most 1,000",
+        ),
+        (
             BASE + "axes: {training.seeed: [1]}\n",
             "s-seeed-1: training.seeed is not a recipe key; did you mean training.seed?",
         ),

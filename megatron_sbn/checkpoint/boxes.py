@@ -10,7 +10,8 @@ flattened piece, which may begin and end within a row. Such a run is, for every 
 Saved boxes and wanted boxes are both in coordinates of the logical tensor, so a reader needs nothing but overlaps.
 """
 
-from collections.abc import Iterator
+import bisect
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_sbn.parallel.shard import LogicalShard
@@ -44,6 +45,28 @@ class Box:
         """Where it lies in a tensor that holds just `other`, of which it is a part."""
         starts = [a - b for a, b in zip(self.offsets, other.offsets, strict=True)]
         return tuple(slice(start, start + size) for start, size in zip(starts, self.sizes, strict=True))
+
+
+def apart(boxes: Sequence[Box]) -> bool:
+    """Whether no two of these boxes, none of them empty, have an element in common. Takes time n log n.
+
+    Row by row, with the column ranges of the boxes that are there: a new one must fit between its neighbours.
+    """
+    events = []
+    for box in boxes:
+        columns = (box.offsets[1], box.offsets[1] + box.sizes[1]) if len(box.sizes) > 1 else (0, 1)
+        events += [(box.offsets[0], 1, columns), (box.offsets[0] + box.sizes[0], 0, columns)]  # ends come first
+    there: list[tuple[int, int]] = []
+    for _, begins, (low, high) in sorted(events):
+        place = bisect.bisect_left(there, (low, high))
+        if not begins:
+            del there[place]
+            continue
+        before, after = there[max(0, place - 1) : place], there[place : place + 1]
+        if (before and before[0][1] > low) or (after and after[0][0] < high):
+            return False
+        there.insert(place, (low, high))
+    return True
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ Imports no torch.
 """
 
 import hashlib
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron_sbn.staging import write_whole
 
 LATEST = "latest"
 PARTIAL, REMOVED = ".partial", ".removed"
+_NAME = re.compile(r"step-[0-9]{1,18}")
 
 
 def step_name(step: int) -> str:
@@ -29,8 +31,7 @@ def step_name(step: int) -> str:
 
 def step_of(path: Path) -> int | None:
     """The step in a checkpoint's name; None for another name."""
-    number = path.name.removeprefix("step-")
-    return int(number) if path.name.startswith("step-") and number.isascii() and number.isdigit() else None
+    return int(path.name.removeprefix("step-")) if _NAME.fullmatch(path.name) else None
 
 
 def saved(folder: Path) -> list[Path]:

@@ -6,7 +6,6 @@ it. A file has a name once: further boxes of a tensor go to a rank's further fil
 """
 
 import hashlib
-import itertools
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_sbn.checkpoint.boxes import Box, Run
+from megatron_sbn.checkpoint.boxes import Box, Run, apart
 from megatron_sbn.checkpoint.manifest import Dtype, File, Manifest, SavedBox, SavedTensor
 from megatron_sbn.errors import CheckpointError
 from megatron_sbn.staging import flush_to_disk
@@ -106,8 +105,7 @@ def check_cover(name: str, tensor: SavedTensor) -> None:
     inside = all(len(box.offsets) == len(box.sizes) == len(tensor.shape) for box in boxes) and all(
         box.overlap(whole) == box for box in boxes
     )
-    apart = inside and not any(a.overlap(b) for a, b in itertools.combinations(boxes, 2))
-    if not apart or sum(box.numel for box in boxes) != whole.numel:
+    if not inside or sum(box.numel for box in boxes) != whole.numel or not apart(boxes):
         raise CheckpointError(f"{name}: its boxes do not cover shape {list(tensor.shape)} exactly once")
 
 

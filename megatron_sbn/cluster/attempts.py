@@ -9,8 +9,10 @@ come again whatever is tried (2 bad recipe or input, 3 numerical failure, 4 no w
 
 import json
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_sbn.errors import STOPPED, CheckpointError, NumericalError, RecipeError
 from megatron_sbn.run_status import RunStatus, saved_step, slurm_attempt
@@ -32,6 +34,9 @@ class Attempt:
     time: float
 
 
+_ADAPTER = TypeAdapter(Attempt)
+
+
 @dataclass(frozen=True)
 class Limits:
     """How often a job may start again: `restarts` in all (SLURM_RESTART_COUNT), `failures` in a row."""
@@ -50,17 +55,16 @@ class Verdict:
 
 
 def read_attempts(folder: Path) -> list[Attempt]:
-    """All that are recorded, oldest first; a torn last line is left out."""
+    """All that are recorded, oldest first; a torn last line, and what is no attempt, is left out."""
     try:
-        lines = (folder / FILE_NAME).read_text(encoding="utf-8").splitlines()
+        lines = (folder / FILE_NAME).read_bytes().split(b"\n")
     except OSError:
         return []
     attempts = []
     for line in lines:
         try:
-            values = json.loads(line)
-            attempts.append(Attempt(**{field.name: values[field.name] for field in fields(Attempt)}))
-        except (ValueError, KeyError, TypeError):
+            attempts.append(_ADAPTER.validate_json(line, strict=True))
+        except ValidationError:
             continue
     return attempts
 

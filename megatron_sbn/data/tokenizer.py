@@ -42,13 +42,17 @@ class Tokenizer:
         self.path = Path(path)
         sentencepiece.set_min_log_level(_LOG_FATAL)
         try:
+            if self.path.exists() and not (self.path.is_file() or self.path.is_dir()):
+                raise InputError(f"{path}: is no file; name a tokenizer model")
             content = self.path.read_bytes()
         except OSError as error:
             raise InputError(f"{path}: cannot read the tokenizer model: {error.strerror}") from error
+        except ValueError as error:  # a path that no system has
+            raise InputError(f"{path}: cannot read the tokenizer model: {error}") from error
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(content)
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise InputError(
                 f"{path}: not a sentencepiece model; give one made by `sbn prepare --vocab-size`"
             ) from error

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from megatron_sbn.doctor.report import Trial
 
 START_SECONDS, STEP_SECONDS = 300.0, 5.0
+MOST_RANKS = 1 << 16  # that are tried
 _RANK = "megatron_sbn.doctor.rank"
 
 
@@ -50,7 +51,8 @@ def check(recipe: Recipe, ranks: int | None = None) -> None:
 def _counts(recipe: Recipe, smallest: int) -> str:
     """The numbers of ranks that can train the recipe, smallest first."""
     counts = []
-    for ranks in range(smallest, smallest * recipe.training.global_batch_size + 1, smallest):
+    most = min(smallest * recipe.training.global_batch_size, max(smallest, MOST_RANKS))
+    for ranks in range(smallest, most + 1, smallest):
         try:
             check_world(recipe, ranks)
         except RecipeError:

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_sbn.errors import InputError
+from megatron_sbn.masking import excerpt
 
 Line = dict[str, float]
 RESERVED = ("step", "time")
+LARGEST_STEP, LATEST_TIME = 2**53, 1e11
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -126,10 +128,11 @@ def _parse_line(text: bytes, where: str) -> Line:
         raise InputError(f"{where}: not a JSON object: {_excerpt(text)}; mend or remove the line") from None
     if not isinstance(line, dict):
         raise InputError(f"{where}: not a JSON object: {_excerpt(text)}; mend or remove the line")
-    if type(line.get("step")) is not int:
-        raise InputError(f"{where}: step is {line.get('step')!r}, not a whole number; mend or remove the line")
-    if type(line.get("time")) not in (int, float):
-        raise InputError(f"{where}: time is {line.get('time')!r}, not a number; mend or remove the line")
+    step, clock = line.get("step"), line.get("time")
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= LARGEST_STEP:
+        raise InputError(f"{where}: step is {excerpt(step)}, not a whole number from 0; mend or remove the line")
+    if isinstance(clock, bool) or not isinstance(clock, (int, float)) or not 0 <= clock <= LATEST_TIME:
+        raise InputError(f"{where}: time is {excerpt(clock)}, not seconds since 1970; mend or remove the line")
     values = {name: _number(value, f"{where}: {name}") for name, value in line.items() if name not in RESERVED}
     return {"step": line["step"], "time": line["time"]} | values
 
@@ -138,8 +141,11 @@ def _number(value: object, where: str) -> float:
     if isinstance(value, str) and value in NON_FINITE:
         return NON_FINITE[value]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InputError(f"{where} is {value!r}, not a number; mend or remove the line")
-    return float(value)
+        raise InputError(f"{where} is {excerpt(value)}, not a number; mend or remove the line")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _refuse(constant: str) -> NoReturn:

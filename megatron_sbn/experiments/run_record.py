@@ -9,29 +9,18 @@ came back (a lost answer, a kill) is found by its key instead of made twice. No 
 import json
 import threading
 import uuid
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_sbn.errors import InputError
 from megatron_sbn.experiments.metrics import replace_file
+from megatron_sbn.masking import excerpt
 
 FILE_NAME = "tracking.json"
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "key": (str,),
-    "name": (str,),
-    "experiment": (str,),
-    "uri": (str,),
-    "started": (int, float),
-    "params": (dict,),
-    "tags": (dict,),
-    "artifacts": (list,),
-    "status": (str,),
-    "ended": (int, float, type(None)),
-    "run_id": (str, type(None)),
-    "delivered_step": (int, type(None)),
-}
+Time = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -53,14 +42,17 @@ class RunRecord:
     name: str
     experiment: str
     uri: str
-    started: float
+    started: Time
     params: dict[str, str]
     tags: dict[str, str]
     artifacts: list[str]
     status: str = "RUNNING"
-    ended: float | None = None
+    ended: Time | None = None
     run_id: str | None = None
-    delivered_step: int | None = None
+    delivered_step: Annotated[int, Field(ge=0, le=2**53)] | None = None
+
+
+_ADAPTER = TypeAdapter(RunRecord)
 
 
 class RunRecordFile:
@@ -86,7 +78,8 @@ def new_key() -> str:
 def read_record(path: Path) -> RunRecord:
     """Reads tracking.json. Raises InputError for anything else, naming the field."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        values = json.loads(content)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give the folder of a tracked run, such as runs/NAME-TIME") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -94,7 +87,21 @@ def read_record(path: Path) -> RunRecord:
     names = {field.name for field in fields(RunRecord)}
     if not isinstance(values, dict) or set(values) != names:
         raise InputError(f"{path}: not a tracking record: its fields are {', '.join(sorted(names))}")
-    for name, types in _TYPES.items():
-        if not isinstance(values[name], types):
-            raise InputError(f"{path}: {name} = {values[name]!r} is not of type {types[0].__name__}")
-    return RunRecord(**values)
+    try:
+        return _ADAPTER.validate_json(content, strict=True)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise InputError(f"{path}: {where} = {excerpt(problem['input'])}: {problem['msg']}") from None
+
+
+def artifact_files(record: RunRecord, run_dir: Path) -> list[Path]:
+    """The record's artifacts, where they are: at their path if that is in the run's folder or its study's, else by name
+    in the run's folder, which may have moved. Others are left out: a record may come from elsewhere.
+    """
+    study = run_dir.resolve().parent
+    found = []
+    for text in record.artifacts:
+        places = [Path(text), run_dir / Path(text).name]
+        found += [place for place in places if place.is_file() and place.resolve().is_relative_to(study)][:1]
+    return found

@@ -25,7 +25,14 @@ from megatron_sbn.errors import DeliveryError, InputError, SbnError
 from megatron_sbn.experiments.compare import Run
 from megatron_sbn.experiments.mlflow_settings import configure_mlflow
 from megatron_sbn.experiments.provenance import describe_environment, describe_recipe
-from megatron_sbn.experiments.run_record import FILE_NAME, RunRecord, RunRecordFile, new_key, read_record
+from megatron_sbn.experiments.run_record import (
+    FILE_NAME,
+    RunRecord,
+    RunRecordFile,
+    artifact_files,
+    new_key,
+    read_record,
+)
 from megatron_sbn.experiments.sqlite_file import artifact_location, database_file, default_uri, ensure_tables
 from megatron_sbn.experiments.study import STUDY_TAG, Study, attach, delivered
 from megatron_sbn.experiments.system_metrics import FILE_NAME as SYSTEM_METRICS_NAME
@@ -379,7 +386,7 @@ class _Delivery:
         return max((point.step for point in points), default=None)
 
     def _send_artifacts(self) -> None:
-        for artifact in map(Path, self._file.record.artifacts):
+        for artifact in artifact_files(self._file.record, self._file.path.parent):
             text = artifact.read_text(encoding="utf-8", errors="replace")
             self._client.log_text(self._run_id, mask_secrets(text), artifact.name)
         self._artifacts_done = True

@@ -12,6 +12,7 @@ from megatron_sbn.plan.layouts import Candidate, Choice, Machines, candidate, ch
 from megatron_sbn.plan.page import describe, gib, page
 from megatron_sbn.staging import write_whole
 
+MOST_DEVICES = 1 << 20
 _MOST_NODES = 1024  # looked at for a way out
 
 
@@ -44,6 +45,8 @@ def machines_of(device: str, nodes: int, per_node: int, assumed: Sequence[str] =
             raise RecipeError(f"--assume {text}: {share!r} is no number; write {name}=0.5") from None
         if not 0 < values[name] <= 1:
             raise RecipeError(f"--assume {text}: a share is above 0 and at most 1; write {name}=0.5")
+    if nodes * per_node > MOST_DEVICES:
+        raise RecipeError(f"--nodes {nodes} with {per_node} devices each: more than {MOST_DEVICES:,}; give fewer")
     return Machines(find_device(device), nodes, per_node, Efficiency(**values))
 
 

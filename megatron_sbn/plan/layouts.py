@@ -1,5 +1,6 @@
 """The layouts of a number of devices that a recipe can be trained at: feasible, within memory, ranked by tokens/s."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -122,4 +123,5 @@ def _variants(recipe: Recipe, machines: Machines) -> Iterator[Recipe]:
 
 
 def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})

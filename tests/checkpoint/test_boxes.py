@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sbn.checkpoint.boxes import Box, piece, runs
+from megatron_sbn.checkpoint.boxes import Box, apart, piece, runs
 from megatron_sbn.parallel.shard import LogicalShard, column_shard, gated_shard, row_shard, whole
 
 
@@ -25,6 +25,25 @@ def shards(draw: st.DrawFn) -> LogicalShard:
     if make is not None:
         return make((rows, columns), rank, size)
     return gated_shard((2 * rows, columns), rank, size) if kind == "gated" else whole((rows, columns))
+
+
+BOXES = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(1, 3), st.integers(1, 3)), max_size=6).map(
+    lambda drawn: [Box((row, column), (rows, columns)) for row, column, rows, columns in drawn]
+)
+
+
+@given(boxes=BOXES)
+@settings(max_examples=300, deadline=None)
+def test_boxes_are_apart_where_no_two_of_them_overlap(boxes: list[Box]) -> None:
+    assert apart(boxes) == (not any(a.overlap(b) for a, b in itertools.combinations(boxes, 2)))
+    flat = [Box(box.offsets[:1], box.sizes[:1]) for box in boxes]
+    assert apart(flat) == (not any(a.overlap(b) for a, b in itertools.combinations(flat, 2)))
+
+
+def test_very_many_boxes_are_looked_at_in_a_moment() -> None:
+    boxes = [Box((row, 100 * column), (1, 100)) for row in range(1000) for column in range(100)]
+    assert apart(boxes)
+    assert not apart([*boxes, Box((500, 50), (1, 1))])
 
 
 @given(shard=shards(), cuts=st.lists(st.integers(0, 1000), max_size=6))

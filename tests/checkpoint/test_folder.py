@@ -76,6 +76,13 @@ def test_a_pointer_that_names_no_checkpoint_is_not_followed(folder: Path, pointe
     assert folders.holds_any(folder)
 
 
+@pytest.mark.parametrize(
+    "name", ["step-", "step--1", "step-" + "9" * 5000, "step-\u0663", "step-1x", "latest", "step-+1"]
+)
+def test_what_is_no_name_of_a_checkpoint(name: str) -> None:
+    assert folders.step_of(Path(name)) is None
+
+
 def test_a_folder_without_checkpoints(tmp_path: Path) -> None:
     assert folders.candidates(tmp_path / "none") == []
     assert not folders.holds_any(tmp_path / "none")

@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 
 from megatron_sbn.cluster import job
-from megatron_sbn.cluster.attempts import Attempt, Limits, Verdict, decide, failures_in_a_row, read_attempts
+from megatron_sbn.cluster.attempts import (
+    Attempt,
+    Limits,
+    Verdict,
+    decide,
+    failures_in_a_row,
+    read_attempts,
+    record_attempt,
+)
 from megatron_sbn.run_status import RunStatus, read_status, write_status
 
 ROOT = Path(__file__).parents[2]
@@ -74,3 +82,20 @@ def test_a_run_whose_ranks_never_said_how_it_ended(
     assert (status.state, status.reason) == (state, reason)
     (attempt,) = read_attempts(tmp_path)
     assert (attempt.state, attempt.reason) == (state, reason)
+
+
+def test_what_is_no_attempt_is_left_out(tmp_path: Path) -> None:
+    assert read_attempts(tmp_path) == []
+    status = RunStatus("FAILED", 1, 20, "node died", "12", 0, 5.0)
+    record_attempt(tmp_path, status)
+    with (tmp_path / "attempts.jsonl").open("ab") as file:
+        file.write(
+            b'\n[1]\n\xff\xfe\n{"job": 12}\n' + b"[" * 3000 + b'\n{"job": "12", "restart": "0", "state": "FAILED",'
+        )
+        file.write(b' "exit_status": 1, "checkpoint": 0, "reason": "", "time": 1}\n')
+    record_attempt(tmp_path, status)
+    with (tmp_path / "attempts.jsonl").open("ab") as file:
+        file.write(b'{"job": "12", "rest')
+    assert [(attempt.job, attempt.state, attempt.reason) for attempt in read_attempts(tmp_path)] == [
+        ("12", "FAILED", "node died")
+    ] * 2

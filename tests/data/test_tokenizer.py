@@ -70,6 +70,29 @@ def test_eod_is_no_text(tokenizer):
     assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.eod, *tokenizer.encode(" b")]) == "a b"
 
 
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("/dev/zero", "/dev/zero: is no file; name a tokenizer model"),
+        ("a\0b", r"a\\x00b: cannot read the tokenizer model: embedded null byte"),
+        ("x" * 5000, "cannot read the tokenizer model: File name too long"),
+    ],
+    ids=lambda text: text[:5],
+)
+def test_paths_that_are_no_model(path, told):
+    with pytest.raises(InputError, match=told):
+        Tokenizer(path)
+
+
+def test_a_piece_that_is_no_text_is_refused(tokenizer, tmp_path):
+    piece = b"<0x41>"
+    content = tokenizer.path.read_bytes()
+    assert piece in content
+    (tmp_path / "bad.model").write_bytes(content.replace(b"the", b"t\xb6e").replace(piece, b"<0x\xf8>", 1))
+    with pytest.raises(InputError, match="not a sentencepiece model"):
+        Tokenizer(tmp_path / "bad.model")
+
+
 @pytest.mark.parametrize("token", [-1, 340])
 def test_decode_refuses_foreign_ids(tokenizer, token):
     with pytest.raises(ValueError, match=f"token id {token} is outside the vocabulary of 340"):

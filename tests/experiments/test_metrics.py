@@ -107,6 +107,10 @@ def test_a_killed_writer_leaves_whole_lines(tmp_path):
         ('{"step": true, "time": 1.0}', "step is True"),
         ('{"step": 1.5, "time": 1.0}', "step is 1.5"),
         ('{"step": 1, "time": "now"}', "time is 'now'"),
+        ('{"step": -1, "time": 1}', "step is -1"),
+        ('{"step": ' + "9" * 400 + ', "time": 1}', "step is 999"),
+        ('{"step": 1, "time": 1e999}', "time is inf"),
+        ('{"step": 1, "time": -1}', "time is -1"),
         ('{"step": 1, "time": 1, "loss": "low"}', "loss is 'low'"),
         ('{"step": 1, "time": 1, "loss": null}', "loss is None"),
         ('{"step": 1, "time": 1, "loss": true}', "loss is True"),
@@ -124,6 +128,12 @@ def test_broken_lines_are_named(tmp_path, bad, message):
     with pytest.raises(InputError):
         MetricsFile(path).truncate_after(1)
     assert path.read_bytes() == before
+
+
+def test_a_number_that_no_float_holds_is_infinite(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1, "time": 1, "loss": ' + "9" * 400 + ', "x": -' + "9" * 400 + "}\n")
+    assert read_metrics(path) == [{"step": 1, "time": 1, "loss": math.inf, "x": -math.inf}]
 
 
 def test_missing_file_is_an_input_error(tmp_path):

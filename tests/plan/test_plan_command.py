@@ -114,6 +114,7 @@ def test_where_nothing_fits_one_line_says_what_would(capsys: pytest.CaptureFixtu
     ("arguments", "told"),
     [
         (["--device", "h300"], "--device h300: is not known; choose one of a100, h100, h200, b200"),
+        (["--device", "h200", "--gpus-per-node", "999999999"], "more than 1,048,576; give fewer"),
         (["--device", "h200", "--assume", "speed=2"], "'speed' is not known"),
         (["--device", "h200", "--assume", "link=2"], "at most 1"),
         (["--device", "h200", "--assume", "link=fast"], "'fast' is no number"),
