@@ -9,7 +9,7 @@ from megatron_sbn.data.shards import ShardWriter
 VOCABULARY = 128
 # Found by every Python that has it on its path. deepspeed is imported by ranks, and by no launcher.
 _AT_IMPORT = """
-import os, signal, subprocess, sys
+import os, signal, subprocess, sys, time
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
         if name == "deepspeed":

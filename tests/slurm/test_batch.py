@@ -100,7 +100,7 @@ def test_scancel_leaves_a_checkpoint_and_the_kill_switch_keeps_jobs_from_startin
 
 
 # Through the batch script, srun and the launcher to the rank, which waits for it in the middle of its imports.
-ASK = 'subprocess.Popen(["scancel", "--signal=USR1", "--batch", os.environ["SLURM_JOB_ID"]]); signal.pause()'
+ASK = 'subprocess.Popen(["scancel", "--signal=USR1", "--batch", os.environ["SLURM_JOB_ID"]]); time.sleep(3)'
 
 
 @pytest.fixture(scope="module")

@@ -63,9 +63,10 @@ def test_one_machine(recipe: Path) -> None:
 
 def test_torchrun_that_is_ended_while_its_ranks_import_the_engines(recipe: Path, tmp_path: Path) -> None:
     """torchrun passes SIGTERM on and waits; the rank's import goes on when the signal is there."""
-    path = at_import(tmp_path / "hook", "os.kill(os.getppid(), signal.SIGTERM); signal.pause()", ("0",))
+    path = at_import(tmp_path / "hook", "os.kill(os.getppid(), signal.SIGTERM); time.sleep(2)", ("0",))
     train = ["-m", "megatron_sbn.train", str(recipe), "parallel.tensor=2", "run_dir=ended"]
-    process = start(recipe, "--nproc-per-node", "2", *train, PYTHONPATH=str(path))
+    words = ["--nproc-per-node", "2", "--shutdown-timeout", "90"]  # imports may take longer than the default of 30 s
+    process = start(recipe, *words, *train, PYTHONPATH=str(path))
     said, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     status = read_status(recipe.parent / "ended")
