@@ -4,11 +4,12 @@
                                   "phase": "reading a batch", "seconds": 12.0,
                                   "where": "megatron_sbn/data/shards.py:50 read", "waits": false}
 
-A thread of each rank replaces its file every BEAT_SECONDS: the phase that the main thread has told, how long it has
-been in it, the innermost line of this project that it is at, and whether it waits for other ranks below that. Rank 0
-reads all of them, and the last rank rank 0's. A hang is no progress for `training.hang_warning` seconds: it is told
-once, with the ranks that keep the others waiting. After `training.hang_timeout` seconds the process ends with status 1,
-so that the launcher ends the others and starts anew. Only monotonic clocks are compared, and each only with itself.
+A thread of each rank replaces its file every BEAT_SECONDS (less often with over 400 ranks): the phase that the main
+thread has told, how long it has been in it, the innermost line of this project that it is at, and whether it waits for
+other ranks below that. Rank 0 reads all of them, and the last rank rank 0's. A hang is no progress for
+`training.hang_warning` seconds: it is told once, with the ranks that keep the others waiting. After
+`training.hang_timeout` seconds the process ends with status 1, so that the launcher ends the others and starts anew.
+Only monotonic clocks are compared, and each only with itself.
 """
 
 import json
@@ -30,6 +31,7 @@ from megatron_sbn.errors import RankLostError
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 30.0
+_SECONDS_A_RANK = 0.005  # of many ranks each speaks more seldom: at most 200 files a second in all
 FOLDER = "ranks"
 _PACKAGE = f"{os.sep}megatron_sbn{os.sep}"
 _COLLECTIVES = f"torch{os.sep}distributed{os.sep}"
@@ -111,6 +113,7 @@ class Heartbeat:
         self.rank = rank
         self.warning, self.timeout = warning, timeout
         self._say, self._give_up = say, give_up
+        self._seconds = max(BEAT_SECONDS, ranks * _SECONDS_A_RANK)
         self._told = (0, "starting", time.monotonic())
         self._main = threading.get_ident()
         self._beat = 0
@@ -141,7 +144,7 @@ class Heartbeat:
         return f"{phase} of step {step}"
 
     def _live(self) -> None:
-        while not self._done.wait(BEAT_SECONDS):
+        while not self._done.wait(self._seconds):
             self._write()
             for beat in self._ear.fallen_silent():
                 self._say(f"not heard of for {SILENT_SECONDS:.0f} s; last: {beat.describe()}")

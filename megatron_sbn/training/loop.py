@@ -117,7 +117,6 @@ class Loop:
             self.run_id = state.run_id
         else:
             stages.state.prepare(0)
-        self.saved = self.first  # the step of the last checkpoint
         self.metrics = MetricsFile(self.folder.metrics) if parallel.rank == 0 else None
         if self.metrics is not None:
             self.metrics.truncate_after(self.first if folder.continues else -1)  # a start anew measures step 0 again
@@ -165,14 +164,15 @@ class Loop:
 
     def _stop(self, done: int, reason: Reason) -> None:
         """Saves what is not saved yet, then says so: whoever reads STOPPED may rely on the checkpoint."""
-        if done > self.first and self.saved != done:
-            self._save(done)
         saver = self.checkpoints.saver
         saver.finish()
         if done > self.first and saver.published != done:
-            raise CheckpointError(
-                f"{self.folder.path}: asked to stop at step {done}, which could not be saved; see the log"
-            )
+            self._save(done)
+            saver.finish()
+            if saver.published != done:
+                raise CheckpointError(
+                    f"{self.folder.path}: asked to stop at step {done}, which cannot be saved; see the log"
+                )
         self.folder.tell(self.parallel, "STOPPED", STOPPED, done, reason.name)
 
     def _step(self, step: int) -> tuple[StepResult, float]:
@@ -217,7 +217,7 @@ class Loop:
         self.checkpoints.saver.finish()
         restored = self.checkpoints.restore(max(0, step - training.rollback_steps)).step
         self.console.say(f"{told}, and the run goes back to step {restored}, with batch {self.batches + 1}")
-        self.saved = restored
+        self.first = self.checkpoints.saver.published = restored
         if self.metrics is not None:
             self.metrics.truncate_after(restored)
         if self.tracker is not None:
@@ -270,7 +270,6 @@ class Loop:
 
     def _save(self, done: int) -> None:
         self.heart.enter("saving", done)
-        self.saved = done
         run_id = self.tracker.run_id if self.tracker is not None else None
         if self.metrics is not None:
             self.metrics.flush_to_disk()
