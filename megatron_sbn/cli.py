@@ -13,12 +13,13 @@ from typing import NoReturn
 
 from megatron_sbn import __version__
 from megatron_sbn.errors import RecipeError, SbnError
-from megatron_sbn.masking import excerpt, one_line
-from megatron_sbn.staging import write_whole
+from megatron_sbn.masking import excerpt, one_line, show_anything
+from megatron_sbn.staging import make_folder, write_whole
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a subcommand; returns its exit status (errors.py)."""
+    show_anything()
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes no positional arguments after an option: `train R --nproc-per-node 2 training.steps=20`.
@@ -117,6 +118,7 @@ def plan(options: argparse.Namespace) -> int:
 
 def sweep(options: argparse.Namespace) -> int:
     """Lists a sweep's recipes, writes them, trains one here, or hands all of them to Slurm."""
+    from megatron_sbn.config import check_no_password
     from megatron_sbn.launch import launch
     from megatron_sbn.sweep import load_sweep
 
@@ -127,7 +129,9 @@ def sweep(options: argparse.Namespace) -> int:
     study = load_sweep(options.sweep)
     count = len(study.variants)
     if options.write is not None:
-        Path(options.write).mkdir(parents=True, exist_ok=True)
+        for variant in study.variants:
+            check_no_password(variant.recipe, options.write)
+        make_folder(Path(options.write))
         for variant in study.variants:
             write_whole(Path(options.write) / f"{variant.name}.yaml", variant.recipe.to_yaml().encode())
         print(f"wrote {count} recipes to {options.write}")

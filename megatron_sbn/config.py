@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from megatron_sbn import feasibility
 from megatron_sbn.errors import RecipeError
-from megatron_sbn.masking import excerpt
+from megatron_sbn.masking import excerpt, mask_secrets
 from megatron_sbn.recipe_file import read_recipe
 
 LARGEST = 2**53  # every whole number up to it is one in JSON, in a float and in 64 bits
@@ -304,6 +304,16 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise RecipeError(" ".join(_problem(error).split())) from None
     feasibility.check_recipe(recipe)
     return recipe
+
+
+def check_no_password(recipe: Recipe, place: str) -> None:
+    """Raises RecipeError where a file of this recipe, kept in `place`, would hold a password."""
+    uri = recipe.tracking.uri
+    if uri is not None and mask_secrets(uri) != uri:
+        raise RecipeError(
+            f"tracking.uri = {mask_secrets(uri)} holds a password, which would be kept in {place}; "
+            "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment instead"
+        )
 
 
 def _fields(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -4,7 +4,9 @@ What people and files say turns up in messages, logs and records: a recipe's tra
 a file from elsewhere a terminal's control sequence, or a million characters.
 """
 
+import io
 import re
+import sys
 
 LONGEST = 1200
 _USER_INFO = re.compile(r"(:/{1,2})(?!/)[^/\s'\"]*@")  # one slash: what a path makes of a URL
@@ -23,6 +25,12 @@ def one_line(text: str) -> str:
     if len(shown) <= LONGEST:
         return shown
     return f"{shown[: LONGEST // 2]} ... {shown[-LONGEST // 3 :]}"
+
+
+def show_anything() -> None:
+    """Has stdout write what it cannot encode as Python would: a file's name may be no text at all."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def excerpt(value: object, length: int = 80) -> str:

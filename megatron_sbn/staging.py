@@ -60,8 +60,21 @@ def staged(paths: Sequence[Path], *, obsolete: Sequence[Path] = ()) -> Iterator[
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a small file whole or not at all. Raises InputError where it cannot be written."""
-    with staged([path]):
-        partial_path(path).write_bytes(content)
+    try:
+        with staged([path]):
+            partial_path(path).write_bytes(content)
+    except ValueError as error:  # a path that no file can have
+        raise InputError(f"{path}: cannot be written: {error}") from error
+
+
+def make_folder(path: Path) -> Path:
+    """Makes a folder, and those above it, unless it is there. Raises InputError where it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path}: cannot be made a folder: {reason}; name another") from error
+    return path
 
 
 @contextlib.contextmanager
@@ -70,12 +83,14 @@ def exclusive(prefix: Path) -> Iterator[None]:
 
     The kernel drops the lock of a killed process. A file system without locks is told and gone on with.
     """
-    lock = prefix.with_name(f".{prefix.name}.lock")
     try:
+        lock = prefix.with_name(f".{prefix.name}.lock")
         prefix.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise InputError(f"{prefix.parent}: cannot write the output there: {error.strerror or error}") from error
+    except ValueError as error:  # a path that no file can have
+        raise InputError(f"{prefix}: cannot write the output there: {error}") from error
     try:
         if not _acquired(descriptor, lock):
             raise InputError(f"{prefix}: another process is writing this output; wait for it or name another")

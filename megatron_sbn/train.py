@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_sbn import environment
 from megatron_sbn.errors import RecipeError, SbnError
+from megatron_sbn.masking import show_anything
 from megatron_sbn.stop_signals import StopSignals
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else RecipeError.status
+    show_anything()
     environment.end_with_launcher()
     with StopSignals() as signals:
         try:

@@ -1,9 +1,11 @@
 """What is shown: no secrets, one line, not too much of it."""
 
+import io
+
 import pytest
 
 from megatron_sbn.errors import RecipeError
-from megatron_sbn.masking import LONGEST, excerpt, mask_secrets, one_line
+from megatron_sbn.masking import LONGEST, excerpt, mask_secrets, one_line, show_anything
 
 
 @pytest.mark.parametrize(
@@ -54,3 +56,11 @@ def test_of_a_long_text_the_beginning_and_the_end_are_shown() -> None:
 def test_an_excerpt_is_cut_after_its_secrets_are_gone() -> None:
     assert excerpt({"uri": "http://someone:a-long-password@host:5000/"}, 30) == "{'uri': 'http://***@host:50..."
     assert excerpt(5) == "5"
+
+
+def test_what_stdout_cannot_encode_is_written_as_python_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(content, encoding="ascii"))
+    show_anything()
+    print("wrote \udcff/caf\u00e9", flush=True)
+    assert content.getvalue() == b"wrote \\udcff/caf\\xe9\n"

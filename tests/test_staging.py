@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sbn.errors import InputError
-from megatron_sbn.staging import exclusive, partial_path, staged, write_whole
+from megatron_sbn.staging import exclusive, make_folder, partial_path, staged, write_whole
 
 
 def _names(folder):
@@ -77,6 +77,24 @@ def test_write_whole(tmp_path):
     assert _names(tmp_path) == ["a"]
     with pytest.raises(InputError, match=r"none.*cannot be written: No such file"):
         write_whole(tmp_path / "none" / "a", b"one")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300])
+def test_paths_that_no_file_can_have(tmp_path, name):
+    for fails in (lambda path: write_whole(path, b""), make_folder, lambda path: exclusive(path).__enter__()):
+        with pytest.raises(InputError, match="cannot"):
+            fails(tmp_path / name)
+    with pytest.raises(InputError, match="has an empty name"):
+        exclusive(Path()).__enter__()
+
+
+def test_folders_are_made_with_those_above_them(tmp_path):
+    assert make_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert make_folder(tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("x")
+    for place in ("file", "file/x"):
+        with pytest.raises(InputError, match="cannot be made a folder: .*; name another"):
+            make_folder(tmp_path / place)
 
 
 def test_one_writer_at_a_time(tmp_path):

@@ -174,6 +174,15 @@ def test_list_and_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert load_recipe(path) == variants[path.stem]
 
 
+def test_no_recipe_with_a_password_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(BASE + "set: {tracking.uri: 'http://me:hush@host'}\naxes: {training.seed: [1]}\n")
+    assert main(["sweep", str(sweep), "--write", str(tmp_path / "made")]) == 2
+    told = capsys.readouterr().err
+    assert f"tracking.uri = http://***@host holds a password, which would be kept in {tmp_path / 'made'}" in told
+    assert not (tmp_path / "made").exists()
+
+
 def test_run_trains_one_recipe_in_its_own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started: list[tuple[list[str], int]] = []
 

@@ -22,7 +22,9 @@ from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.errors import STOPPED, RecipeError, SbnError
 from megatron_sbn.feasibility import check_world, model_ranks
 from megatron_sbn.launch import Machines, launch
+from megatron_sbn.masking import show_anything
 from megatron_sbn.run_status import read_status, saved_step, slurm_attempt, write_status
+from megatron_sbn.staging import make_folder
 from megatron_sbn.stop_signals import SIGNALS
 from megatron_sbn.sweep import load_sweep
 
@@ -67,7 +69,7 @@ def begin(task: Task) -> int:
     if _switched_off(task.folder):
         print(f"{task.folder}: there is a STOP file; remove it to go on")
         return NOTHING_TO_DO
-    (task.folder / "logs").mkdir(parents=True, exist_ok=True)
+    make_folder(task.folder / "logs")
     write_status(task.folder, "RUNNING", None, saved_step(task.folder))
     return 0
 
@@ -168,6 +170,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--asked", default="", help="signal that the batch shell got: USR1 or TERM")
     parser.add_argument("target", metavar="RECIPE|SWEEP")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    show_anything()
     options = parser.parse_args(arguments)
     try:
         if options.action == "sizes":

@@ -20,10 +20,9 @@ from typing import Literal
 
 from megatron_sbn.cluster.slurm_queue import queued
 from megatron_sbn.cluster.snapshot import Snapshot, find_code
-from megatron_sbn.config import Recipe, load_recipe
+from megatron_sbn.config import Recipe, check_no_password, load_recipe
 from megatron_sbn.errors import InputError, RecipeError
 from megatron_sbn.feasibility import check_world, model_ranks
-from megatron_sbn.masking import mask_secrets
 from megatron_sbn.run_status import read_status
 from megatron_sbn.staging import exclusive
 from megatron_sbn.sweep import Variant, frozen, load_sweep
@@ -154,12 +153,7 @@ def _leave_nothing(submission: Submission, place: Path) -> None:
 
 def _placed(recipe: Recipe, folder: Path) -> Recipe:
     """With its run folder as an absolute path. Raises RecipeError where the file would hold a password."""
-    uri = recipe.tracking.uri
-    if uri is not None and mask_secrets(uri) != uri:
-        raise RecipeError(
-            f"tracking.uri = {mask_secrets(uri)} holds a password, which would be kept in the run folder; "
-            "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment instead"
-        )
+    check_no_password(recipe, "the run folder")
     return recipe.model_copy(update={"run_dir": str(folder)})
 
 

@@ -108,7 +108,7 @@ def is_prepared(options: PrepareOptions) -> bool:
             and manifest["files"] == sizes
             and manifest["tokenizer_sha256"] == _sha256(options.model)
         )
-    except (OSError, ValueError, KeyError, TypeError):  # no manifest, or none of ours
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # no manifest, or none of ours
         return False
 
 

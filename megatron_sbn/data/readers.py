@@ -67,17 +67,26 @@ def expand_inputs(patterns: Sequence[str]) -> list[Path]:
     """
     files: dict[Path, None] = {}
     for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            raise InputError(f"{pattern}: is a folder; name its files, for instance '{path}/**/*.txt'")
-        if path.exists() and not path.is_file():
-            raise InputError(f"{pattern}: not a regular file")
-        matches = [path] if path.is_file() else map(Path, sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207 - absolute ones too
-        found = [match for match in matches if match.is_file()]
+        try:
+            found = _matches(pattern)
+        except OSError as error:
+            raise _unreadable(pattern, error) from error
+        except RuntimeError as error:  # the home of somebody who is not known
+            raise InputError(f"{pattern}: cannot be read: {error}") from error
         if not found:
             raise InputError(f"{pattern}: no such file, and no file matches it as a glob")
         files.update(dict.fromkeys(found))
     return list(files)
+
+
+def _matches(pattern: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        raise InputError(f"{pattern}: is a folder; name its files, for instance '{path}/**/*.txt'")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{pattern}: not a regular file")
+    matches = [path] if path.is_file() else map(Path, sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207 - absolute ones too
+    return [match for match in matches if match.is_file()]
 
 
 def blocks(path: Path) -> Iterator[Block]:

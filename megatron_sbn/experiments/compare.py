@@ -21,6 +21,7 @@ from megatron_sbn.errors import InputError, RecipeError
 from megatron_sbn.experiments.flops import model_flops_per_token
 from megatron_sbn.experiments.metrics import Line, read_metrics
 from megatron_sbn.experiments.run_record import FILE_NAME, read_record
+from megatron_sbn.masking import one_line
 from megatron_sbn.text_table import aligned
 
 METRICS = ("loss", "validation_loss", "validation_perplexity", "grad_norm", "flip_rate", "zero_fraction")
@@ -77,7 +78,7 @@ def _ranks(path: Path) -> int | None:
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """(key, value in every run) of recipe keys that are not the same in all."""
     flat = [run.recipe.flat() for run in runs]
-    rows = [(key, [values[key] for values in flat]) for key in flat[0] if key not in _OF_NO_INTEREST]
+    rows = [(key, [one_line(values[key]) for values in flat]) for key in flat[0] if key not in _OF_NO_INTEREST]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 

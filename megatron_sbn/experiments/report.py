@@ -28,7 +28,7 @@ from megatron_sbn.experiments.figures import (
 )
 from megatron_sbn.experiments.run_record import FILE_NAME, read_record
 from megatron_sbn.experiments.study import STUDY_TAG
-from megatron_sbn.staging import write_whole
+from megatron_sbn.staging import make_folder, write_whole
 
 COLUMNS = (
     *("run", "weight_format", "sparsity", "seed", "steps", "tokens", "finished", "loss", "validation_perplexity"),
@@ -111,7 +111,7 @@ def scalings(runs: Sequence[Run]) -> list[Scaling]:
 
 def write_report(name: str, runs: Sequence[Run], output: Path) -> list[Path]:
     """Writes the page, the table and the figures of a study's runs; returns their paths."""
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     written = [output / "index.md", output / "runs.csv"]
     group = max((m for run in runs for n, m in [run.recipe.linear.sparsity] if n < m), default=8)
     made = curves(runs, group)

@@ -11,7 +11,7 @@ import threading
 import uuid
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -46,7 +46,7 @@ class RunRecord:
     params: dict[str, str]
     tags: dict[str, str]
     artifacts: list[str]
-    status: str = "RUNNING"
+    status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"] = "RUNNING"
     ended: Time | None = None
     run_id: str | None = None
     delivered_step: Annotated[int, Field(ge=0, le=2**53)] | None = None

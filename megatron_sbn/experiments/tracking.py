@@ -363,11 +363,11 @@ class _Delivery:
         from mlflow.entities import Param, RunTag
 
         record = self._file.record
-        wanted = {key: _cut(value, PARAM_LENGTH) for key, value in record.params.items()}
+        wanted = {key: _cut(mask_secrets(value), PARAM_LENGTH) for key, value in record.params.items()}
         logged = run.data.params
         params = [Param(key, value) for key, value in wanted.items() if key not in logged]
         changed = {f"changed.{key}": value for key, value in wanted.items() if logged.get(key, value) != value}
-        tags = [RunTag(key, _cut(value, TAG_LENGTH)) for key, value in (record.tags | changed).items()]
+        tags = [RunTag(key, _cut(mask_secrets(value), TAG_LENGTH)) for key, value in (record.tags | changed).items()]
         for start in range(0, len(params), ENTRIES_PER_BATCH):
             self._client.log_batch(run.info.run_id, params=params[start : start + ENTRIES_PER_BATCH])
         for start in range(0, len(tags), ENTRIES_PER_BATCH):

@@ -96,7 +96,7 @@ def prepared(layout: Layout, stage: int, keeps: Keeps) -> dict[str, float]:
     (n, m), ternary = linear.sparsity, linear.weight_format == "ternary"
     kept: dict[str, float] = {}
     if ternary:
-        rows = sum(one.rows for one in layout.linears()) * layout.layers(stage)
+        rows = sum(one.rows * one.count for one in layout.linears()) * layout.layers(stage)
         copies = 1 if linear.backward == "exact" else 2  # the int8 products of backward read them transposed
         packed = packed_bytes(layout) if keeps.packed else 0.0
         kept["codes and scales"] = weights * (copies + packed) + rows * FP32

@@ -98,7 +98,7 @@ def _cut_parts(layout: Layout, stage: int) -> int:
     if layout.recipe.linear.weight_format != "ternary":
         return 0
     everything = layout.recipe.parallel.zero_stage == 3  # every weight is cut over data parallelism
-    return layout.layers(stage) * sum(one.parts for one in layout.linears() if one.cut or everything)
+    return layout.layers(stage) * sum(one.parts * one.count for one in layout.linears() if one.cut or everything)
 
 
 def _pipeline(layout: Layout, stage: int) -> float:

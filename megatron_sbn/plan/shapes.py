@@ -20,6 +20,7 @@ class Linear:
         parts: logical matrices with a scale each.
         cut: whether other tensor-parallel ranks hold more of it.
         bias: elements of its bias on this rank.
+        count: how many of its kind a layer has on this rank: one for each expert.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Linear:
     parts: int
     cut: bool
     bias: int
+    count: int = 1
 
     @property
     def weights(self) -> int:
@@ -116,21 +118,22 @@ class Layout:
         return (self.recipe.model.num_moe_experts or 0) // self.expert
 
     def linears(self) -> list[Linear]:
-        """The Sparse-BitNet layers of one transformer layer on one rank."""
+        """The Sparse-BitNet layers of one transformer layer on one rank: QKV, projection, and the two of an MLP."""
         model, cut = self.recipe.model, self.tensor
         attention, keys = model.num_attention_heads * model.head_dim, 2 * model.query_groups * model.head_dim
         hidden, width, bias = model.hidden_size, model.mlp_width, model.add_bias_linear
         qkv = (attention + keys) // cut
-        linears = [
+        attention_layers = [
             Linear("linear_qkv", qkv, hidden, True, 3, cut > 1, qkv * (bias or model.add_qkv_bias)),
             Linear("linear_proj", hidden, attention // cut, False, 1, cut > 1, hidden * bias),
         ]
-        mlps, cut = (self.local_experts, 1) if self.local_experts else (1, cut)
-        for _ in range(mlps):
-            rows = 2 * width // cut
-            linears.append(Linear("linear_fc1", rows, hidden, True, 2, cut > 1, rows * bias))
-            linears.append(Linear("linear_fc2", hidden, width // cut, False, 1, cut > 1, hidden * bias))
-        return linears
+        count, cut = (self.local_experts, 1) if self.local_experts else (1, cut)
+        rows = 2 * width // cut
+        return [
+            *attention_layers,
+            Linear("linear_fc1", rows, hidden, True, 2, cut > 1, rows * bias, count),
+            Linear("linear_fc2", hidden, width // cut, False, 1, cut > 1, hidden * bias, count),
+        ]
 
     @property
     def is_tied(self) -> bool:
@@ -173,7 +176,8 @@ class Layout:
         if not self.local_experts:
             return 0, 0
         own = self.linears()[2:]
-        return sum(x.weights for x in own) * self.layers(stage), sum(x.bias for x in own) * self.layers(stage)
+        layers = self.layers(stage)
+        return sum(x.weights * x.count for x in own) * layers, sum(x.bias * x.count for x in own) * layers
 
     def weights_of_linears(self, stage: int) -> int:
         """Elements of all Sparse-BitNet weights on one rank, experts too."""

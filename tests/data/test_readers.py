@@ -195,6 +195,10 @@ def test_expand_inputs(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="pipe: not a regular file"):
         names("pipe")
+    with pytest.raises(InputError, match="cannot be read: File name too long"):
+        names("x" * 5000)
+    with pytest.raises(InputError, match="~nobody-at-all/x: cannot be read"):
+        expand_inputs(["~nobody-at-all/x"])
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.txt.gz"])

@@ -137,7 +137,7 @@ def _boxes(draw: Draw, checkpoint: Path) -> None:
         lambda: tensor.update(dtype=draw.choice(("U8", "F32", "F64", "BF16", ""))),
         lambda: tensor.update(boxes=[]),
         lambda: tensors.update({draw.choice(NAMES): tensor}),
-        lambda: tensors.pop(name),
+        lambda: tensors.pop(name, None),
         lambda: tensors.update({name: tensors[draw.choice(sorted(tensors))]}),
         lambda: content.update(tensors={}),
         lambda: content.update(files={}),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bad_json import changed_text, damaged
 from bad_recipes import PATHS
-from bad_values import Draw, flipped, write
+from bad_values import Draw, flipped, odd_output, write
 from good_input import good_input, recipe_text
 from sandbox import CANARY, Case
 
@@ -149,7 +149,8 @@ def corpus_case(draw: Draw, folder: Path) -> Case:
         if kind == "path"
         else str(path)
     )
-    words = ["--input", inputs, "--output", "made", "--tokenizer", str(good_input(folder) / "corpus.model")]
+    output = draw.choice(("made", "made", "made", odd_output(draw, folder)))
+    words = ["--input", inputs, "--output", output, "--tokenizer", str(good_input(folder) / "corpus.model")]
     words += draw.choice(([], [], ["--skip-bad"], ["--text-field", "meta"], ["--text-field", "\x1b"], ["--seed", "-1"]))
     words += draw.choice(([], [], ["--validation-fraction", draw.choice(("0.5", "nan", "1", "-1", "1e-300", "inf"))]))
     if draw.random() < 0.2:

@@ -8,7 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from bad_values import KEYS, PIECES, Draw, bomb, fitting, flipped, good_values, keys, nest, override, text_of, write
+from bad_values import (
+    KEYS,
+    PIECES,
+    Draw,
+    bomb,
+    fitting,
+    flipped,
+    good_values,
+    keys,
+    nest,
+    odd_output,
+    override,
+    text_of,
+    write,
+)
 from sandbox import Case
 
 PARENTS = (
@@ -32,13 +46,14 @@ def recipe_case(draw: Draw, folder: Path) -> Case:
             ("cli", ["train"], []),
             ("cli", ["doctor"], []),
             ("cli", ["plan"], ["--nodes", "1", "--device", "h100"]),
+            ("cli", ["plan"], ["--nodes", "2", "--device", "a100", "--json", odd_output(draw, folder)]),
             ("cli", ["submit"], ["--dry-run"]),
             ("job", ["begin"], []),
             ("job", ["end"], []),
         )
     )
-    if entry == "job" and draw.random() < 0.5:
-        words.append(f"run_dir={folder.parent / 'cwd' / 'run'}")
+    if draw.random() < 0.2:
+        words.append(f"run_dir={odd_output(draw, folder)}")
     # What is good would be trained in earnest by a process of its own.
     alone = before != ["train"] and entry != "train"
     return Case("recipe", entry, (*before, *words, *after), alone=alone)
@@ -186,5 +201,6 @@ def sweep_case(draw: Draw, folder: Path) -> Case:
         text = text[: draw.randrange(len(text))]
     path = write(folder / "sweep.yaml", text)
     number = draw.choice(("0", "-1", "3", "99", "9" * 30, "x", ""))
-    words = draw.choice((["--list"], ["--list"], ["--write", "out"], ["--run", number], ["--submit", "--dry-run"], []))
+    written = ["--write", odd_output(draw, folder)]
+    words = draw.choice((["--list"], ["--list"], written, ["--run", number], ["--submit", "--dry-run"], []))
     return Case("sweep", "cli", ("sweep", path, *words), alone="--run" not in words)

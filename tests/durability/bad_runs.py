@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bad_json import changed_text, damaged
 from bad_recipes import changed_recipe
-from bad_values import Draw, flipped
+from bad_values import Draw, flipped, odd_output
 from good_input import good_input
 from sandbox import SECRET, Case
 
@@ -49,13 +49,20 @@ def run_case(draw: Draw, folder: Path) -> Case:
     runs = [str(path) for path in sorted(study.iterdir())]
     here = f"run_dir={run}"
     good = str(good_input(folder) / "recipe.yaml")
+    page = ["--output", odd_output(draw, folder)]
     words = draw.choice(
         (
-            ["compare", *runs], ["compare", *runs], ["report", str(study)], ["report", str(study), "--output", "page"],
-            ["checkpoint", "show", str(run)], ["submit", good, "tracking.uri=~", here, "--dry-run"],
-            ["begin", good, here], ["end", good, here], ["end", good, here, "--srun-status", "1", "--asked", "TERM"],
+            ["compare", *runs],
+            ["compare", *runs],
+            ["report", str(study)],
+            ["report", str(study), *page],
+            ["checkpoint", "show", str(run)],
+            ["submit", good, "tracking.uri=~", here, "--dry-run"],
+            ["begin", good, here],
+            ["end", good, here],
+            ["end", good, here, "--srun-status", "1", "--asked", "TERM"],
         )
-    )  # fmt: skip
+    )
     return Case("run", "job" if words[0] in ("begin", "end") else "cli", tuple(words))
 
 

@@ -261,6 +261,17 @@ def bomb(draw: Draw) -> str:
     return f"{{{', '.join(rows)}}}"
 
 
+def odd_output(draw: Draw, folder: Path) -> str:
+    """Where a result is to go: a new place, or one where nothing can."""
+    occupied = write(folder / "occupied", "x")
+    loop = folder / "loop-of-output"
+    if not loop.is_symlink():
+        loop.symlink_to(loop.name)
+    return draw.choice(
+        ("out", "a/b/c", "", ".", "x" * 300, "a\0b", "\udcff", "a\nb", occupied, f"{occupied}/x", str(loop))
+    )
+
+
 def flipped(draw: Draw, data: bytes, most: int = 8) -> bytes:
     """Some bits of it changed."""
     changed = bytearray(data)

@@ -98,6 +98,9 @@ def show(fuzzer: Fuzzer, number: int) -> bool:
 
 def import_everything() -> None:
     """What the commands import when they are called: once, before the forks."""
+    from megatron_sbn.experiments.mlflow_settings import configure_mlflow
+
+    configure_mlflow()  # before the engines import mlflow
     import megatron_sbn.cli
     import megatron_sbn.cluster.job
     import megatron_sbn.cluster.submission

@@ -2,7 +2,7 @@
 
 A case is right if it works or ends with one line for people and a documented status. It is wrong if it
 - shows a traceback, says more or less than one line, or ends with another status,
-- hangs (the stack is shown), or is killed by a signal,
+- hangs (the stack is shown), works too long, or is killed by a signal,
 - writes, renames or removes anything outside its own folder (Python's audit hook, and a tree beside it),
 - starts a program that is not known, or lets a planted command run,
 - shows or stores a planted secret.
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,7 +29,7 @@ SECRET = "hush-1f9c"
 """In every planted password and token."""
 CANARY = "canary-was-run"
 """Name of the file that a planted command makes in the case's folder."""
-SECONDS = 20
+SECONDS, PROCESSOR_SECONDS = 60, 20
 MEMORY = 4 << 30  # beyond what the process has when it starts
 STATUSES = (0, 1, 2, 3, 4, 75)
 TRACEBACK_STATUS = 70
@@ -112,8 +112,12 @@ class Sandbox:
         pid = os.fork()
         if pid == 0:
             self._child(case)
-        _, state = os.waitpid(pid, 0)
-        return self._judge(case, state, before)
+        _, state, usage = os.wait4(pid, 0)
+        verdict = self._judge(case, state, before)
+        took = usage.ru_utime + usage.ru_stime
+        if took > PROCESSOR_SECONDS and not verdict.wrong:
+            return replace(verdict, wrong=f"takes {took:.0f} s of a processor")
+        return verdict
 
     def run_alone(self, case: Case) -> Verdict:
         """As a process of its own."""
@@ -125,7 +129,7 @@ class Sandbox:
             try:
                 done = subprocess.run(
                     command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=self.case / "cwd",
-                    env=os.environ | self._environment(), timeout=3 * SECONDS, check=False,
+                    env=os.environ | self._environment(), timeout=2 * SECONDS, check=False,
                 )  # fmt: skip
             except subprocess.TimeoutExpired:
                 return Verdict(-1, "hangs", self._said())

@@ -41,6 +41,15 @@ def test_recipe_keys_that_differ(folders: list[Path]) -> None:
     ]
 
 
+def test_values_are_shown_without_secrets_and_control_characters(folders: list[Path]) -> None:
+    changed = load_recipe(folders[0] / "recipe.yaml", ['tracking.uri="http://me:hush@host"', 'data.train="\\e[2J"'])
+    (folders[0] / "recipe.yaml").write_text(changed.to_yaml())
+    text = report([read_run(folder) for folder in folders])
+    assert "http://***@host" in text
+    assert "hush" not in text
+    assert "\x1b" not in text
+
+
 def test_at_equal_tokens_nobody_has_trained_on_more(folders: list[Path]) -> None:
     runs = [read_run(folder) for folder in folders]
     # b's last measurement, 12 steps of 20, are 24 of a's steps.

@@ -102,6 +102,17 @@ def test_a_study_without_a_dense_run_has_no_normalised_column(tmp_path: Path) ->
     assert "nowhere in this study" in page
 
 
+@pytest.mark.parametrize("place", ["file", "file/x", "a\0b", "x" * 300])
+def test_a_page_that_cannot_be_written_is_one_line(
+    study: Path, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    assert main(["report", str(study), "--output", str(tmp_path / place)]) == 2
+    told = capsys.readouterr().err
+    assert "cannot be made a folder: " in told
+    assert told.count("\n") == 1
+
+
 def test_an_empty_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert f"{tmp_path}: holds no run folders" in capsys.readouterr().err

@@ -32,6 +32,7 @@ def test_a_record_is_read(tmp_path: Path) -> None:
         ("tags", '{"ranks": 2}', "tags.ranks = 2"),
         ("params", '{"a": null}', "params.a = None"),
         ("artifacts", "[5]", "artifacts.0 = 5"),
+        ("status", '"../FINISHED"', "status = '../FINISHED'"),
         ("delivered_step", "true", "delivered_step = True"),
         ("run_id", "[" * 3000, "recursion"),
         ("name", '"a\\nb", "x": 1', "its fields are"),

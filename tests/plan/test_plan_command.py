@@ -135,6 +135,15 @@ def test_an_impossible_own_layout_is_told_and_another_shown(capsys: pytest.Captu
     assert "Layout TP1 PP3 DP8" in printed
 
 
+def test_many_experts_are_counted_not_listed() -> None:
+    """As many as one likes, in no more time: their weights and biases are those of one, so many times."""
+    some, many = (
+        Layout(recipe_of(f"model.num_moe_experts={count}", "model.add_bias_linear=true"), 1) for count in (2, 2**40)
+    )
+    assert many.experts(0) == tuple(value * 2**39 for value in some.experts(0))
+    assert len(many.linears()) == 4
+
+
 def test_sharing_more_takes_less() -> None:
     def total(*overrides: str) -> float:
         return rank_memory(Layout(recipe_of(*overrides), 32), 0, ON_CUDA).total
