@@ -17,7 +17,7 @@ from megatron_sbn.experiments.run_record import read_record
 from megatron_sbn.launch import launch
 from megatron_sbn.run_status import read_status
 
-STEPS = 300
+STEPS = 150
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def history(run: Path, metric: str) -> list:  # type: ignore[type-arg]
 def test_a_signalled_run_goes_on_with_the_same_losses(recipe: Path) -> None:
     """SIGUSR1, then SIGTERM, then to the end; beside a run that nobody disturbed."""
     run, whole = recipe.parent / "stopped", recipe.parent / "whole"
-    for number, after in ((signal.SIGUSR1, "step 20/"), (signal.SIGTERM, "step 120/")):
+    for number, after in ((signal.SIGUSR1, "step 20/"), (signal.SIGTERM, "step 70/")):
         with start(recipe, run) as process:
             await_line(process, after)
             process.send_signal(number)
