@@ -120,14 +120,16 @@ def _time_option(limit: str | None) -> tuple[str, ...]:
 
 
 def _next_number(submission: Submission) -> int:
-    numbers = [int(path.name) for path in submission.submissions.glob("*") if path.name.isdigit()]
+    numbers = [int(path.name) for path in submission.submissions.glob("*") if re.fullmatch(r"[0-9]{1,9}", path.name)]
     return max(numbers, default=0) + 1
 
 
 def _refuse(submission: Submission) -> None:
     """Raises InputError where a job of before is still in the queue: two would write the same run."""
     folders = {submission.folder, *(Path(str(run.run_dir)) for job in submission.jobs for run in job.recipes.values())}
-    jobs = {path.read_text().strip() for folder in folders for path in folder.glob("submissions/*/*.job")}
+    jobs = {
+        path.read_text(errors="replace").strip() for folder in folders for path in folder.glob("submissions/*/*.job")
+    }
     jobs |= {status.job for status in map(read_status, folders) if status is not None}
     waiting = sorted(queued(jobs))
     if waiting:
