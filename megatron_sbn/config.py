@@ -8,12 +8,13 @@ Field names of `model` are Megatron-Core's own; those of `optimizer` follow Mega
 """
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from megatron_sbn import feasibility
 from megatron_sbn.errors import RecipeError
@@ -51,9 +52,16 @@ def _parse_shards(value: Any) -> Any:  # noqa: ANN401 - anything that YAML can h
     return value
 
 
+def _check_folder(value: str) -> str:
+    if "\0" in value or any(len(os.fsencode(part)) > 255 for part in value.split("/")):
+        raise ValueError("no folder can be called so; a name in it has at most 255 bytes, and no NUL")
+    return value
+
+
 Sparsity = Annotated[tuple[int, int], BeforeValidator(_parse_sparsity)]
 ActivationBits = Annotated[Literal[8, 4] | None, BeforeValidator(_parse_bits)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]  # of files, too
+Folder = Annotated[str, AfterValidator(_check_folder)]
 WeightFormat = Literal["ternary", "dense"]
 
 
@@ -254,7 +262,7 @@ class Recipe(Section):
     """One experiment."""
 
     name: Name
-    run_dir: str | None = None
+    run_dir: Folder | None = None
     model: Model
     linear: Linear = Linear()
     parallel: Parallel = Parallel()

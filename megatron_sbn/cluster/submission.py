@@ -162,7 +162,7 @@ def _time_option(limit: str | None) -> tuple[str, ...]:
 
 
 def _next_number(submission: Submission) -> int:
-    numbers = [int(path.name) for path in submission.submissions.glob("*") if path.name.isdigit()]
+    numbers = [int(path.name) for path in submission.submissions.glob("*") if re.fullmatch(r"[0-9]{1,9}", path.name)]
     return max(numbers, default=0) + 1
 
 
@@ -170,10 +170,12 @@ def _refuse(submission: Submission) -> None:
     """Raises InputError where a job of before is still in the queue: two would write the same run."""
     runs = [run for job in submission.jobs for run in job.folders]
     folders = {submission.folder, *runs}
-    jobs = {path.read_text().strip() for folder in folders for path in folder.glob("submissions/*/*.job")}
+    jobs = {
+        path.read_text(errors="replace").strip() for folder in folders for path in folder.glob("submissions/*/*.job")
+    }
     jobs |= {status.job for status in map(read_status, folders) if status is not None}
     of_studies = {
-        path.read_text().strip()
+        path.read_text(errors="replace").strip()
         for run in runs
         for recipe in run.parent.glob(f"submissions/*/recipes/{run.name}.yaml")
         for path in recipe.parents[1].glob("*.job")
