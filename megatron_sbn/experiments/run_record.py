@@ -9,6 +9,7 @@ came back (a lost answer, a kill) is found by its key instead of made twice. No 
 import json
 import threading
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_sbn.errors import InputError
 from megatron_sbn.experiments.metrics import replace_file
-from megatron_sbn.masking import excerpt
+from megatron_sbn.masking import excerpt, mask_secrets
 
 FILE_NAME = "tracking.json"
 Time = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
@@ -88,11 +89,17 @@ def read_record(path: Path) -> RunRecord:
     if not isinstance(values, dict) or set(values) != names:
         raise InputError(f"{path}: not a tracking record: its fields are {', '.join(sorted(names))}")
     try:
-        return _ADAPTER.validate_json(content, strict=True)
+        record = _ADAPTER.validate_json(content, strict=True)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
         raise InputError(f"{path}: {where} = {excerpt(problem['input'])}: {problem['msg']}") from None
+    return replace(record, params=masked(record.params), tags=masked(record.tags))
+
+
+def masked(values: Mapping[str, str]) -> dict[str, str]:
+    """The values without secrets."""
+    return {key: mask_secrets(value) for key, value in values.items()}
 
 
 def artifact_files(record: RunRecord, run_dir: Path) -> list[Path]:

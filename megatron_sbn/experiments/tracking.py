@@ -30,6 +30,7 @@ from megatron_sbn.experiments.run_record import (
     RunRecord,
     RunRecordFile,
     artifact_files,
+    masked,
     new_key,
     read_record,
 )
@@ -118,12 +119,12 @@ class Tracker:
         self._closing = threading.Event()
         self._delivered = False
         self._warned = False
-        masked = mask_secrets(uri)
-        self._file = RunRecordFile(run_dir / FILE_NAME, _record(run_dir, name, experiment, masked, run_id))
+        record = _record(run_dir, name, experiment, mask_secrets(uri), run_id)
+        self._file = RunRecordFile(run_dir / FILE_NAME, record)
         self._file.update(
             name=name,
-            params={key: mask_secrets(value) for key, value in params.items()},
-            tags={key: mask_secrets(value) for key, value in tags.items()},
+            params=masked(params),
+            tags=masked(tags),
             artifacts=[str(path.absolute()) for path in artifacts],
             status="RUNNING",
             ended=None,
@@ -363,11 +364,11 @@ class _Delivery:
         from mlflow.entities import Param, RunTag
 
         record = self._file.record
-        wanted = {key: _cut(mask_secrets(value), PARAM_LENGTH) for key, value in record.params.items()}
+        wanted = {key: _cut(value, PARAM_LENGTH) for key, value in record.params.items()}
         logged = run.data.params
         params = [Param(key, value) for key, value in wanted.items() if key not in logged]
         changed = {f"changed.{key}": value for key, value in wanted.items() if logged.get(key, value) != value}
-        tags = [RunTag(key, _cut(mask_secrets(value), TAG_LENGTH)) for key, value in (record.tags | changed).items()]
+        tags = [RunTag(key, _cut(value, TAG_LENGTH)) for key, value in (record.tags | changed).items()]
         for start in range(0, len(params), ENTRIES_PER_BATCH):
             self._client.log_batch(run.info.run_id, params=params[start : start + ENTRIES_PER_BATCH])
         for start in range(0, len(tags), ENTRIES_PER_BATCH):

@@ -22,6 +22,15 @@ def test_a_record_is_read(tmp_path: Path) -> None:
     assert (record.started, record.tags, record.delivered_step, record.run_id) == (1.0, {"ranks": "2"}, 3, None)
 
 
+def test_what_somebody_wrote_into_it_is_masked(tmp_path: Path) -> None:
+    path = tmp_path / "tracking.json"
+    path.write_text(
+        json.dumps(GOOD | {"params": {"uri": "http://me:hush@host"}, "tags": {"command": "x --token=hush"}})
+    )
+    record = read_record(path)
+    assert (record.params, record.tags) == ({"uri": "http://***@host"}, {"command": "x --token=***"})
+
+
 @pytest.mark.parametrize(
     ("field", "value", "told"),
     [
