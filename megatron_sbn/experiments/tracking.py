@@ -119,8 +119,7 @@ class Tracker:
         self._closing = threading.Event()
         self._delivered = False
         self._warned = False
-        record = _record(run_dir, name, experiment, mask_secrets(uri), run_id)
-        self._file = RunRecordFile(run_dir / FILE_NAME, record)
+        self._file = RunRecordFile(run_dir / FILE_NAME, _record(run_dir, name, experiment, mask_secrets(uri), run_id))
         self._file.update(
             name=name,
             params=masked(params),
