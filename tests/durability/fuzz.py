@@ -71,6 +71,8 @@ def campaign(fuzzer: Fuzzer, cases: range, processes: int, say: Callable[[str], 
     """All cases; the first `processes` that may run alone do so as well."""
     counts = Counts()
     for number in cases:
+        if number % 1000 == 0 and number > cases.start:
+            say(f"{number - cases.start} cases")
         case = fuzzer.case(number)
         verdict = fuzzer.sandbox.run(case)
         counts.kinds[case.kind] += 1
