@@ -26,7 +26,7 @@ from bad_data import corpus_case, shard_case, tokenizer_case
 from bad_recipes import recipe_case, sweep_case
 from bad_runs import delivery_case, run_case
 from good_input import make_good_input
-from sandbox import Case, Sandbox
+from sandbox import Case, Sandbox, limit_memory
 
 # What makes a case, and how often.
 KINDS: tuple[tuple[Callable[[random.Random, Path], Case], int], ...] = (
@@ -127,6 +127,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(prefix="sbn-fuzz-"))
     import_everything()
+    limit_memory()  # a case that is too large to make must not take the machine's memory
     fuzzer = Fuzzer(folder, options.seed)
     if options.only is not None:
         return 0 if show(fuzzer, options.only) else 1

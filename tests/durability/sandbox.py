@@ -162,9 +162,7 @@ class Sandbox:
         stack = open(self.case / "stack", "w")  # noqa: SIM115, PTH123 - for the life of this process
         faulthandler.enable(file=stack)
         faulthandler.dump_traceback_later(SECONDS, exit=True, file=stack)
-        limit = resource.getrlimit(resource.RLIMIT_AS)[1]
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, limit))
+        limit_memory()
         tempfile.tempdir = str(self.case / "tmp")
         sys.addaudithook(_auditor(self.case, violations))
         with _Ending() as ending:
@@ -206,6 +204,13 @@ class Sandbox:
     def _said(self) -> str:
         paths = [self.case / name for name in ("stdout", "stderr")]
         return "".join(path.read_bytes().decode(errors="replace") for path in paths if path.exists())
+
+
+def limit_memory() -> None:
+    """Lets this process, and those it starts, have at most MEMORY more than it has now: then a MemoryError tells."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))
 
 
 class _Ending:
