@@ -128,26 +128,35 @@ def submit(submission: Submission, *, dry_run: bool) -> None:
         return
     if which("sbatch") is None:
         raise InputError("sbatch is not on PATH: submit from a login node of the cluster, or look first with --dry-run")
-    place = submission.submissions
+    was_there = submission.folder.exists()
     try:
         with exclusive(submission.folder / "submission"):
             _refuse(submission)
-            place = submission.submissions / str(_next_number(submission))
-            _write(submission, place, code, environment)
-            _start(submission, place)
+            _make(submission, submission.submissions / str(_next_number(submission)), code, environment)
     except (InputError, OSError):
-        if not any(place.glob("*.job")):
-            _leave_nothing(submission, place)
+        if not was_there:
+            _remove_empty([submission.folder])
         raise
 
 
-def _leave_nothing(submission: Submission, place: Path) -> None:
-    """Takes back what was written for jobs of which none was submitted."""
-    if place != submission.submissions:
-        rmtree(place, ignore_errors=True)
+def _make(submission: Submission, place: Path, code: Snapshot, environment: Path) -> None:
+    """Writes and starts the jobs; takes back what it wrote if none was submitted, and nothing that was there before."""
     runs = [run for job in submission.jobs for run in job.folders]
-    for folder in [*(run / "logs" for run in runs), *runs, submission.submissions, submission.folder]:
-        with suppress(OSError):  # what holds anything was there before
+    own = [*(run / "logs" for run in runs), *runs, submission.submissions]
+    made = [folder for folder in own if not folder.exists()]
+    try:
+        _write(submission, place, code, environment)
+        _start(submission, place)
+    except (InputError, OSError):
+        if not any(place.glob("*.job")):
+            rmtree(place, ignore_errors=True)
+            _remove_empty(made)
+        raise
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # it holds something
             folder.rmdir()
 
 

@@ -13,6 +13,7 @@ from megatron_sbn.cluster import job, snapshot
 from megatron_sbn.cluster.submission import ranges
 from megatron_sbn.config import load_recipe
 from megatron_sbn.run_status import write_status
+from megatron_sbn.staging import exclusive
 from megatron_sbn.sweep import load_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -205,8 +206,13 @@ def test_a_run_that_is_in_the_queue_is_not_submitted_again(here: Path, capsys: p
     submit = ("submit", QUICKSTART, "run_dir=runs/x")
     assert main([*submit]) == 0
     capsys.readouterr()
+    submitted = files(here)
+    assert "runs/x/logs" in submitted  # empty, but what the waiting job writes to
     assert "its job 17 is still in the queue" in refusal(capsys, *submit)
     assert "its job 17 is still in the queue" in refusal(capsys, *submit, "--dry-run")
+    with exclusive(here / "runs" / "x" / "submission"):
+        assert "another process is writing" in refusal(capsys, *submit)
+    assert files(here) == submitted
     stand_in(here, "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
     assert "squeue failed (slurm_load_jobs error" in refusal(capsys, *submit)
     stand_in(here, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
