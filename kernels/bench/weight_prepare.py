@@ -32,16 +32,6 @@ def scales(weights: Sequence[Tensor], parts: Sequence[Sequence[int]]) -> list[Te
     return [kernels.gamma_rows(gamma, sizes) for gamma, sizes in zip(per_weight, parts, strict=True)]
 
 
-def prepare(
-    weights: Sequence[Tensor], parts: Sequence[Sequence[int]], n: int, m: int
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """(codes int8 [out, in], gammas fp32 [out], codes int8 [in, out]) of all weights, as training makes them."""
-    gammas = scales(weights, parts)
-    made = fast.codes_of_many(weights, gammas, n, m, transpose=True)
-    assert made.codes_t is not None
-    return made.codes, gammas, made.codes_t
-
-
 def _inputs(layers: Sequence[Linear], device: torch.device) -> Inputs:
     generator = torch.Generator(device=device).manual_seed(0)
     shapes = {layer.name: (layer.out_features, layer.in_features) for layer in layers}
