@@ -108,21 +108,21 @@ class Step:
         return codes, gamma
 
 
-def prepare_weight(w: Tensor, step: Step) -> tuple[Tensor, ...]:
-    """Gamma and codes of one weight as training makes them: codes, gamma fp32 [out], codes^T."""
+def prepare_weight(w: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gamma and codes of one weight as training makes them: codes, gamma fp32 [out], codes^T if dX reads it."""
+    parts = step.layer.parts
     if w.is_cuda:
-        made = weight_prepare.prepare([w], [step.layer.parts], step.n, step.m)
-        return tuple(tensors[0] for tensors in made)
-    gamma = kernels.gamma_rows(kernels.weight_scales(w, step.layer.parts), step.layer.parts)
-    codes, _ = kernels.codes_from_gamma(w, gamma, step.n, step.m, with_mask=False)
-    return codes, gamma, codes.t().contiguous()
+        (gamma,) = weight_prepare.scales([w], [parts])
+    else:
+        gamma = kernels.gamma_rows(kernels.weight_scales(w, parts), parts)
+    made = kernels.codes_of_many([w], [gamma], step.n, step.m, transpose=True)[0]
+    return made.codes, gamma, made.codes_t
 
 
 def _ours(step: Step, mode: str, inputs: Inputs) -> Call:
     """Our forward and backward; on CUDA in the form of the product that is fastest, as "auto" chooses it."""
     x, dy = inputs["x"], inputs["dy"]
-    codes, gamma = inputs["codes"], inputs["gamma"]
-    codes_t = codes.t().contiguous()
+    codes, gamma, codes_t = prepare_weight(inputs["w"], step)
     form, packed = "dense", tuple[Tensor, ...]()
     if x.is_cuda:
         shape = (step.layer.out_features, step.layer.in_features)

@@ -1,4 +1,4 @@
-"""Gamma, masks and codes of all weights of a transformer layer on CUDA, in three launches: sbn_kernels.weight_prepare.
+"""Gamma, masks and codes of all weights of a transformer layer on CUDA, in three launches.
 
 Bytes at least, for each fp32 weight: 4 + 4 to find the scales (a maximum, then a sum in its unit), 4 + 1 + 1 to read it
 and write its codes twice, as the forward and the input gradient want them.
@@ -12,8 +12,9 @@ import sbn_kernels as kernels
 import torch
 from goals import Goal, Measured, least_share
 from harness import Benchmark, Call, Case, Contender, Inputs
-from sbn_kernels import exact_sum, reference
+from sbn_kernels import exact_sum, reference, weight_sums
 from sbn_kernels import weight_prepare as fast
+from sbn_kernels.planes import codes_to_planes
 from shapes import Linear, Model, Selection
 from torch import Tensor
 
@@ -25,20 +26,10 @@ def scales(weights: Sequence[Tensor], parts: Sequence[Sequence[int]]) -> list[Te
     """Gamma of every row of every weight, fp32 [out] each, by two launches."""
     ranges = [[part] for w, sizes in zip(weights, parts, strict=True) for part in w.split(list(sizes))]
     counts = torch.tensor([part[0].numel() for part in ranges], device=weights[0].device)
-    unit = exact_sum.unit_exponent(fast.abs_maxima(ranges), counts)
-    gammas = exact_sum.gamma_from_fixed_point(fast.fixed_point_sums(ranges, unit), unit, counts)
+    unit = exact_sum.unit_exponent(weight_sums.abs_maxima(ranges), counts)
+    gammas = exact_sum.gamma_from_fixed_point(weight_sums.fixed_point_sums(ranges, unit), unit, counts)
     per_weight = gammas.split([len(sizes) for sizes in parts])
     return [kernels.gamma_rows(gamma, sizes) for gamma, sizes in zip(per_weight, parts, strict=True)]
-
-
-def prepare(
-    weights: Sequence[Tensor], parts: Sequence[Sequence[int]], n: int, m: int
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """(codes int8 [out, in], gammas fp32 [out], codes int8 [in, out]) of all weights, as training makes them."""
-    gammas = scales(weights, parts)
-    codes, _, turned, _ = fast.codes_of_many(weights, gammas, n, m, transpose=True)
-    assert turned is not None
-    return codes, gammas, turned
 
 
 def _inputs(layers: Sequence[Linear], device: torch.device) -> Inputs:
@@ -61,9 +52,15 @@ def _prepare_scales(layers: Sequence[Linear], inputs: Inputs) -> Call:
     return lambda: scales([inputs[layer.name] for layer in layers], [layer.parts for layer in layers])
 
 
-def _prepare_codes(layers: Sequence[Linear], transpose: bool, inputs: Inputs) -> Call:
+def _prepare_codes(layers: Sequence[Linear], transpose: bool, planes: bool, inputs: Inputs) -> Call:
     weights, gammas = [inputs[layer.name] for layer in layers], _gammas(layers, inputs)
-    return lambda: fast.codes_of_many(weights, gammas, N, M, transpose=transpose)[0]
+    wanted = [planes] * len(weights)
+    return lambda: fast.codes_of_many(weights, gammas, N, M, transpose=transpose, planes=wanted).codes
+
+
+def _prepare_then_pack(layers: Sequence[Linear], inputs: Inputs) -> Call:
+    codes = _prepare_codes(layers, True, False, inputs)
+    return lambda: [c for c in codes() if codes_to_planes(c).numel()]
 
 
 def _sort_codes(layers: Sequence[Linear], inputs: Inputs) -> Call:
@@ -94,8 +91,10 @@ def _scale_contenders(layers: Sequence[Linear]) -> tuple[Contender, ...]:
 def _code_contenders(layers: Sequence[Linear]) -> tuple[Contender, ...]:
     expected = partial(_codes, layers)
     return (
-        Contender("codes twice", partial(_prepare_codes, layers, True), expected, ours=True),
-        Contender("codes once", partial(_prepare_codes, layers, False), expected, ours=True),
+        Contender("codes twice", partial(_prepare_codes, layers, True, False), expected, ours=True),
+        Contender("codes once", partial(_prepare_codes, layers, False, False), expected, ours=True),
+        Contender("codes twice, planes", partial(_prepare_codes, layers, True, True), expected, ours=True),
+        Contender("codes twice, then planes", partial(_prepare_then_pack, layers), expected, ours=True),
         Contender("argsort + scatter", partial(_sort_codes, layers), expected),
     )
 

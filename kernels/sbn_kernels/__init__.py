@@ -39,6 +39,7 @@ from sbn_kernels.preparation import (
     pack_form,
     served_by,
 )
+from sbn_kernels.quantized_linear import quantized_linear
 from sbn_kernels.reference import check_sparsity, check_splits, gamma_rows, weight_scales
 from sbn_kernels.registry import BACKENDS, FORMS, resolve
 
@@ -70,6 +71,7 @@ __all__ = [
     "quantize_activations",
     "quantize_rms_norm",
     "quantize_swiglu",
+    "quantized_linear",
     "resolve",
     "rms_norm_backward",
     "scale_accumulator",

@@ -29,8 +29,8 @@ from sbn_kernels import reference, tuning
 from sbn_kernels.exact_sum import SCALE_FLOOR
 
 _BLOCK_ELEMENTS = 1 << 19
-_PRODUCT_ELEMENTS = 1 << 20
 _WORTH_MEASURING = 1 << 22
+_FEW = 64
 
 
 def _blocks(rows: int, width: int, elements: int = _BLOCK_ELEMENTS) -> Iterator[slice]:
@@ -88,7 +88,7 @@ def _round_rows(
 def _onednn(codes: Tensor) -> Callable[[Tensor], Tensor]:
     """oneDNN's product with `codes`, reordered once: x_q int8 [tokens, in] -> fp32 [tokens, out]."""
     one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int64)
-    packed = torch.ops.onednn.qlinear_prepack(codes, None)
+    packed = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
 
     def product(x_q: Tensor) -> Tensor:
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
@@ -100,7 +100,8 @@ def _onednn(codes: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _int_mm(codes: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x_q: torch._int_mm(x_q, codes.t()).float()
+    """int32 [tokens, out]; as fast by rows of codes as by rows of codes^T."""
+    return lambda x_q: torch._int_mm(x_q, codes.t())
 
 
 def _float(codes: Tensor) -> Callable[[Tensor], Tensor]:
@@ -114,10 +115,14 @@ _FORMS: Mapping[str, Callable[[Tensor], Callable[[Tensor], Tensor]]] = MappingPr
 
 
 def product_form(tokens: int, codes: Tensor) -> str:
-    """Return the name of the fastest form for [tokens, in] x [out, in], measured once on at most 64 tokens."""
+    """Return the name of the fastest form for [tokens, in] x [out, in], measured once on at most 64 tokens.
+
+    Args:
+        tokens: of the product. codes: int8 [out, in], in memory by rows or by columns.
+    """
     if tokens * codes.numel() < _WORTH_MEASURING:
         return "float"  # also for empty operands, which oneDNN refuses
-    few = min(tokens, 64)
+    few = min(tokens, _FEW)
     key = {"tokens": tuning.bucket_tokens(few), "out": codes.shape[0], "in": codes.shape[1]}
 
     def run(name: str) -> Tensor:
@@ -125,6 +130,11 @@ def product_form(tokens: int, codes: Tensor) -> str:
 
     candidates = {name: partial(run, name) for name in _FORMS}  # nothing is made unless it is measured
     return tuning.choose("cpu_product", key | {"threads": torch.get_num_threads()}, candidates, device=codes.device)
+
+
+def wants_transposed(codes: Tensor) -> bool:
+    """Whether dX from int8 is faster with codes^T in memory: it is where oneDNN would have to be given it each time."""
+    return product_form(_FEW, codes.t()) == "onednn"
 
 
 def _scaled_product(
@@ -137,21 +147,14 @@ def _scaled_product(
 ) -> Tensor:
     """Return ((x_q @ codes^T) * s_x) * gamma + bias, fp32 [tokens, out]; all passes over a block while it is in cache.
 
-    `_int_mm` makes integers that have to be converted, so its products are made by blocks too; oneDNN writes fp32 in
-    place and is slower in blocks.
+    The product is made whole: in blocks its operands are rearranged again for each.
     """
-    matrix = codes.contiguous()
-    form = form or product_form(len(x_q), matrix)
+    form = form or product_form(len(x_q), codes)
     with torch.autocast("cpu", enabled=False):
-        product = _FORMS[form](matrix)
-        if form == "int_mm":
-            y = torch.empty(len(x_q), len(codes))
-            parts = ((rows, product(x_q[rows])) for rows in _blocks(len(x_q), len(codes), _PRODUCT_ELEMENTS))
-        else:
-            y = product(x_q)
-            parts = ((rows, y[rows]) for rows in _blocks(*y.shape))
-        for rows, accumulators in parts:
-            block = torch.mul(accumulators, s_x[rows].unsqueeze(1), out=y[rows])
+        accumulators = _FORMS[form](codes)(x_q)
+        y = accumulators.view(torch.float32)
+        for rows in _blocks(*y.shape):
+            block = _to_float(accumulators[rows], y[rows]).mul_(s_x[rows].unsqueeze(1))
             if gamma_per_row is not None:
                 block.mul_(gamma_per_row)
             if bias is not None:
@@ -159,13 +162,18 @@ def _scaled_product(
     return y
 
 
+def _to_float(accumulators: Tensor, y: Tensor) -> Tensor:
+    """Converts integers where they are: `y` is the fp32 view of the same memory. Fresh memory costs a third more."""
+    return y if accumulators.dtype == torch.float32 else y.copy_(accumulators)
+
+
 def int_matmul(x_q: Tensor, codes: Tensor, *, form: str | None = None) -> Tensor:
     """Return x_q @ codes^T exactly, fp32 [..., out]: see `reference.int_matmul`; `form` forces one of `_FORMS`."""
     reference.check_int8(x_q, codes)
     flat = _rows(x_q)
     with torch.autocast("cpu", enabled=False):
-        matrix = codes.contiguous()
-        y = _FORMS[form or product_form(len(flat), matrix)](matrix)(flat)
+        accumulators = _FORMS[form or product_form(len(flat), codes)](codes)(flat)
+    y = _to_float(accumulators, accumulators.view(torch.float32))
     return y.view(*x_q.shape[:-1], len(codes))
 
 

@@ -23,12 +23,13 @@ from torch import Tensor
 SCALE_FLOOR = 1e-5
 """Lower bound of weight and activation scales: keeps 1/scale finite for all-zero parts and tokens."""
 
-_CHUNK_ELEMENTS = 1 << 20
-_SUM_BITS = 62
+_CHUNK_ELEMENTS = 1 << 18
+_SUM_BITS, _EXACT_BITS = 62, 53
+_LONGEST_RUN = 1 << 12
 
 
 def row_slices(t: Tensor) -> Iterator[slice]:
-    """Cut dim 0 of `t` into slices of about 2^20 elements, so that temporaries stay near 8 MB each."""
+    """Cut dim 0 of `t` into slices of about 2^18 elements, so that temporaries stay in a cache."""
     rows, elements = t.shape[0], t.numel()
     step = max(1, _CHUNK_ELEMENTS * rows // elements) if elements else max(1, rows)
     for start in range(0, rows if elements else 0, step):
@@ -50,10 +51,10 @@ def part_abs_max(w_part: Tensor) -> Tensor:
     `unit_exponent` then refuses the part on every rank alike. With a survivors' mask the maximum is the same, since
     every group keeps its largest magnitude.
     """
-    maxima = [w_part[rows].float().abs().amax() for rows in row_slices(w_part)]
-    if not maxima:
+    if not w_part.numel():
         return torch.zeros((), dtype=torch.float32, device=w_part.device)
-    return torch.nan_to_num(torch.stack(maxima).amax(), nan=torch.inf, posinf=torch.inf)
+    least, most = torch.aminmax(w_part)  # NaN if there is one
+    return torch.nan_to_num(torch.maximum(most, -least).float(), nan=torch.inf, posinf=torch.inf)
 
 
 def unit_exponent(abs_max: Tensor, count: Tensor | int) -> Tensor:
@@ -99,11 +100,19 @@ def fixed_point_sum(w_part: Tensor, unit: Tensor, mask: Tensor | None = None) ->
     scale = power_of_two(-unit)
     total = torch.zeros((), dtype=torch.int64, device=w_part.device)
     for rows in row_slices(w_part):
-        terms = w_part[rows].float().abs().double().mul_(scale).round_()
-        if mask is not None:
-            terms.mul_(mask[rows])
-        total += terms.to(torch.int64).sum()
+        terms = w_part[rows].float().double().abs_().mul_(scale).round_()
+        if mask is None:
+            total += _sum_of_terms(terms.flatten(), w_part.numel())
+        else:
+            total += terms.mul_(mask[rows]).to(torch.int64).sum()
     return total
+
+
+def _sum_of_terms(terms: Tensor, least_count: int) -> Tensor:
+    """Sum of fp64 integers, int64. Each is at most 2^62 / count: short runs have sums that fp64 holds, in any order."""
+    run = min(1 << max(0, (least_count - 1).bit_length() - (_SUM_BITS - _EXACT_BITS)), _LONGEST_RUN)
+    whole = len(terms) // run * run
+    return terms[:whole].view(-1, run).sum(dim=1).to(torch.int64).sum() + terms[whole:].to(torch.int64).sum()
 
 
 def gamma_from_fixed_point(total: Tensor, unit: Tensor, count: Tensor | int) -> Tensor:

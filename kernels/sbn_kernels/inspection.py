@@ -46,6 +46,7 @@ _MODULES: tuple[str, ...] = (
     "rms_norm_quantize",
     "swiglu_quantize",
     "cross_entropy",
+    "weight_sums",
     "weight_prepare",
     "ternary_gemm",
     "wgmma_gemm",

@@ -2,7 +2,8 @@
 
 Opaque to torch.compile, which then neither traces into kernel launches nor breaks the graph at them; `dispatch` is
 what users call. None is differentiable by itself: gradients are those of the whole layer (straight-through), which
-its autograd.Function defines, so that calling one on a tensor that requires grad and then going backward is an error.
+`quantized_linear` registers for one device and megatron_sbn's layers define for many, so that calling one on a tensor
+that requires grad and then going backward is an error.
 """
 
 from collections.abc import Sequence

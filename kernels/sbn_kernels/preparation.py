@@ -1,8 +1,8 @@
 """What is derived from the weights of a whole model once per optimizer step, on any backend.
 
-`weight_prepare` does it on CUDA in three launches for all layers; elsewhere the same functions go from one weight to
-the next. A part is a logical matrix (q, k, v, gate, up, ...) as views of the rows of a weight: its scale is its
-own, while the codes are made of the whole weight at once.
+`weight_sums` and `weight_prepare` do it on CUDA in three launches for all layers; elsewhere the same functions go from
+one weight to the next. A part is a logical matrix (q, k, v, gate, up, ...) as views of the rows of a weight: its scale
+is its own, while the codes are made of the whole weight at once.
 """
 
 from collections.abc import Sequence
@@ -25,20 +25,22 @@ class Codes:
     Attributes:
         codes: int8 [out, in].
         mask: bool [out, in] if it was asked for.
-        codes_t: int8 [in, out], the same codes, where the backend's backward pass reads them so.
+        codes_t: int8 [in, out], the same codes, where the backend's backward pass is faster with them.
+        packed: what the form of the forward product reads beside the codes.
     """
 
     codes: Tensor
     mask: Tensor | None
     codes_t: Tensor | None
+    packed: tuple[Tensor, ...] = ()
 
 
 def abs_maxima(parts: Parts, *, backend: str = "auto") -> Tensor:
     """Return max|w| of each part, fp32 [parts], NaN as +Inf: `exact_sum.part_abs_max`."""
     if resolve(backend, parts[0][0].device) == "triton":
-        from sbn_kernels import weight_prepare
+        from sbn_kernels import weight_sums
 
-        return weight_prepare.abs_maxima(parts)
+        return weight_sums.abs_maxima(parts)
     return torch.stack([torch.stack([exact_sum.part_abs_max(view) for view in part]).amax() for part in parts])
 
 
@@ -52,9 +54,9 @@ def fixed_point_sums(parts: Parts, units: Tensor, masks: Parts | None = None, *,
         backend: by name; sums over survivors go from part to part on any.
     """
     if masks is None and resolve(backend, units.device) == "triton":
-        from sbn_kernels import weight_prepare
+        from sbn_kernels import weight_sums
 
-        return weight_prepare.fixed_point_sums(parts, units)
+        return weight_sums.fixed_point_sums(parts, units)
     totals = []
     for i, part in enumerate(parts):
         kept = [None] * len(part) if masks is None else masks[i]
@@ -73,6 +75,7 @@ def codes_of_many(
     masks: Sequence[Tensor] | None = None,
     with_mask: bool = False,
     transpose: bool = False,
+    forms: Sequence[str] = (),
     backend: str = "auto",
 ) -> list[Codes]:
     """Return the codes of each weight: `reference.codes_from_gamma`.
@@ -83,24 +86,45 @@ def codes_of_many(
         n, m, mask_source: sparsity, and where masks come from.
         masks: bool [out, in] each, used as they are if given.
         with_mask: whether masks are wanted. transpose: whether transposed codes are, for dX from int8; the triton
-            backend makes them in any case.
+            backend makes them in any case, the cpu backend where its product gains by them.
+        forms: of the forward product of each weight, on the triton backend; "dense" where none are given. Planes are
+            made in the same pass, what others read by `pack_form`.
         backend: by name.
     """
-    if weights and resolve(backend, weights[0].device) == "triton":
+    name = resolve(backend, weights[0].device) if weights else backend
+    if weights and name == "triton":
         from sbn_kernels import weight_prepare
 
-        codes, made, turned, _ = weight_prepare.codes_of_many(
-            weights, gammas, n, m, mask_source=mask_source, masks=masks, with_mask=with_mask, transpose=True
-        )
+        named = forms or ["dense"] * len(weights)
+        made = weight_prepare.codes_of_many(
+            weights, gammas, n, m,
+            mask_source=mask_source, masks=masks, with_mask=with_mask, transpose=True,
+            planes=[form == "planes" for form in named],
+        )  # fmt: skip
+        turned, kept = made.codes_t, made.masks
         assert turned is not None
-        return [Codes(c, None if made is None else made[i], turned[i]) for i, c in enumerate(codes)]
+        packed = [
+            pack_form(form, codes, n, m) if planes is None else (planes,)
+            for form, codes, planes in zip(named, made.codes, made.planes, strict=True)
+        ]
+        return [
+            Codes(codes, None if kept is None else kept[i], turned[i], packed[i]) for i, codes in enumerate(made.codes)
+        ]
     results = []
     for i, (w, gamma) in enumerate(zip(weights, gammas, strict=True)):
         run = find("codes_from_gamma", backend, w.device)
         mask = None if masks is None else masks[i]
-        made_codes, kept = run(w, gamma, n, m, mask_source=mask_source, mask=mask, with_mask=with_mask)
-        results.append(Codes(made_codes, kept, made_codes.t().contiguous() if transpose else None))
+        codes, mask = run(w, gamma, n, m, mask_source=mask_source, mask=mask, with_mask=with_mask)
+        results.append(Codes(codes, mask, _transposed(codes, name) if transpose else None))
     return results
+
+
+def _transposed(codes: Tensor, backend: str) -> Tensor | None:
+    if backend == "cpu":
+        from sbn_kernels import cpu_linear
+
+        return codes.t().contiguous() if cpu_linear.wants_transposed(codes) else None
+    return codes.t().contiguous()
 
 
 def served_by(

@@ -1,14 +1,12 @@
-"""Scales, masks and codes of all weights of a model, in three launches (docs/method.md, sections 2 and 4).
+"""Masks and codes of all weights of a model, in one launch (docs/method.md, sections 2 and 4), from their scales.
 
-    1   max|w| of every part                                    -> the unit of its exact sum (exact_sum)
-    2   sum of rint(|w| / unit) of every part, int64            -> gamma, after an all-reduce each
-    3   mask, codes, transposed codes, and flips against the masks before, in one pass over W
+One pass over W writes all that the products read: codes, transposed codes for the input gradient, codes at 2 bits in
+planes (planes.py), masks, and flips against the masks before. Scales are made by two launches before (weight_sums).
 
-A launch covers any number of matrices through tables of addresses, since a model has hundreds of them and a kernel for
-each would be bound by launches. Passes 1 and 2 cut every part into runs of 2^14 elements, each reduced by one block of
-threads; maxima and integer sums do not depend on how the runs are put together, so atomics are as exact as any order.
-Pass 3 works on tiles of 64 rows and about 32 columns, whole groups of M: 4 bytes read and 1 written per fp32 weight, 2
-with the transposed codes that the input gradient wants.
+A launch covers any number of matrices through a table of addresses, since a model has hundreds of them and a kernel for
+each would be bound by launches. It works on tiles of whole groups of M: 64 rows and about 32 columns, or 16 rows and
+the 256 columns of a block of planes; 4 bytes read and 1 written per fp32 weight, 2 with the transposed codes that the
+input gradient wants, a quarter more with planes.
 
 The mask: min(N, M - N) times, the largest key of each group is kept or the smallest dropped, whichever is less work,
 with key = (bits of |w|, -index): unique, in the order of magnitudes, the lower index first on a tie.
@@ -19,6 +17,7 @@ with key = (bits of |w|, -index): unique, in the order of magnitudes, the lower 
 # mypy: disable-error-code="no-untyped-def"
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -27,44 +26,15 @@ from torch import Tensor
 
 from sbn_kernels.inspection import Build
 from sbn_kernels.launch import check_device
+from sbn_kernels.planes import BLOCK_CODES, codes_to_planes, plane_bytes
 from sbn_kernels.reference import check_code_arguments
-from sbn_kernels.rounding import finite_abs, fixed_point_terms, rint
+from sbn_kernels.rounding import rint
+from sbn_kernels.weight_sums import abs_maxima, element_type
 
-_RUN = 1 << 14
 _ROWS, _COLUMNS, _WARPS = 64, 32, 8
+_PLANE_ROWS = 16
 _MOST_WEIGHTS = 1 << 31
 _LAST_KEY = tl.constexpr(1 << 62)
-
-
-@triton.jit
-def abs_max_kernel(addresses, counts, parts, maxima, W: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """max|w| of one run into its part's maximum; bit patterns of floats >= 0 are in the order of the floats."""
-    run = tl.program_id(0)
-    w = tl.load(addresses + run).to(tl.pointer_type(W))
-    count = tl.load(counts + run)
-    lanes = tl.arange(0, STEP)
-    largest = tl.zeros((STEP,), tl.float32)
-    for start in range(0, BLOCK, STEP):
-        at = start + lanes
-        largest = tl.maximum(largest, finite_abs(tl.load(w + at, mask=at < count, other=0.0).to(tl.float32)))
-    bits = tl.max(largest.to(tl.int32, bitcast=True), axis=0)
-    tl.atomic_max(maxima + tl.load(parts + run), bits)
-
-
-@triton.jit
-def abs_sum_kernel(addresses, counts, parts, units, totals, W: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """Sum of rint(|w| / 2^unit) of one run, added to its part's total."""
-    run = tl.program_id(0)
-    part = tl.load(parts + run)
-    w = tl.load(addresses + run).to(tl.pointer_type(W))
-    count = tl.load(counts + run)
-    unit = tl.load(units + part).to(tl.int32)
-    lanes = tl.arange(0, STEP)
-    total = tl.zeros((STEP,), tl.int64)
-    for start in range(0, BLOCK, STEP):
-        at = start + lanes
-        total += fixed_point_terms(tl.load(w + at, mask=at < count, other=0.0).to(tl.float32), unit)
-    tl.atomic_add(totals + part, tl.sum(total, axis=0))
 
 
 @triton.jit
@@ -85,6 +55,15 @@ def keep_largest(magnitude, lane, N: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
+def store_planes(planes, codes, rows, block, out, width):
+    """One block of planes [rows, 64] of codes [rows, groups, lanes] that are 256 columns, 0 beyond the width."""
+    fields = tl.reshape(codes, (rows.shape[0], 4, 64)).to(tl.int32) & 3
+    packed = tl.sum(fields << (2 * tl.arange(0, 4))[None, :, None], axis=1).to(tl.uint8)
+    at = rows[:, None] * ((width + 255) // 256 * 64) + block * 64 + tl.arange(0, 64)[None, :]
+    tl.store(planes + at, packed, mask=(rows < out)[:, None])
+
+
+@triton.jit
 def codes_kernel(
     tiles,
     table,
@@ -100,13 +79,14 @@ def codes_kernel(
     WRITE_MASK: tl.constexpr,
     TRANSPOSE: tl.constexpr,
     COUNT_FLIPS: tl.constexpr,
+    PLANES: tl.constexpr,
 ):
-    """Codes of one tile; `tiles` [tiles, 3]: matrix, first row and group; `table` [matrices, 8]: of `_launch_codes`."""
+    """Codes of one tile; `tiles` [tiles, 3]: matrix, first row and group; `table` [matrices, 9]: of `_launch_codes`."""
     tile = tl.program_id(0).to(tl.int64)
     matrix = tl.load(tiles + 3 * tile)
-    entry = table + 8 * matrix
-    out = tl.load(entry + 6).to(tl.int32)
-    width = tl.load(entry + 7).to(tl.int32)
+    entry = table + 9 * matrix
+    out = tl.load(entry + 7).to(tl.int32)
+    width = tl.load(entry + 8).to(tl.int32)
     rows = tl.load(tiles + 3 * tile + 1).to(tl.int32) + tl.arange(0, ROWS)[:, None, None]
     groups = tl.load(tiles + 3 * tile + 2).to(tl.int32) + tl.arange(0, GROUPS)[None, :, None]
     lane = tl.arange(0, LANES)[None, None, :]
@@ -137,6 +117,11 @@ def codes_kernel(
         tl.store(tl.load(entry + 3).to(tl.pointer_type(tl.int8)) + at, stored, mask=inside)
     if TRANSPOSE:
         tl.store(tl.load(entry + 4).to(tl.pointer_type(tl.int8)) + columns * out + rows, codes, mask=inside)
+    if PLANES:
+        planes = tl.load(entry + 6)
+        if planes != 0:
+            block = tl.load(tiles + 3 * tile + 2).to(tl.int32) * M // 256
+            store_planes(planes.to(tl.pointer_type(tl.uint8)), codes, tl.reshape(rows, (ROWS,)), block, out, width)
     if COUNT_FLIPS:
         row_bytes = (width + 7) // 8
         before = tl.load(
@@ -145,70 +130,6 @@ def codes_kernel(
         was = (before.to(tl.int32) >> (columns % 8)) & 1
         changed = tl.where(inside, tl.where(kept, 1, 0) ^ was, 0)
         tl.atomic_add(flips + matrix, tl.sum(tl.sum(tl.sum(changed, axis=2), axis=1), axis=0).to(tl.int64))
-
-
-def _element_type(tensors: Sequence[Tensor]) -> tl.dtype:
-    """The Triton type that all `tensors` share; ValueError if they are not contiguous floats of one type."""
-    kinds = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) != 1 or not dtypes <= kinds.keys():
-        raise ValueError(f"weights of one launch must share one float type, got {sorted(map(str, dtypes))}")
-    if not all(tensor.is_contiguous() for tensor in tensors):
-        raise ValueError("weights must be contiguous: their rows are read by address")
-    return kinds[dtypes.pop()]
-
-
-def _runs(parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Address, length and part of every run of at most 2^14 elements, int64 each, on the device."""
-    pieces = [(piece, part) for part, ranges in enumerate(parts) for piece in ranges if piece.numel()]
-    check_device(*(piece for piece, _ in pieces))
-    lengths = torch.tensor([piece.numel() for piece, _ in pieces])
-    bases = torch.tensor([piece.data_ptr() for piece, _ in pieces])
-    repeats = (lengths + _RUN - 1) // _RUN
-    which = torch.arange(len(pieces)).repeat_interleave(repeats)
-    first = torch.cat([torch.arange(0, n, _RUN) for n in lengths.tolist()])
-    addresses = bases[which] + first * pieces[0][0].element_size()
-    counts = (lengths[which] - first).clamp(max=_RUN)
-    owners = torch.tensor([part for _, part in pieces])[which]
-    device = pieces[0][0].device
-    return addresses.to(device), counts.to(device), owners.to(device)
-
-
-def abs_maxima(parts: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Return max|w| of each part, fp32 [parts], NaN as +Inf, 0 for an empty one: `exact_sum.part_abs_max` of many.
-
-    Args:
-        parts: each a sequence of contiguous views (row ranges of a weight), all of one float type and device.
-
-    Raises:
-        ValueError: views that are not contiguous or of different types; no CUDA tensors.
-    """
-    pieces = [piece for ranges in parts for piece in ranges]
-    element = _element_type(pieces)
-    maxima = torch.zeros(len(parts), dtype=torch.int32, device=pieces[0].device)
-    if any(piece.numel() for piece in pieces):
-        addresses, counts, owners = _runs(parts)
-        abs_max_kernel[(len(addresses),)](addresses, counts, owners, maxima, W=element, BLOCK=_RUN, STEP=2048)
-    return maxima.view(torch.float32)
-
-
-def fixed_point_sums(parts: Sequence[Sequence[Tensor]], units: Tensor) -> Tensor:
-    """Return the exact sum of rint(|w| / 2^unit) of each part, int64 [parts]: `exact_sum.fixed_point_sum` of many.
-
-    Args:
-        parts: as for `abs_maxima`, finite.
-        units: int64 [parts], from `exact_sum.unit_exponent`.
-
-    Raises:
-        ValueError: as `abs_maxima`.
-    """
-    pieces = [piece for ranges in parts for piece in ranges]
-    element = _element_type(pieces)
-    totals = torch.zeros(len(parts), dtype=torch.int64, device=pieces[0].device)
-    if any(piece.numel() for piece in pieces):
-        addresses, counts, owners = _runs(parts)
-        abs_sum_kernel[(len(addresses),)](addresses, counts, owners, units, totals, W=element, BLOCK=_RUN, STEP=2048)
-    return totals
 
 
 def _tiles(weights: Sequence[Tensor], m: int, rows: int, groups: int) -> Tensor:
@@ -222,6 +143,25 @@ def _tiles(weights: Sequence[Tensor], m: int, rows: int, groups: int) -> Tensor:
     return torch.cat(tiles)
 
 
+@dataclass(frozen=True)
+class ManyCodes:
+    """What one launch made of weights [out, in]; None is what was not asked for.
+
+    Attributes:
+        codes: int8 [out, in] each.
+        masks: bool [out, in] each.
+        codes_t: the codes as int8 [in, out] each.
+        planes: uint8 [out, ceil(in/256) * 64] each (planes.py), None for a weight whose planes were not asked for.
+        flips: int64 [weights].
+    """
+
+    codes: list[Tensor]
+    masks: list[Tensor] | None
+    codes_t: list[Tensor] | None
+    planes: list[Tensor | None]
+    flips: Tensor | None
+
+
 def codes_of_many(
     weights: Sequence[Tensor],
     gammas: Sequence[Tensor],
@@ -232,11 +172,13 @@ def codes_of_many(
     masks: Sequence[Tensor] | None = None,
     with_mask: bool = False,
     transpose: bool = False,
+    planes: Sequence[bool] = (),
     previous: Sequence[Tensor] | None = None,
-) -> tuple[list[Tensor], list[Tensor] | None, list[Tensor] | None, Tensor | None]:
-    """Return (codes, masks, transposed codes, flips) of many weights, in one launch: `reference.codes_from_gamma`.
+) -> ManyCodes:
+    """Return the codes of many weights, made in one launch: `reference.codes_from_gamma`.
 
     Weights must be finite, which `abs_maxima` shows: a check here would be one more pass, and a synchronisation.
+    A block of planes is made of whole groups where M is a power of two; for others planes take a launch each.
 
     Args:
         weights: contiguous [out, in] of one float type.
@@ -244,10 +186,8 @@ def codes_of_many(
         n, m: sparsity; mask_source: "latent" or "quantized".
         masks: bool [out, in] each, used as they are if given.
         with_mask: whether masks are returned; transpose: whether codes [in, out] are.
+        planes: of which weights planes are; none if empty.
         previous: packed masks (`packing.pack_mask`) to count flips against.
-
-    Returns:
-        codes int8 [out, in]; masks bool [out, in] or None; codes int8 [in, out] or None; flips int64 [weights] or None.
 
     Raises:
         ValueError: see `reference.codes_from_gamma`, except for the check of NaN; no CUDA tensors.
@@ -267,13 +207,22 @@ def codes_of_many(
         made = [torch.empty(w.shape, dtype=torch.bool, device=device) for w in weights]
     flips = None if previous is None else torch.zeros(len(weights), dtype=torch.int64, device=device)
     rows_of = [gamma.float().contiguous() for gamma in gammas]
-    columns = (weights, rows_of, codes, made, turned, previous)
-    _launch_codes(columns, flips, n, m, from_codes=mask_source == "quantized", read_mask=masks is not None)
-    return codes, list(made) if with_mask and made is not None else None, turned, flips
+    wanted = list(planes) or [False] * len(weights)
+    in_pass = BLOCK_CODES % m == 0
+    packed = [
+        torch.empty(len(w), plane_bytes(w.shape[1]), dtype=torch.uint8, device=device) if want and in_pass else None
+        for w, want in zip(weights, wanted, strict=True)
+    ]
+    tables = (rows_of, codes, made, turned, previous, packed)
+    _launch_codes(weights, tables, flips, n, m, from_codes=mask_source == "quantized", read_mask=masks is not None)
+    if not in_pass:
+        packed = [codes_to_planes(c) if want else None for c, want in zip(codes, wanted, strict=True)]
+    return ManyCodes(codes, list(made) if with_mask and made is not None else None, turned, packed, flips)
 
 
 def _launch_codes(
-    columns: tuple[Sequence[Tensor] | None, ...],
+    weights: Sequence[Tensor],
+    tables: tuple[Sequence[Tensor | None] | None, ...],
     flips: Tensor | None,
     n: int,
     m: int,
@@ -281,35 +230,45 @@ def _launch_codes(
     from_codes: bool,
     read_mask: bool,
 ) -> None:
-    """Run `codes_kernel` on a table of addresses: weights, gammas, codes, masks, transposed codes, packed masks."""
-    weights, _, _, masks, turned, previous = columns
-    assert weights is not None
+    """Run `codes_kernel` on a table of addresses: of `weights`, then of what `tables` hold, in its order."""
+    _, _, masks, turned, previous, packed = tables
+    assert packed is not None
     addresses = [
-        [0 if column is None else column[i].data_ptr() for column in columns] + list(w.shape)
+        [_address(None if column is None else column[i]) for column in (weights, *tables)] + list(w.shape)
         for i, w in enumerate(weights)
     ]
-    device, lanes = weights[0].device, triton.next_power_of_2(m)
-    groups = max(_COLUMNS // lanes, 1)
-    tiles = _tiles(weights, m, _ROWS, groups).to(device)
+    with_planes = any(planes is not None for planes in packed)
+    sizes = _tile_sizes(m, planes=with_planes)
+    device = weights[0].device
+    tiles = _tiles(weights, m, sizes["ROWS"], sizes["GROUPS"]).to(device)
     if not len(tiles):
         return
     codes_kernel[(len(tiles),)](
         tiles,
         torch.tensor(addresses, device=device),
         flips,
-        W=_element_type(weights),
+        W=element_type(weights),
         N=n,
         M=m,
-        LANES=lanes,
-        GROUPS=groups,
-        ROWS=_ROWS,
+        **sizes,
         FROM_CODES=from_codes,
         READ_MASK=read_mask,
         WRITE_MASK=masks is not None and not read_mask,
         TRANSPOSE=turned is not None,
         COUNT_FLIPS=previous is not None,
+        PLANES=with_planes,
         num_warps=_WARPS,
     )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _tile_sizes(m: int, *, planes: bool) -> dict[str, int]:
+    lanes = triton.next_power_of_2(m)
+    columns, rows = (BLOCK_CODES, _PLANE_ROWS) if planes else (_COLUMNS, _ROWS)
+    return {"LANES": lanes, "GROUPS": max(columns // lanes, 1), "ROWS": rows}
 
 
 def codes_from_gamma(
@@ -325,7 +284,7 @@ def codes_from_gamma(
     """Return (codes int8 [out, in], mask bool or None) of one weight: see `reference.codes_from_gamma`."""
     check_code_arguments(w, gamma_per_row, n, m, mask_source, mask)
     _check_finite(w)
-    codes, masks, _, _ = codes_of_many(
+    made = codes_of_many(
         [w.contiguous()],
         [gamma_per_row],
         n,
@@ -334,7 +293,7 @@ def codes_from_gamma(
         masks=None if mask is None else [mask.contiguous()],
         with_mask=with_mask,
     )
-    return codes[0], None if masks is None else masks[0]
+    return made.codes[0], None if made.masks is None else made.masks[0]
 
 
 def nm_mask(w: Tensor, n: int, m: int) -> Tensor:
@@ -353,25 +312,20 @@ def _check_finite(w: Tensor) -> None:
         raise ValueError("weights hold NaN or Inf: neither a mask nor codes can be computed from them")
 
 
-_TABLES = {
-    **dict.fromkeys(("addresses", "counts", "parts", "units", "totals", "tiles", "table", "flips"), "*i64"),
-    "maxima": "*i32",
-}
+_TABLES = dict.fromkeys(("tiles", "table", "flips"), "*i64")
 
 
 def _codes_build(n: int, m: int, name: str = "", **flags: bool) -> Build:
-    lanes = triton.next_power_of_2(m)
-    constexprs = dict.fromkeys(("FROM_CODES", "READ_MASK", "WRITE_MASK", "TRANSPOSE", "COUNT_FLIPS"), False) | flags
-    sizes = {"W": tl.float32, "N": n, "M": m, "LANES": lanes, "GROUPS": max(_COLUMNS // lanes, 1), "ROWS": _ROWS}
+    names = ("FROM_CODES", "READ_MASK", "WRITE_MASK", "TRANSPOSE", "COUNT_FLIPS", "PLANES")
+    constexprs = dict.fromkeys(names, False) | flags
+    sizes = {"W": tl.float32, "N": n, "M": m, **_tile_sizes(m, planes=constexprs["PLANES"])}
     return Build(f"weight_prepare[codes {n}:{m}{name}]", codes_kernel, _TABLES, {**sizes, **constexprs}, _WARPS)
 
 
-_RUNS = {"W": tl.float32, "BLOCK": _RUN, "STEP": 2048}
 BUILDS: tuple[Build, ...] = (
-    Build("weight_prepare[maxima]", abs_max_kernel, _TABLES, _RUNS),
-    Build("weight_prepare[sums]", abs_sum_kernel, _TABLES, _RUNS),
     *(_codes_build(n, m, TRANSPOSE=True) for n, m in ((6, 8), (4, 8), (2, 4), (5, 6), (16, 32), (1, 1))),
     _codes_build(6, 8, " masks and flips", TRANSPOSE=True, WRITE_MASK=True, COUNT_FLIPS=True),
     _codes_build(6, 8, " kept masks", TRANSPOSE=True, READ_MASK=True),
     _codes_build(6, 8, " quantized", TRANSPOSE=True, FROM_CODES=True),
+    *(_codes_build(n, m, " planes", TRANSPOSE=True, PLANES=True) for n, m in ((6, 8), (2, 4), (16, 32), (1, 1))),
 )

@@ -199,6 +199,7 @@ class TernaryState:
         """Codes of all layers, and the form that the forward product of each reads."""
         n, m = settings.sparsity
         gammas = self._gammas(settings, masks)
+        forms = {name: self._form(layer, settings, self._tokens_of(name)) for name, layer in self.layers.items()}
         made: list[sbn_kernels.Codes] = []
         for names in self._batches():
             with contextlib.ExitStack() as gathered:
@@ -211,18 +212,18 @@ class TernaryState:
                     masks=[masks[name] for name in names] if masks else None,
                     with_mask=settings.needs_mask or self._keeps_masks(settings),
                     transpose=settings.backward != "exact",
+                    forms=[forms[name] for name in names],
                     backend=settings.backend,
                 )
         prepared = {}
         for (name, layer), codes in zip(self.layers.items(), made, strict=True):
-            form = self._form(layer, settings, self._tokens_of(name))
             prepared[name] = PreparedWeight(
                 codes=codes.codes,
                 gamma_per_row=gammas[name],
                 mask=codes.mask,
                 codes_t=codes.codes_t,
-                form=form,
-                packed=() if form == "dense" else sbn_kernels.pack_form(form, codes.codes, n, m),
+                form=forms[name],
+                packed=codes.packed,
                 bounds=_bounds(layer),
             )
         return prepared

@@ -55,6 +55,20 @@ def test_sum_is_that_of_exact_rationals(values: list[float]) -> None:
     assert 0 <= int(total) <= 2**62
 
 
+@pytest.mark.parametrize("count", [1, 2, 511, 512, 513, 1025, 4095, 9001, (1 << 18) + 7, 1 << 21, (1 << 21) + 4099])
+def test_sums_of_the_largest_terms_are_exact(count: int) -> None:
+    """All terms as large as a part of so many can have them, in one piece and as the first half of the part."""
+    w = torch.full((count,), 1.0 - 2.0**-24)
+    unit = kernels.unit_exponent(kernels.part_abs_max(w), count)
+    term = round(Fraction(1.0 - 2.0**-24) / Fraction(2) ** int(unit))
+    assert int(kernels.fixed_point_sum(w, unit)) == count * term
+    half = w[: count // 2]
+    assert int(kernels.fixed_point_sum(half, unit)) == len(half) * term
+    w[::3] = 2.0**-20 + 2.0**-43
+    small = round(Fraction(2.0**-20 + 2.0**-43) / Fraction(2) ** int(unit))
+    assert int(kernels.fixed_point_sum(w.view(count, 1), unit)) == len(w[::3]) * small + (count - len(w[::3])) * term
+
+
 @FAST
 @given(WEIGHTS, st.randoms(use_true_random=False))
 def test_every_order_and_every_sharding_gives_the_same_bits(values: list[float], random: object) -> None:

@@ -7,6 +7,7 @@ from sbn_kernels import ops
 from torch.utils.checkpoint import checkpoint
 
 from megatron_sbn.functional import sparse_bitlinear
+from megatron_sbn.settings import Backward
 
 W, X, DY = torch.randn(24, 16), torch.randn(2, 3, 16), torch.randn(2, 3, 24)
 CODES, GAMMA = kernels.ternary_codes(W, 6, 8, backend="reference")
@@ -38,8 +39,62 @@ def test_schemas_and_shape_functions_tell_the_truth(call: tuple[object, tuple[ob
     torch.library.opcheck(operator, (*arguments, backend), test_utils=checks)
 
 
-def layer(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return sparse_bitlinear(torch.tanh(x), w, bias=bias, splits=[16, 8]) * 2
+def differentiable(mode: str, form: str = "dense", backend: str = "auto") -> object:
+    """The layer as one operator, on weights that were prepared before."""
+    codes, gamma = kernels.ternary_codes(W, 6, 8, splits=[16, 8], backend="reference")
+    rows = kernels.gamma_rows(gamma, (16, 8)).contiguous()
+    packed = kernels.pack_form(form, codes, 6, 8) if form != "dense" else ()
+    told = {"mode": mode, "bounds": (0, 16, 24), "packed": packed, "form": form, "group": 8, "backend": backend}
+
+    def run(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return kernels.quantized_linear(torch.tanh(x), w, codes, rows, bias, **told) * 2
+
+    return run
+
+
+@pytest.mark.parametrize("mode", ["exact", "int8_dgrad", "int8"])
+def test_the_differentiable_operator_is_the_layer(mode: str) -> None:
+    expected = gradients(lambda *t: layer(*t, backward=mode))
+    plain = gradients(differentiable(mode))
+    assert all(torch.equal(a, b) for a, b in zip(plain, expected, strict=True))
+    again = gradients(lambda *t: checkpoint(differentiable(mode), *t, use_reentrant=False))
+    assert all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))
+    compiled = gradients(torch.compile(differentiable(mode), backend="aot_eager", fullgraph=True))
+    for a, b in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_the_differentiable_operator_takes_every_form() -> None:
+    expected = gradients(differentiable("exact", backend="triton"))
+    packed = gradients(differentiable("exact", "planes", "triton"))
+    assert all(torch.equal(a, b) for a, b in zip(packed, expected, strict=True))
+
+
+def test_the_differentiable_operator_gives_what_is_asked_for() -> None:
+    x, w = X.clone().bfloat16(), W.clone().bfloat16().requires_grad_()
+    y = kernels.quantized_linear(x, w, CODES, ROWS, None)
+    y.sum().backward()
+    assert (y.dtype, x.grad) == (torch.bfloat16, None)
+    assert w.grad is not None
+    assert w.grad.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(kernels.quantized_linear(x, w, CODES, ROWS), y)
+
+
+def test_codes_of_another_weight_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"weight is \(16, 16\), its codes \(24, 16\)"):
+        kernels.quantized_linear(X, W[:16], CODES, ROWS)
+
+
+@pytest.mark.parametrize("bias", [None, BIAS], ids=["no bias", "bias"])
+def test_the_differentiable_operator_tells_the_truth(bias: torch.Tensor | None) -> None:
+    x, w = X.clone().requires_grad_(), W.clone().requires_grad_()
+    arguments = (x, w, CODES, ROWS, None, bias, 8, "exact", None, [], "dense", 0, "cpu")
+    torch.library.opcheck(torch.ops.sbn.quantized_linear.default, arguments)
+
+
+def layer(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, backward: Backward = "exact") -> torch.Tensor:
+    return sparse_bitlinear(torch.tanh(x), w, bias=bias, splits=[16, 8], backward=backward) * 2
 
 
 def gradients(function: object) -> list[torch.Tensor]:

@@ -65,6 +65,19 @@ def test_every_form_of_the_product_gives_the_same_bits(form: str) -> None:
     assert torch.equal(kernels.int_matmul(x_q, codes, **told), integers)
 
 
+def test_codes_of_many_bring_what_their_forms_read() -> None:
+    made = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(DEVICE) for shape in ((48, 64), (16, 320))
+    ]
+    gammas = [torch.full((len(w),), 0.5, device=DEVICE) for w in made]
+    for forms in (["planes", "dense"], ["sliding_mma_sp", "planes"]):
+        many = kernels.codes_of_many(made, gammas, 6, 8, forms=forms, backend="triton")
+        for form, ours in zip(forms, many, strict=True):
+            expected = forward_forms.pack_form(form, ours.codes, 6, 8)
+            assert len(ours.packed) == len(expected)
+            assert all(torch.equal(*pair) for pair in zip(ours.packed, expected, strict=True))
+
+
 @pytest.mark.parametrize(
     ("form", "nm", "shape", "reason"),
     [

@@ -1,10 +1,11 @@
-"""Triton's maxima, exact sums, masks and codes of many weights at once: the bits of the reference."""
+"""Triton's masks, codes and planes of many weights at once: the bits of the reference."""
 
 import pytest
 import torch
-from sbn_kernels import exact_sum, reference
+from sbn_kernels import reference
 from sbn_kernels import weight_prepare as kernel
 from sbn_kernels.packing import flip_count, pack_mask
+from sbn_kernels.planes import pack_planes
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,50 +20,6 @@ def weights(dtype: torch.dtype) -> list[Tensor]:
     return [w.to(dtype).to(DEVICE) for w in made]
 
 
-def parts_of(made: list[Tensor]) -> list[tuple[Tensor, ...]]:
-    """Rows interleaved as in a fused projection, and whole matrices."""
-    return [(made[0][:10], made[0][20:70]), (made[0][10:20],), (made[1],), (made[2],), (made[2][:0],)]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_maxima_and_sums_have_the_references_bits(dtype: torch.dtype) -> None:
-    parts = parts_of(weights(dtype))
-    maxima = kernel.abs_maxima(parts)
-    expected = [torch.stack([exact_sum.part_abs_max(piece) for piece in ranges]).amax() for ranges in parts]
-    assert torch.equal(maxima, torch.stack(expected))
-    counts = torch.tensor([max(sum(p.numel() for p in ranges), 1) for ranges in parts], device=DEVICE)
-    units = exact_sum.unit_exponent(maxima, counts)
-    totals = [sum(exact_sum.fixed_point_sum(p, units[i]) for p in ranges) for i, ranges in enumerate(parts)]
-    assert kernel.fixed_point_sums(parts, units).tolist() == [int(total) for total in totals]
-
-
-def test_sums_of_every_size_of_term() -> None:
-    """From far below half a unit to far above it, ties between even and odd included."""
-    significands = torch.tensor([1.0, 1.5, -1.25, 1.0 + 2.0**-23], dtype=torch.float64)
-    w = (significands * 2.0 ** torch.arange(-149.0, 60.0).double().unsqueeze(1)).float().to(DEVICE)
-    for unit in (-170, -120, -62, -20, 0, 20):
-        units = torch.tensor([unit], device=DEVICE)
-        small = w[w.abs() < 2.0 ** min(unit + 50, 127)].contiguous()
-        assert int(kernel.fixed_point_sums([(small,)], units)) == int(exact_sum.fixed_point_sum(small, units[0]))
-
-
-def test_a_part_longer_than_a_run_is_whole() -> None:
-    w = torch.randn(5, 9001, generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    w[4, 9000] = -7.0
-    assert float(kernel.abs_maxima([(w,)])) == 7.0
-    unit = exact_sum.unit_exponent(torch.tensor([7.0], device=DEVICE), w.numel())
-    assert int(kernel.fixed_point_sums([(w,)], unit)) == int(exact_sum.fixed_point_sum(w, unit[0]))
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_numbers_that_are_none_come_back_as_infinity(value: float) -> None:
-    w = torch.ones(2, 8, device=DEVICE)
-    w[1, 3] = value
-    assert kernel.abs_maxima([(w[:1],), (w[1:],)]).tolist() == [1.0, torch.inf]
-    with pytest.raises(ValueError, match="NaN or Inf"):
-        kernel.nm_mask(w, 6, 8)
-
-
 @pytest.mark.parametrize("source", ["latent", "quantized"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("nm", SPARSITIES, ids=str)
@@ -71,33 +28,53 @@ def test_codes_masks_and_flips_have_the_references_bits(nm: tuple[int, int], dty
     generator = torch.Generator().manual_seed(3)
     gammas = [(torch.rand(len(w), generator=generator) * 0.03 + 1e-5).to(DEVICE) for w in made]
     before = [pack_mask((torch.rand(w.shape, generator=generator) < 0.5).to(DEVICE)) for w in made]
-    codes, masks, turned, flips = kernel.codes_of_many(
+    all_of = kernel.codes_of_many(
         made, gammas, *nm, mask_source=source, with_mask=True, transpose=True, previous=before
     )
+    masks, turned, flips = all_of.masks, all_of.codes_t, all_of.flips
     assert masks is not None
     assert turned is not None
     assert flips is not None
+    assert all_of.planes == [None] * len(made)
     for i, (w, gamma) in enumerate(zip(made, gammas, strict=True)):
         expected, mask = reference.codes_from_gamma(w, gamma, *nm, mask_source=source)
-        assert torch.equal(codes[i], expected)
+        assert torch.equal(all_of.codes[i], expected)
         assert torch.equal(turned[i], expected.t())
         assert torch.equal(masks[i], mask)
         assert int(flips[i]) == int(flip_count(before[i], pack_mask(mask)))
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["masks made", "masks given"])
+@pytest.mark.parametrize("nm", SPARSITIES, ids=str)
+def test_planes_hold_the_codes_of_the_same_pass(nm: tuple[int, int], given: bool) -> None:
+    """Also of widths that are no whole blocks, beside weights without planes, with all else that the pass makes."""
+    made = [
+        *weights(torch.float32),
+        torch.randn(17, 1056, generator=torch.Generator().manual_seed(5)).to(DEVICE) * 0.02,
+    ]
+    gammas = [torch.full((len(w),), 0.01, device=DEVICE) for w in made]
+    masks = [reference.nm_mask(w.flip(1), *nm) for w in made] if given else None
+    before = [pack_mask(torch.ones(w.shape, dtype=torch.bool, device=DEVICE)) for w in made]
+    wanted = [True, False, True, True]
+    told = {"masks": masks, "with_mask": True, "transpose": True, "previous": before}
+    plain = kernel.codes_of_many(made, gammas, *nm, **told)
+    all_of = kernel.codes_of_many(made, gammas, *nm, **told, planes=wanted)
+    for want, codes, planes in zip(wanted, all_of.codes, all_of.planes, strict=True):
+        assert (planes is not None) == want
+        assert planes is None or torch.equal(planes, pack_planes(codes))
+    for name in ("codes", "masks", "codes_t"):
+        for ours, expected in zip(getattr(all_of, name), getattr(plain, name), strict=True):
+            assert torch.equal(ours, expected)
+    assert all_of.flips is not None
+    assert plain.flips is not None
+    assert torch.equal(all_of.flips, plain.flips)
 
 
 def test_given_masks_are_used_as_they_are() -> None:
     made = weights(torch.float32)
     gammas = [torch.full((len(w),), 0.01, device=DEVICE) for w in made]
     masks = [(torch.rand(w.shape) < 0.5).to(DEVICE) for w in made]
-    codes, kept, _, _ = kernel.codes_of_many(made, gammas, 6, 8, masks=masks, with_mask=True)
-    for w, gamma, mask, ours, mine in zip(made, gammas, masks, codes, kept or (), strict=True):
+    all_of = kernel.codes_of_many(made, gammas, 6, 8, masks=masks, with_mask=True)
+    for w, gamma, mask, ours, mine in zip(made, gammas, masks, all_of.codes, all_of.masks or (), strict=True):
         assert torch.equal(ours, reference.codes_from_gamma(w, gamma, 6, 8, mask=mask)[0])
         assert torch.equal(mine, mask)
-
-
-def test_weights_that_cannot_be_read_by_address_are_refused() -> None:
-    w = torch.ones(8, 8, device=DEVICE)
-    with pytest.raises(ValueError, match="must be contiguous"):
-        kernel.abs_maxima([(w.t()[:, :4],)])
-    with pytest.raises(ValueError, match="share one float type"):
-        kernel.abs_maxima([(w, w.bfloat16())])
