@@ -110,7 +110,7 @@ class Contents:
             return {}
         m, masks = sparsity[1], {}
         for name, layer in self.ternary.layers.items():
-            if layer.weight_shard.shape[1] % max(m, 1):
+            if layer.weight_shard.shape[1] % m:
                 raise CheckpointError(f"{reader.folder}: masks of {name} are of groups of {m}; use its own recipe")
             shard = packed_shard(layer.weight_shard, m)
             rows, columns = layer.store.shape

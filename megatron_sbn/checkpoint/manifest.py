@@ -23,6 +23,8 @@ FILE_NAME = re.compile(r"state\.json|shard-\d{5}-\d{1,4}\.safetensors")
 LARGEST = 1 << 62
 
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Group = Annotated[int, Field(ge=1, le=32)]
+Sparsity = tuple[Group, Group]  # N and M
 Dimensions = Annotated[tuple[Count, ...], Field(min_length=1, max_length=2)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Model = TypeVar("Model", bound=BaseModel)
@@ -106,7 +108,7 @@ class TelemetryState(_Strict):
 
     step: Count
     flips: Count
-    sparsity: tuple[Count, Count]
+    sparsity: Sparsity
 
 
 class State(_Strict):
@@ -124,7 +126,7 @@ class State(_Strict):
     layout: Layout
     data: DataPosition
     optimizer_steps: Count
-    masks: tuple[Count, Count] | None = None
+    masks: Sparsity | None = None
     telemetry: TelemetryState | None = None
     run_id: str | None = None
     bad_steps: Count = 0

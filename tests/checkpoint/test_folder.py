@@ -18,6 +18,7 @@ from megatron_sbn.checkpoint.manifest import (
     State,
     manifest_text,
     read_manifest,
+    read_state,
     state_text,
 )
 from megatron_sbn.checkpoint.shards import Chunk, Written, describe, merge, write_chunks
@@ -166,6 +167,16 @@ def test_a_manifest_is_read_as_it_was_written(folder: Path) -> None:
     assert manifest.bytes == sum(
         (folder / "step-00000030" / name).stat().st_size for name in manifest.files if name != MANIFEST
     )
+
+
+@pytest.mark.parametrize("key", ["masks", "telemetry"])
+@pytest.mark.parametrize("group", [0, -1, 33])
+def test_groups_of_masks_that_cannot_be_are_named(folder: Path, key: str, group: int) -> None:
+    path = folder / "step-00000030"
+    value = [1, group] if key == "masks" else {"step": 1, "flips": 0, "sparsity": [1, group]}
+    (path / STATE).write_text(json.dumps(json.loads((path / STATE).read_text()) | {key: value}))
+    with pytest.raises(CheckpointError, match=rf"{STATE}: {key}.*1: Input should be (greater|less) than or equal to"):
+        read_state(path)
 
 
 def test_what_killed_runs_left_is_removed(folder: Path) -> None:
