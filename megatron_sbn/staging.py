@@ -37,9 +37,14 @@ def staged(paths: Sequence[Path], *, obsolete: Sequence[Path] = ()) -> Iterator[
     """Rename the partial files of `paths` to their final names, in that order, if the body succeeds; else remove them.
 
     `obsolete` files are removed before the first rename: those that would be wrong beside a new file of another name
-    (the index of the previous run). Raises InputError where the folder cannot be written or the disk is full.
+    (the index of the previous run). Raises InputError where the folder cannot be written or the disk is full, and for
+    a device, pipe or folder, in whose place a rename would put a file.
     """
     partials = [partial_path(path) for path in paths]
+    for path in paths:
+        with contextlib.suppress(OSError):  # a name that cannot be is met when it is written
+            if path.exists() and not path.is_file():
+                raise InputError(f"{path}: is no file that can be written anew; name another")
     try:
         yield
         for partial in partials:

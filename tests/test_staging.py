@@ -1,5 +1,6 @@
 """Files appear whole and in order, or not at all."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,21 @@ def test_names_come_at_the_end(tmp_path):
         assert _names(tmp_path) == [".a.partial", ".b.partial"]
     assert _names(tmp_path) == ["a", "b"]
     assert [path.read_text() for path in paths] == ["b", "a"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "folder"])
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path, kind):
+    path = tmp_path / "there"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        os.mkfifo(tmp_path / "pipe")
+        path.hardlink_to(tmp_path / "pipe") if kind == "pipe" else path.symlink_to(tmp_path / "pipe")
+    before = path.lstat()
+    names = _names(tmp_path)
+    with pytest.raises(InputError, match="there: is no file that can be written anew; name another"):
+        write_whole(path, b"new")
+    assert (path.lstat(), _names(tmp_path)) == (before, names)
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, ValueError, InputError])
