@@ -191,11 +191,12 @@ def test_run_trains_one_recipe_in_its_own_folder(monkeypatch: pytest.MonkeyPatch
         return 0
 
     monkeypatch.setattr(launch, "launch", start)
-    assert main(["sweep", str(TINY), "--run", "5", "--folder", str(tmp_path)]) == 0
+    runs = tmp_path / "a: b #2"  # in YAML a mapping, and a comment
+    assert main(["sweep", str(TINY), "--run", "5", "--folder", str(runs)]) == 0
     ((arguments, ranks),) = started
     variant = load_sweep(TINY).variants[5]
     assert ranks == 1
-    folder = tmp_path / "n-of-8-tiny" / variant.name
+    folder = runs / "n-of-8-tiny" / variant.name
     assert load_recipe(arguments[0], arguments[1:]) == variant.recipe.model_copy(update={"run_dir": str(folder)})
 
 

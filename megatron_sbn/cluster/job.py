@@ -23,6 +23,7 @@ from megatron_sbn.errors import STOPPED, RecipeError, SbnError
 from megatron_sbn.feasibility import check_world, model_ranks
 from megatron_sbn.launch import Machines, launch
 from megatron_sbn.masking import show_anything
+from megatron_sbn.recipe_file import override_of
 from megatron_sbn.run_status import read_status, saved_step, slurm_attempt, write_status
 from megatron_sbn.staging import make_folder
 from megatron_sbn.stop_signals import SIGNALS
@@ -52,7 +53,7 @@ class Task:
             self.ranks = variant.ranks
             folder = Path(options.folder) / sweep.name / variant.name
         self.folder = folder.absolute()
-        self.words.append(f"run_dir={self.folder}")
+        self.words.append(override_of("run_dir", str(self.folder)))
 
 
 def begin(task: Task) -> int:

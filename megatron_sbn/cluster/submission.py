@@ -201,29 +201,29 @@ def _recipe_file(place: Path, recipe: Recipe) -> Path:
 
 
 def _script(submission: Submission, job: Job, place: Path, code: Snapshot, environment: Path) -> str:
-    """The batch script of the job's form, with its options and paths."""
+    """The batch script of the job's form, with its options and paths; SBN_LOGS begins one of srun's file patterns."""
     options = [*_site_options(environment, job), f"--job-name={job.name}", f"--chdir={Path.cwd()}"]
     options += [f"--nodes={job.nodes}", "--ntasks-per-node=1", *submission.options]
     settings = [f"SBN_CODE={shlex.quote(str(place / 'code'))}", f"SBN_ENV={shlex.quote(str(place / 'env.sh'))}"]
     if job.form == "run":
         (recipe,) = job.recipes.values()
         options.append(f"--output={_literal(submission.folder / 'logs')}/slurm-%j.out")
-        run, target = shlex.quote(str(submission.folder)), shlex.quote(str(_recipe_file(place, recipe)))
-        settings += [f"SBN_LOGS={run}/logs", f"set -- --nproc-per-node {job.per_node} {target}"]
+        logs, target = shlex.quote(_literal(submission.folder)), shlex.quote(str(_recipe_file(place, recipe)))
+        settings += [f"SBN_LOGS={logs}/logs", f"set -- --nproc-per-node {job.per_node} {target}"]
     elif job.form == "array":
         limit = f"%{submission.at_most}" if submission.at_most else ""
         options += [f"--output={_literal(place)}/slurm-%A-%a.out", f"--array={ranges(list(job.recipes))}{limit}"]
         settings += ["names=(", *(f"    [{number}]={recipe.name}" for number, recipe in job.recipes.items()), ")"]
         settings += ['name="${names[$SLURM_ARRAY_TASK_ID]}"']
-        run, target = (
-            f'{shlex.quote(str(submission.folder))}/"$name"',
+        logs, target = (
+            f'{shlex.quote(_literal(submission.folder))}/"$name"',
             f'{shlex.quote(str(place))}/recipes/"$name".yaml',
         )
-        settings += [f"SBN_LOGS={run}/logs", f"set -- --nproc-per-node {job.per_node} {target}"]
+        settings += [f"SBN_LOGS={logs}/logs", f"set -- --nproc-per-node {job.per_node} {target}"]
     else:
         options.append(f"--output={_literal(place)}/slurm-%j.out")
         runs, target = shlex.quote(str(submission.folder.parent)), shlex.quote(str(place / "sweep.yaml"))
-        settings += [f"SBN_LOGS={shlex.quote(str(place))}"]
+        settings += [f"SBN_LOGS={shlex.quote(_literal(place))}"]
         settings += [f"set -- --nproc-per-node {job.per_node} --folder {runs} {target}"]
     template = code.scripts / TEMPLATES[job.form]
     text = template.read_text(encoding="utf-8")

@@ -129,6 +129,35 @@ def test_what_is_submitted_is_the_code_the_recipe_and_the_script(
     assert int(count) > 100
 
 
+@pytest.mark.parametrize("folder", ["exp #2", "a: b", "it's", "50%n"])
+def test_a_path_means_the_same_to_sbatch_srun_and_the_ranks(
+    folder: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(here, "sbatch", "echo 17")
+    run = here / folder / "runs" / "x"
+    run.parents[1].mkdir()
+    monkeypatch.chdir(run.parents[1])
+    assert main(["submit", QUICKSTART, "run_dir=runs/x"]) == 0
+    place = run / "submissions" / "1"
+    ask = 'sbn_main() { printf "%s\\0" "$@"; }'  # in the place of job.sh
+    (place / "code" / "slurm" / "job.sh").write_text(ask)
+    script = place / "quickstart-ternary-6of8.sbatch"
+    said = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=True, env={"SLURM_JOB_ID": "17"})
+    log, *words = said.stdout.split("\0")[:-1]
+    # srun reads a pattern: a path of its own has every % twice.
+    assert log == f"{run}/logs/sbn-17-node-".replace("%", "%%") + "%n.log"
+    started: list[list[str]] = []
+
+    def start(arguments: list[str], ranks: int, **_: object) -> int:
+        started.append(arguments)
+        return 0
+
+    monkeypatch.setattr(job, "launch", start)
+    assert job.main(["node", *words]) == 0
+    ((recipe, *overrides),) = started
+    assert load_recipe(recipe, overrides).run_dir == str(run)
+
+
 def test_a_sweep_is_an_array_for_each_number_of_ranks(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stand_in(here, "sbatch", 'echo "$2" >> scripts; wc -l < scripts')
     stand_in(here, "wc", "exec /usr/bin/wc -l")
