@@ -32,6 +32,7 @@ from megatron_sbn.recipe_file import override_of, parse_yaml, read_recipe, read_
 
 Values = dict[str, Any]
 RANKS = "ranks"
+ITS_OWN = ("name", "run_dir")
 MOST_RECIPES = 1000  # Slurm's arrays end there too, unless a site has set MaxArraySize
 STUDY = "tracking.study"
 
@@ -137,6 +138,9 @@ def _label(path: Path, axis: str, text: str) -> str:
 
 def _variant(path: Path, base: Path, name: str, labels: dict[str, str], values: Values) -> Variant:
     ranks = values.pop(RANKS, None)
+    for key in ITS_OWN:
+        if key in values:
+            raise RecipeError(f"{path}: {key}: every recipe of a sweep has one of its own; leave it out")
     overrides = (f"name={name}", *(override_of(key, value) for key, value in values.items()))
     try:
         recipe = load_recipe(base, overrides)

@@ -146,6 +146,8 @@ BASE = f"name: s\nrecipe: {RECIPES / 'tiny' / 'base.yaml'}\n"
         (BASE + "axes: {training.seed: [1, 1]}\n", "two recipes would be called s-seed-1"),
         (BASE + "axes: {linear.sparsity: ['6:8', '6:9']}\n", "s-6of9: linear.sparsity = 6:9"),
         (BASE + "axes: {ranks: [3], training.seed: [1]}\n", "s-ranks-3-seed-1: training.global_batch_size = 16"),
+        (BASE + "set: {name: mine}\naxes: {training.seed: [1]}\n", "sweep.yaml: name: every recipe of a sweep has one"),
+        (BASE + "axes: {run_dir: [here]}\n", "sweep.yaml: run_dir: every recipe of a sweep has one of its own"),
         (BASE + "axes: {ranks: [many]}\n", "ranks = 'many' is not a number of ranks"),
         (BASE + "axes: {data.tokenizer: ['a/b']}\n", "'tokenizer-a/b' is no name for a run"),
         ("- a list\n", "a sweep is a mapping"),
