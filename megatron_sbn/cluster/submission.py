@@ -118,6 +118,11 @@ def _spread(path: str, variant: Variant, per_node: int) -> tuple[int, int]:
 
 def submit(submission: Submission, *, dry_run: bool) -> None:
     """Submits, or says what would be. Raises InputError; the submission's folder is removed if nothing came of it."""
+    if os.pathsep in str(submission.folder):
+        raise InputError(
+            f"{submission.folder}: a job finds its copy of the code by PYTHONPATH, which has no place for a path with "
+            f"{os.pathsep!r}; name another folder"
+        )
     code = find_code()
     environment = Path(os.environ.get("SBN_ENV") or code.scripts / "env.sh").absolute()
     if dry_run:
