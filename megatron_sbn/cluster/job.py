@@ -24,7 +24,7 @@ from megatron_sbn.feasibility import check_world, model_ranks
 from megatron_sbn.launch import Machines, launch
 from megatron_sbn.masking import show_anything
 from megatron_sbn.recipe_file import override_of
-from megatron_sbn.run_status import read_status, saved_step, slurm_attempt, write_status
+from megatron_sbn.run_status import read_status, saved_step, slurm_attempt, switched_off, write_status
 from megatron_sbn.staging import make_folder
 from megatron_sbn.stop_signals import SIGNALS
 from megatron_sbn.sweep import load_sweep
@@ -67,7 +67,7 @@ def begin(task: Task) -> int:
     if status is not None and status.state == "FINISHED" and status.step >= task.recipe.training.steps:
         print(f"{task.folder}: finished already, {status.step} steps")
         return NOTHING_TO_DO
-    if _switched_off(task.folder):
+    if switched_off(task.folder):
         print(f"{task.folder}: there is a STOP file; remove it to go on")
         return NOTHING_TO_DO
     make_folder(task.folder / "logs")
@@ -108,7 +108,7 @@ def end(task: Task, srun_status: int, asked: str) -> int:
     record_attempt(task.folder, status)
     failures = failures_in_a_row(read_attempts(task.folder), status.job)
     limits = Limits(_setting("SBN_MAX_RESTARTS", 50), _setting("SBN_MAX_FAILURES", 3))
-    verdict = decide(status, failures, limits, ending=asked == "TERM", switched_off=_switched_off(task.folder))
+    verdict = decide(status, failures, limits, ending=asked == "TERM", switched_off=switched_off(task.folder))
     print(f"{task.folder}: {'starts again' if verdict.again else 'ends'}: {verdict.reason}")
     return STOPPED if verdict.again else _final(verdict.exit_status)
 
@@ -146,11 +146,6 @@ def _job_name() -> str:
     """The same at every restart of a job, and another for every task of an array."""
     array, number = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}-{number}" if array and number else slurm_attempt()[0] or "job"
-
-
-def _switched_off(folder: Path) -> bool:
-    """A STOP file in the run folder, or beside all runs of a study."""
-    return (folder / "STOP").exists() or (folder.parent / "STOP").exists()
 
 
 def _setting(name: str, otherwise: int) -> int:

@@ -29,6 +29,13 @@ STOPPED, FAILED = ("STOPPED", 75, "SIGUSR1"), ("FAILED", 1, "node 0: status 1")
         (STOPPED, 0, 0, {"ending": True}, (False, 75, "the job was asked to end (SIGUSR1); saved at step 40")),
         (("STOPPED", 75, "SIGTERM"), 0, 0, {}, (False, 75, "the job was asked to end (SIGTERM)")),
         (STOPPED, 0, 0, {"switched_off": True}, (False, 75, "there is a STOP file: remove it to go on")),
+        (
+            ("STOPPED", 75, "STOP_FILE"),
+            0,
+            0,
+            {},
+            (False, 75, "there was a STOP file; saved at step 40; submit it again"),
+        ),
         (FAILED, 0, 2, {}, (True, 75, "failure 2 of at most 3 in a row: node 0: status 1")),
         (FAILED, 0, 3, {}, (False, 1, "3 failures in a row (SBN_MAX_FAILURES); the last: node 0: status 1")),
         (FAILED, 2, 1, {}, (False, 1, "restarted 2 times, which is the limit (SBN_MAX_RESTARTS)")),

@@ -126,11 +126,13 @@ def test_a_signal_before_a_rank_listens_waits_for_it(tmp_path: Path, monkeypatch
     assert launch([], 2, module="earliest_rank") == STOPPED
 
 
-def test_the_kill_switch_stops_a_run(recipe: Path) -> None:
-    run = recipe.parent / "switched"
+@pytest.mark.parametrize("place", [".", ".."])
+def test_the_kill_switch_stops_a_run(place: str, recipe: Path, tmp_path: Path) -> None:
+    """In its folder, or beside all runs of a study."""
+    run = tmp_path / "study" / "switched"
     with start(recipe, run, "training.steps=100000", "tracking.enabled=false") as process:
         await_line(process, "step 1/")
-        (run / "STOP").touch()
+        (run / place / "STOP").touch()
         process.communicate(timeout=120)
     assert process.returncode == STOPPED
     status = read_status(run)
