@@ -12,7 +12,7 @@ import re
 import shlex
 import subprocess
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree, which
@@ -62,6 +62,11 @@ class Submission:
     jobs: tuple[Job, ...]
     options: tuple[str, ...] = ()
     at_most: int | None = None
+
+    @property
+    def runs(self) -> list[Path]:
+        """Folders of all runs."""
+        return [run for job in self.jobs for run in job.folders]
 
     @property
     def submissions(self) -> Path:
@@ -117,7 +122,7 @@ def _spread(path: str, variant: Variant, per_node: int) -> tuple[int, int]:
 
 
 def submit(submission: Submission, *, dry_run: bool) -> None:
-    """Submits, or says what would be. Raises InputError; the submission's folder is removed if nothing came of it."""
+    """Submits, or says what would be. Raises InputError; folders that it made are removed if nothing came of it."""
     if os.pathsep in str(submission.folder):
         raise InputError(
             f"{submission.folder}: a job finds its copy of the code by PYTHONPATH, which has no place for a path with "
@@ -133,21 +138,22 @@ def submit(submission: Submission, *, dry_run: bool) -> None:
         return
     if which("sbatch") is None:
         raise InputError("sbatch is not on PATH: submit from a login node of the cluster, or look first with --dry-run")
-    was_there = submission.folder.exists()
+    folders = [*submission.runs, submission.folder]
+    made = [folder for folder in folders if not folder.exists()]
     try:
-        with exclusive(submission.folder / "submission"):
+        with ExitStack() as locks:  # of the runs too: one of a study may be submitted by itself meanwhile
+            for folder in sorted(set(folders)):
+                locks.enter_context(exclusive(folder / "submission"))
             _refuse(submission)
             _make(submission, submission.submissions / str(_next_number(submission)), code, environment)
     except (InputError, OSError):
-        if not was_there:
-            _remove_empty([submission.folder])
+        _remove_empty(made)
         raise
 
 
 def _make(submission: Submission, place: Path, code: Snapshot, environment: Path) -> None:
     """Writes and starts the jobs; takes back what it wrote if none was submitted, and nothing that was there before."""
-    runs = [run for job in submission.jobs for run in job.folders]
-    own = [*(run / "logs" for run in runs), *runs, submission.submissions]
+    own = [*(run / "logs" for run in submission.runs), submission.submissions]
     made = [folder for folder in own if not folder.exists()]
     try:
         _write(submission, place, code, environment)
@@ -182,7 +188,7 @@ def _next_number(submission: Submission) -> int:
 
 def _refuse(submission: Submission) -> None:
     """Raises InputError where a job of before is still in the queue: two would write the same run."""
-    runs = [run for job in submission.jobs for run in job.folders]
+    runs = submission.runs
     folders = {submission.folder, *runs}
     jobs = {
         path.read_text(errors="replace").strip() for folder in folders for path in folder.glob("submissions/*/*.job")

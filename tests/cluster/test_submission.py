@@ -288,6 +288,16 @@ def test_a_run_of_a_study_whose_job_waits_is_not_submitted(here: Path, capsys: p
     assert main(["submit", QUICKSTART, f"run_dir={study}/another", "--dry-run"]) == 0
 
 
+def test_a_run_is_not_submitted_while_its_study_is(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = here / "runs" / "weak-scaling-qwen2.5-0.5b" / "weak-scaling-qwen2.5-0.5b-8-ranks-tp1-zero1"
+    again = f'"{sys.executable}" -m megatron_sbn.cli submit "{QUICKSTART}" "run_dir={run}" >said 2>&1'
+    stand_in(here, "sbatch", f'case "$2" in *ranks.sbatch) {again}; echo "too large" >&2; exit 1 ;; esac; echo 18')
+    assert "too large" in refusal(capsys, "sweep", WEAK_SCALING, "--submit")
+    # Accepted, its job would wait for a folder of logs that goes with the study's submission.
+    assert "another process is writing this output" in (here / "said").read_text()
+    assert not (here / "runs" / "weak-scaling-qwen2.5-0.5b").exists()
+
+
 def test_a_site_file_that_bash_cannot_read(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
