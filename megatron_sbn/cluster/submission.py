@@ -24,7 +24,7 @@ from megatron_sbn.config import Recipe, check_no_password, load_recipe
 from megatron_sbn.errors import InputError, RecipeError
 from megatron_sbn.feasibility import check_world, model_ranks
 from megatron_sbn.run_status import read_status
-from megatron_sbn.staging import exclusive
+from megatron_sbn.staging import exclusive, write_whole
 from megatron_sbn.sweep import Variant, frozen, load_sweep
 
 SETTINGS_LINE = "SBN_CODE=${SBN_CODE:-$SLURM_SUBMIT_DIR}\n"  # of a batch script: replaced by what is known here
@@ -155,11 +155,12 @@ def _make(submission: Submission, place: Path, code: Snapshot, environment: Path
     """Writes and starts the jobs; takes back what it wrote if none was submitted, and nothing that was there before."""
     own = [*(run / "logs" for run in submission.runs), submission.submissions]
     made = [folder for folder in own if not folder.exists()]
+    taken: list[str] = []
     try:
         _write(submission, place, code, environment)
-        _start(submission, place)
+        _start(submission, place, taken)
     except (InputError, OSError):
-        if not any(place.glob("*.job")):
+        if not taken:
             rmtree(place, ignore_errors=True)
             _remove_empty(made)
         raise
@@ -290,7 +291,8 @@ def _write(submission: Submission, place: Path, code: Snapshot, environment: Pat
             assert kept == list(job.recipes.values()), f"{place / 'sweep.yaml'} is not {job.sweep}"
 
 
-def _start(submission: Submission, place: Path) -> None:
+def _start(submission: Submission, place: Path, taken: list[str]) -> None:
+    """Adds the jobs that sbatch took to `taken`. Raises InputError where it takes one no more."""
     for job in submission.jobs:
         command = _command(place, job)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -300,7 +302,11 @@ def _start(submission: Submission, place: Path) -> None:
                 f"its options are those of env.sh (SBN_SBATCH_OPTIONS) and of this command"
             )
         number = done.stdout.strip().partition(";")[0]
-        (place / f"{job.name}.job").write_text(f"{number}\n", encoding="utf-8")
+        taken.append(number)
+        try:
+            write_whole(place / f"{job.name}.job", f"{number}\n".encode())
+        except InputError as error:
+            raise InputError(f"{error}; job {number} is submitted all the same: let it run, or scancel it") from None
         print(f"submitted job {number}: {_size(job)}; {command[-1]}")
     print(f"runs in {submission.folder}; a file STOP there stops what is not finished")
 

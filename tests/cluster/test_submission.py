@@ -1,10 +1,12 @@
 """What `sbn submit` and `sbn sweep --submit` write and refuse, with stand-ins for sbatch and squeue."""
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -263,6 +265,28 @@ def test_what_sbatch_refuses_leaves_no_submission(here: Path, capsys: pytest.Cap
     assert files(here / "runs" / "x") == {"logs", "logs/rank-0.log"}
     refusal(capsys, "sweep", WEAK_SCALING, "--submit")
     assert files(here / "runs") == {"x", "x/logs", "x/logs/rank-0.log"}
+
+
+def test_a_job_that_was_taken_keeps_its_code_whatever_fails_then(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    # The copy of the code was the last that the disk had room for.
+    stand_in(here, "sbatch", "echo 17")
+    run = subprocess.run
+
+    def fill(command: list[str], **options: Any) -> "subprocess.CompletedProcess[str]":
+        if command[0] == "sbatch":
+            monkeypatch.setattr(Path, "write_text", full)
+            monkeypatch.setattr(Path, "write_bytes", full)
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", fill)
+    message = refusal(capsys, "submit", QUICKSTART, "run_dir=runs/x")
+    assert "job 17 is submitted all the same: let it run, or scancel it" in message
+    assert (here / "runs" / "x" / "submissions" / "1" / "code" / "slurm" / "job.sh").is_file()
 
 
 def test_arrays_that_were_taken_stay_when_a_later_one_is_refused(
