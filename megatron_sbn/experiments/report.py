@@ -37,7 +37,9 @@ COLUMNS = (
     *("zero_fraction", "flip_rate_cumulative", "tokens_per_second", "ranks"),
 )
 
-_MATTERS = re.compile(
+# What results depend on, beside what a figure is over: seed and sparsity; ranks, batch and layout.
+_OF_SPEED = re.compile(r"(model|linear)\..+|parallel\.(virtual_pipeline|sequence)")
+_OF_PERPLEXITY = re.compile(
     r"(model|data|optimizer)\..+|linear\.(?!sparsity|backend|forward_form).+"
     r"|training\.(steps|global_batch_size|validation_samples)"
 )
@@ -88,7 +90,7 @@ def curves(runs: Sequence[Run], group: int) -> list[Curve]:
     made = []
     for weight_format, own in sorted(found.items(), reverse=True):
         by_setting: dict[str, dict[int, list[float]]] = {}
-        for run, setting in zip(own, _settings(own), strict=True):
+        for run, setting in zip(own, _settings(own, _OF_PERPLEXITY), strict=True):
             n, m = run.recipe.linear.sparsity
             by_n = by_setting.setdefault(setting, {})
             by_n.setdefault(group if n == m else n, []).append(run.points("validation_perplexity")[-1][1])
@@ -100,10 +102,10 @@ def curves(runs: Sequence[Run], group: int) -> list[Curve]:
     return made
 
 
-def _settings(runs: Sequence[Run]) -> list[str]:
-    """Of every run, the keys that its result depends on, beside seed and sparsity, and that are not the same in all."""
+def _settings(runs: Sequence[Run], matters: re.Pattern[str]) -> list[str]:
+    """Of every run, the keys that matter and are not the same in all, with their values."""
     flat = [run.recipe.flat() for run in runs]
-    keys = [key for key in flat[0] if _MATTERS.fullmatch(key) and len({values[key] for values in flat}) > 1]
+    keys = [key for key in flat[0] if matters.fullmatch(key) and len({values[key] for values in flat}) > 1]
     return [", ".join(f"{key} {one_line(values[key])}" for key in keys) for values in flat]
 
 
@@ -116,13 +118,17 @@ def collapse_point(curve: Curve) -> int | None:
 
 
 def scalings(runs: Sequence[Run]) -> list[Scaling]:
-    """Median tokens/s over ranks, for each layout that ran on several numbers of them; runs that share both: mean."""
+    """Median tokens/s over ranks, for each layout that ran on several numbers of them; runs that share both: mean.
+
+    Where models or formats differ too, each has its own layouts.
+    """
     speeds: dict[str, dict[int, list[float]]] = {}
-    for run in runs:
+    for run, setting in zip(runs, _settings(runs, _OF_SPEED), strict=True):
         measured = [value for _, value in run.points("tokens_per_second")]
         if measured and run.ranks is not None:
             parallel = run.recipe.parallel
             layout = f"tensor {parallel.tensor} x pipeline {parallel.pipeline}, ZeRO-{parallel.zero_stage}"
+            layout = ", ".join(filter(None, (layout, setting)))
             speeds.setdefault(layout, {}).setdefault(run.ranks, []).append(median(measured))
     return [
         Scaling(layout, tuple(sorted(by_ranks)), tuple(mean(by_ranks[ranks]) for ranks in sorted(by_ranks)))

@@ -146,6 +146,29 @@ def test_an_empty_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"{tmp_path}: holds no run folders" in capsys.readouterr().err
 
 
+def test_formats_are_not_averaged_into_one_speed(tmp_path: Path) -> None:
+    for weight_format, ranks, speed in (
+        ("ternary", 1, 90.0),
+        ("ternary", 2, 160.0),
+        ("dense", 1, 110.0),
+        ("dense", 2, 200.0),
+    ):
+        folder = tmp_path / f"{weight_format}-{ranks}"
+        folder.mkdir(parents=True)
+        changes = (f"linear.weight_format={weight_format}", f"training.global_batch_size={16 * ranks}")
+        (folder / "recipe.yaml").write_text(load_recipe(TINY, changes).to_yaml())
+        file = MetricsFile(folder / "metrics.jsonl")
+        file.append(1, {"tokens_per_second": speed})
+        file.close()
+        record = RunRecord(new_key(), folder.name, "e", "sqlite:///x.db", 0.0, {}, {"ranks": str(ranks)}, [])
+        RunRecordFile(folder / FILE_NAME, record).update(status="FINISHED")
+    layout = "tensor 1 x pipeline 1, ZeRO-1, linear.weight_format"
+    assert scalings(read_study(tmp_path)) == [
+        Scaling(f"{layout} dense", (1, 2), (110.0, 200.0)),
+        Scaling(f"{layout} ternary", (1, 2), (90.0, 160.0)),
+    ]
+
+
 def test_speed_over_ranks(tmp_path: Path) -> None:
     study = tmp_path / "weak"
     for ranks, tensor, speed in ((1, 1, 100.0), (2, 1, 180.0), (4, 1, 300.0), (2, 2, 90.0)):
