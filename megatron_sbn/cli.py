@@ -188,7 +188,7 @@ def report(options: argparse.Namespace) -> int:
     study = Path(options.study)
     runs = delivered_study(options.uri, options.study) if options.uri else read_study(study)
     output = Path(options.output or (f"{options.study}-report" if options.uri else study / "report"))
-    files = write_report(study.name, runs, output)
+    files = write_report(study.absolute().name, runs, output)
     print(f"wrote {output / 'index.md'}")
     if options.attach:
         uri, name = (options.uri, options.study) if options.uri else tracked_as(study)

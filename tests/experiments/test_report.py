@@ -121,6 +121,18 @@ def test_the_report(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(study)]) == 0  # its own folder is no run
 
 
+def test_the_folder_that_one_is_in_has_its_name(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(study)
+    assert main(["report", "."]) == 0
+    assert (study / "report" / "index.md").read_text().startswith("# n-of-8\n")
+    monkeypatch.chdir(study / "dense-8-seed1")
+    capsys.readouterr()
+    assert main(["compare", ".", "../dense-6-seed1"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["key", "dense-8-seed1", "dense-6-seed1"]
+
+
 def test_a_study_without_a_dense_run_has_no_normalised_column(tmp_path: Path) -> None:
     run_folder(tmp_path / "s", "ternary", 6, 1)
     run_folder(tmp_path / "s", "ternary", 4, 1)
