@@ -120,6 +120,7 @@ def sweep(options: argparse.Namespace) -> int:
     """Lists a sweep's recipes, writes them, trains one here, or hands all of them to Slurm."""
     from megatron_sbn.config import check_no_password
     from megatron_sbn.launch import launch
+    from megatron_sbn.recipe_file import override_of
     from megatron_sbn.sweep import load_sweep
 
     if options.submit:
@@ -145,7 +146,7 @@ def sweep(options: argparse.Namespace) -> int:
         raise RecipeError(f"--run {options.number}: {options.sweep} has recipes 0 to {count - 1}")
     variant = study.variants[options.number]
     folder = Path(options.folder) / study.name / variant.name
-    return launch([str(study.base), *variant.overrides, f"run_dir={folder}"], variant.ranks)
+    return launch([str(study.base), *variant.overrides, override_of("run_dir", str(folder))], variant.ranks)
 
 
 def submit(options: argparse.Namespace) -> int:
@@ -187,7 +188,7 @@ def report(options: argparse.Namespace) -> int:
     study = Path(options.study)
     runs = delivered_study(options.uri, options.study) if options.uri else read_study(study)
     output = Path(options.output or (f"{options.study}-report" if options.uri else study / "report"))
-    files = write_report(study.name, runs, output)
+    files = write_report(study.absolute().name, runs, output)
     print(f"wrote {output / 'index.md'}")
     if options.attach:
         uri, name = (options.uri, options.study) if options.uri else tracked_as(study)

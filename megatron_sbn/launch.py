@@ -20,6 +20,9 @@ from megatron_sbn.errors import STOPPED
 from megatron_sbn.stop_signals import blocked
 
 GRACE_SECONDS = 15.0
+# Of a run that stopped when asked to: rank 0 delivers to MLflow for up to 30 s more, and the last sample of its machine
+# takes up to 10, when the others have left.
+STOPPED_SECONDS = 45.0
 _POLL_SECONDS = 0.1
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -103,7 +106,7 @@ def _wait(processes: "list[subprocess.Popen[bytes]]", deadline: float | None) ->
 
 
 def _await_the_rest(processes: "list[subprocess.Popen[bytes]]") -> int:
-    deadline = time.monotonic() + GRACE_SECONDS
+    deadline = time.monotonic() + STOPPED_SECONDS
     while time.monotonic() < deadline and any(process.poll() is None for process in processes):
         time.sleep(_POLL_SECONDS)
     return STOPPED

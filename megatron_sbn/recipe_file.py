@@ -170,6 +170,12 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def override_of(key: str, value: Any) -> str:  # noqa: ANN401 - anything that YAML can hold
+    """`section.key=value` on one line, read back as that very value: a path may hold ` #` or `: `."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=2**20).removesuffix("...\n").strip()
+    return f"{key}={text}"
+
+
 def _apply_override(values: dict[str, Any], override: str, nearest: Callable[[str], str]) -> None:
     """`a.b=c`, c read as YAML."""
     key, equals, text = override.partition("=")

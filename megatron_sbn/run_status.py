@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_sbn.staging import write_whole
 
 FILE_NAME = "status.json"
+STOP_FILE = "STOP"  # the kill switch, made by a person
 State = Literal["RUNNING", "FINISHED", "STOPPED", "FAILED"]
 
 
@@ -69,6 +70,11 @@ def saved_step(folder: Path) -> int:
         return int(name.removeprefix("step-"))
     except (OSError, ValueError):
         return 0
+
+
+def switched_off(folder: Path) -> bool:
+    """Whether there is a STOP file, in the run folder or beside all runs of a study."""
+    return any((place / STOP_FILE).exists() for place in (folder, folder.absolute().parent))
 
 
 def slurm_attempt() -> tuple[str, int]:

@@ -28,10 +28,11 @@ from pydantic import Field, ValidationError
 from megatron_sbn.config import Name, Recipe, Section, load_recipe
 from megatron_sbn.errors import RecipeError
 from megatron_sbn.feasibility import check_world, model_ranks
-from megatron_sbn.recipe_file import parse_yaml, read_recipe, read_text
+from megatron_sbn.recipe_file import override_of, parse_yaml, read_recipe, read_text
 
 Values = dict[str, Any]
 RANKS = "ranks"
+ITS_OWN = ("name", "run_dir")
 MOST_RECIPES = 1000  # Slurm's arrays end there too, unless a site has set MaxArraySize
 STUDY = "tracking.study"
 
@@ -137,7 +138,10 @@ def _label(path: Path, axis: str, text: str) -> str:
 
 def _variant(path: Path, base: Path, name: str, labels: dict[str, str], values: Values) -> Variant:
     ranks = values.pop(RANKS, None)
-    overrides = (f"name={name}", *(f"{key}={_text(value)}" for key, value in values.items()))
+    for key in ITS_OWN:
+        if key in values:
+            raise RecipeError(f"{path}: {key}: every recipe of a sweep has one of its own; leave it out")
+    overrides = (f"name={name}", *(override_of(key, value) for key, value in values.items()))
     try:
         recipe = load_recipe(base, overrides)
         fewest = model_ranks(recipe)
@@ -147,8 +151,3 @@ def _variant(path: Path, base: Path, name: str, labels: dict[str, str], values: 
     except RecipeError as error:
         raise RecipeError(f"{path}: {name}: {error}") from None
     return Variant(name, labels, overrides, fewest if ranks is None else ranks, recipe)
-
-
-def _text(value: Any) -> str:  # noqa: ANN401 - anything that YAML can hold
-    """YAML on one line, read back as the same value."""
-    return yaml.safe_dump(value, default_flow_style=True, width=2**20).removesuffix("...\n").strip()

@@ -14,7 +14,7 @@ trap 'sbn_ask TERM' TERM
 # shellcheck source=slurm/env.sh
 source "${SBN_ENV:-$SBN_CODE/slurm/env.sh}"
 sbn_node_environment
-export SBN_MAX_RESTARTS SBN_MAX_FAILURES PYTHONUNBUFFERED=1
+export SBN_NPROC_PER_NODE SBN_MAX_RESTARTS SBN_MAX_FAILURES MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED=1
 # The code of this job, whatever is in the working folder or installed.
 export PYTHONSAFEPATH=1 PYTHONPATH="$SBN_CODE:$SBN_CODE/kernels${PYTHONPATH:+:$PYTHONPATH}"
 # A job that was submitted from within a step inherits that step's variables.

@@ -82,6 +82,8 @@ def test_a_batch_of_any_size_is_looked_at_in_a_moment(capsys: pytest.CaptureFixt
         ((TENSOR2, "parallel.pipeline=2", "--ranks", "3"), "needs a multiple of 4 ranks, and 3 were started"),
         (("parallel.pipeline=2", "parallel.zero_stage=3"), "parallel.zero_stage = 3 with parallel.pipeline = 2"),
         (("training.global_batch_size=6",), "training.global_batch_size = 6 is not a multiple of"),
+        (("--json", "told.json"), "--json told.json takes the comparison of --ranks or of --layouts; give one of them"),
+        (("--ranks", "--layouts", "--json", "told.json"), "--json told.json takes the comparison of"),
     ],
 )
 def test_a_bad_recipe_is_one_line_and_2(
@@ -108,6 +110,19 @@ def test_ranks_that_compute_the_same_are_equal(tmp_path: Path, capsys: pytest.Ca
     assert told["bytes"]["tensor.all_gather"] > 0
     for kind in report.KINDS:
         assert f"\n{kind} " in out
+
+
+def test_a_comparison_that_cannot_be_written_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        command, "_try", lambda cuts, steps: {name: report.Trial({}, [1.0], [1.0], []) for name in cuts}
+    )
+    file = tmp_path / "nowhere" / "told.json"
+    assert main(["doctor", QWEN, TENSOR2, "--ranks", "--json", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert f"{file.parent}" in error
+    assert error.count("\n") == 1
 
 
 def test_ranks_that_compute_something_else_are_different(

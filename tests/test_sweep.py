@@ -146,6 +146,8 @@ BASE = f"name: s\nrecipe: {RECIPES / 'tiny' / 'base.yaml'}\n"
         (BASE + "axes: {training.seed: [1, 1]}\n", "two recipes would be called s-seed-1"),
         (BASE + "axes: {linear.sparsity: ['6:8', '6:9']}\n", "s-6of9: linear.sparsity = 6:9"),
         (BASE + "axes: {ranks: [3], training.seed: [1]}\n", "s-ranks-3-seed-1: training.global_batch_size = 16"),
+        (BASE + "set: {name: mine}\naxes: {training.seed: [1]}\n", "sweep.yaml: name: every recipe of a sweep has one"),
+        (BASE + "axes: {run_dir: [here]}\n", "sweep.yaml: run_dir: every recipe of a sweep has one of its own"),
         (BASE + "axes: {ranks: [many]}\n", "ranks = 'many' is not a number of ranks"),
         (BASE + "axes: {data.tokenizer: ['a/b']}\n", "'tokenizer-a/b' is no name for a run"),
         ("- a list\n", "a sweep is a mapping"),
@@ -191,11 +193,12 @@ def test_run_trains_one_recipe_in_its_own_folder(monkeypatch: pytest.MonkeyPatch
         return 0
 
     monkeypatch.setattr(launch, "launch", start)
-    assert main(["sweep", str(TINY), "--run", "5", "--folder", str(tmp_path)]) == 0
+    runs = tmp_path / "a: b #2"  # in YAML a mapping, and a comment
+    assert main(["sweep", str(TINY), "--run", "5", "--folder", str(runs)]) == 0
     ((arguments, ranks),) = started
     variant = load_sweep(TINY).variants[5]
     assert ranks == 1
-    folder = tmp_path / "n-of-8-tiny" / variant.name
+    folder = runs / "n-of-8-tiny" / variant.name
     assert load_recipe(arguments[0], arguments[1:]) == variant.recipe.model_copy(update={"run_dir": str(folder)})
 
 

@@ -33,7 +33,7 @@ def write_tiny_recipe(folder: Path, steps: int, tracking: str = "enabled: false"
 model: {{num_layers: 1, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 2, seq_length: 16,
   vocab_size: {VOCABULARY}, bf16: false}}
 parallel: {{tensor: 2}}
-data: {{train: {folder}/tokens}}
+data: {{train: '{folder}/tokens'}}
 training: {{steps: {steps}, global_batch_size: 2, micro_batch_size: 2, telemetry_interval: 50}}
 tracking: {{{tracking}}}
 """

@@ -108,6 +108,8 @@ def decide(status: RunStatus, failures: int, limits: Limits, *, ending: bool, sw
     saved = f"saved at step {status.step}" if status.step else "no step was saved"
     if switched_off:
         return Verdict(False, exit_status, "there is a STOP file: remove it to go on")
+    if status.reason == "STOP_FILE":  # removed since
+        return Verdict(False, exit_status, f"there was a STOP file; {saved}; submit it again to go on")
     if ending or status.reason == "SIGTERM":
         return Verdict(False, exit_status, f"the job was asked to end ({status.reason}); {saved}")
     if exit_status in FOR_GOOD:

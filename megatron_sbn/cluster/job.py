@@ -14,16 +14,19 @@ import argparse
 import os
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_sbn import environment
 from megatron_sbn.cluster.attempts import Limits, decide, failures_in_a_row, read_attempts, record_attempt
+from megatron_sbn.cluster.slurm_queue import queued
 from megatron_sbn.config import Recipe, load_recipe
-from megatron_sbn.errors import STOPPED, RecipeError, SbnError
+from megatron_sbn.errors import STOPPED, InputError, RecipeError, SbnError
 from megatron_sbn.feasibility import check_world, model_ranks
 from megatron_sbn.launch import Machines, launch
 from megatron_sbn.masking import show_anything
-from megatron_sbn.run_status import read_status, saved_step, slurm_attempt, write_status
+from megatron_sbn.recipe_file import override_of
+from megatron_sbn.run_status import read_status, saved_step, slurm_attempt, switched_off, write_status
 from megatron_sbn.staging import make_folder
 from megatron_sbn.stop_signals import SIGNALS
 from megatron_sbn.sweep import load_sweep
@@ -52,21 +55,30 @@ class Task:
             self.ranks = variant.ranks
             folder = Path(options.folder) / sweep.name / variant.name
         self.folder = folder.absolute()
-        self.words.append(f"run_dir={self.folder}")
+        self.words.append(override_of("run_dir", str(self.folder)))
 
 
 def begin(task: Task) -> int:
-    """Whether there is anything to do; a predecessor that died without a word is entered as a failure."""
+    """Whether there is anything to do; a start that died without a word is entered as a failure of its job.
+
+    Raises InputError where another job that is in the queue has the run.
+    """
     status = read_status(task.folder)
     if status is not None and status.state == "RUNNING" and status.job:
-        write_status(task.folder, "FAILED", None, saved_step(task.folder), f"job {status.job} ended without a word")
-        told = read_status(task.folder)
-        if told is not None:
-            record_attempt(task.folder, told)
+        own, _ = slurm_attempt()
+        if status.job != own and _in_queue(status.job):
+            raise InputError(f"{task.folder}: job {status.job} has this run; wait for it, or scancel it first")
+        reason = f"job {status.job} ended without a word"
+        record_attempt(task.folder, replace(status, state="FAILED", reason=reason))
+        write_status(task.folder, "FAILED", None, saved_step(task.folder), reason)
+        failures = failures_in_a_row(read_attempts(task.folder), own)
+        if failures >= _limits().failures:  # such starts are Slurm's own, which counts none of them
+            print(f"{task.folder}: ends: {failures} failures in a row (SBN_MAX_FAILURES); the last: {reason}")
+            return 1
     if status is not None and status.state == "FINISHED" and status.step >= task.recipe.training.steps:
         print(f"{task.folder}: finished already, {status.step} steps")
         return NOTHING_TO_DO
-    if _switched_off(task.folder):
+    if switched_off(task.folder):
         print(f"{task.folder}: there is a STOP file; remove it to go on")
         return NOTHING_TO_DO
     make_folder(task.folder / "logs")
@@ -106,8 +118,7 @@ def end(task: Task, srun_status: int, asked: str) -> int:
     assert status is not None
     record_attempt(task.folder, status)
     failures = failures_in_a_row(read_attempts(task.folder), status.job)
-    limits = Limits(_setting("SBN_MAX_RESTARTS", 50), _setting("SBN_MAX_FAILURES", 3))
-    verdict = decide(status, failures, limits, ending=asked == "TERM", switched_off=_switched_off(task.folder))
+    verdict = decide(status, failures, _limits(), ending=asked == "TERM", switched_off=switched_off(task.folder))
     print(f"{task.folder}: {'starts again' if verdict.again else 'ends'}: {verdict.reason}")
     return STOPPED if verdict.again else _final(verdict.exit_status)
 
@@ -147,9 +158,16 @@ def _job_name() -> str:
     return f"{array}-{number}" if array and number else slurm_attempt()[0] or "job"
 
 
-def _switched_off(folder: Path) -> bool:
-    """A STOP file in the run folder, or beside all runs of a study."""
-    return (folder / "STOP").exists() or (folder.parent / "STOP").exists()
+def _in_queue(job: str) -> bool:
+    """Whether Slurm has it still; where Slurm does not answer, the lock of the run folder remains."""
+    try:
+        return bool(queued({job}))
+    except InputError:
+        return False
+
+
+def _limits() -> Limits:
+    return Limits(_setting("SBN_MAX_RESTARTS", 50), _setting("SBN_MAX_FAILURES", 3))
 
 
 def _setting(name: str, otherwise: int) -> int:

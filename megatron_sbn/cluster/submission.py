@@ -12,7 +12,7 @@ import re
 import shlex
 import subprocess
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree, which
@@ -24,7 +24,7 @@ from megatron_sbn.config import Recipe, check_no_password, load_recipe
 from megatron_sbn.errors import InputError, RecipeError
 from megatron_sbn.feasibility import check_world, model_ranks
 from megatron_sbn.run_status import read_status
-from megatron_sbn.staging import exclusive
+from megatron_sbn.staging import exclusive, write_whole
 from megatron_sbn.sweep import Variant, frozen, load_sweep
 
 SETTINGS_LINE = "SBN_CODE=${SBN_CODE:-$SLURM_SUBMIT_DIR}\n"  # of a batch script: replaced by what is known here
@@ -62,6 +62,11 @@ class Submission:
     jobs: tuple[Job, ...]
     options: tuple[str, ...] = ()
     at_most: int | None = None
+
+    @property
+    def runs(self) -> list[Path]:
+        """Folders of all runs."""
+        return [run for job in self.jobs for run in job.folders]
 
     @property
     def submissions(self) -> Path:
@@ -117,7 +122,12 @@ def _spread(path: str, variant: Variant, per_node: int) -> tuple[int, int]:
 
 
 def submit(submission: Submission, *, dry_run: bool) -> None:
-    """Submits, or says what would be. Raises InputError; the submission's folder is removed if nothing came of it."""
+    """Submits, or says what would be. Raises InputError; folders that it made are removed if nothing came of it."""
+    if os.pathsep in str(submission.folder):
+        raise InputError(
+            f"{submission.folder}: a job finds its copy of the code by PYTHONPATH, which has no place for a path with "
+            f"{os.pathsep!r}; name another folder"
+        )
     code = find_code()
     environment = Path(os.environ.get("SBN_ENV") or code.scripts / "env.sh").absolute()
     if dry_run:
@@ -128,27 +138,29 @@ def submit(submission: Submission, *, dry_run: bool) -> None:
         return
     if which("sbatch") is None:
         raise InputError("sbatch is not on PATH: submit from a login node of the cluster, or look first with --dry-run")
-    was_there = submission.folder.exists()
+    folders = [*submission.runs, submission.folder]
+    made = [folder for folder in folders if not folder.exists()]
     try:
-        with exclusive(submission.folder / "submission"):
+        with ExitStack() as locks:  # of the runs too: one of a study may be submitted by itself meanwhile
+            for folder in sorted(set(folders)):
+                locks.enter_context(exclusive(folder / "submission"))
             _refuse(submission)
             _make(submission, submission.submissions / str(_next_number(submission)), code, environment)
     except (InputError, OSError):
-        if not was_there:
-            _remove_empty([submission.folder])
+        _remove_empty(made)
         raise
 
 
 def _make(submission: Submission, place: Path, code: Snapshot, environment: Path) -> None:
     """Writes and starts the jobs; takes back what it wrote if none was submitted, and nothing that was there before."""
-    runs = [run for job in submission.jobs for run in job.folders]
-    own = [*(run / "logs" for run in runs), *runs, submission.submissions]
+    own = [*(run / "logs" for run in submission.runs), submission.submissions]
     made = [folder for folder in own if not folder.exists()]
+    taken: list[str] = []
     try:
         _write(submission, place, code, environment)
-        _start(submission, place)
+        _start(submission, place, taken)
     except (InputError, OSError):
-        if not any(place.glob("*.job")):
+        if not taken:
             rmtree(place, ignore_errors=True)
             _remove_empty(made)
         raise
@@ -177,7 +189,7 @@ def _next_number(submission: Submission) -> int:
 
 def _refuse(submission: Submission) -> None:
     """Raises InputError where a job of before is still in the queue: two would write the same run."""
-    runs = [run for job in submission.jobs for run in job.folders]
+    runs = submission.runs
     folders = {submission.folder, *runs}
     jobs = {
         path.read_text(errors="replace").strip() for folder in folders for path in folder.glob("submissions/*/*.job")
@@ -201,29 +213,29 @@ def _recipe_file(place: Path, recipe: Recipe) -> Path:
 
 
 def _script(submission: Submission, job: Job, place: Path, code: Snapshot, environment: Path) -> str:
-    """The batch script of the job's form, with its options and paths."""
+    """The batch script of the job's form, with its options and paths; SBN_LOGS begins one of srun's file patterns."""
     options = [*_site_options(environment, job), f"--job-name={job.name}", f"--chdir={Path.cwd()}"]
     options += [f"--nodes={job.nodes}", "--ntasks-per-node=1", *submission.options]
     settings = [f"SBN_CODE={shlex.quote(str(place / 'code'))}", f"SBN_ENV={shlex.quote(str(place / 'env.sh'))}"]
     if job.form == "run":
         (recipe,) = job.recipes.values()
         options.append(f"--output={_literal(submission.folder / 'logs')}/slurm-%j.out")
-        run, target = shlex.quote(str(submission.folder)), shlex.quote(str(_recipe_file(place, recipe)))
-        settings += [f"SBN_LOGS={run}/logs", f"set -- --nproc-per-node {job.per_node} {target}"]
+        logs, target = shlex.quote(_literal(submission.folder)), shlex.quote(str(_recipe_file(place, recipe)))
+        settings += [f"SBN_LOGS={logs}/logs", f"set -- --nproc-per-node {job.per_node} {target}"]
     elif job.form == "array":
         limit = f"%{submission.at_most}" if submission.at_most else ""
         options += [f"--output={_literal(place)}/slurm-%A-%a.out", f"--array={ranges(list(job.recipes))}{limit}"]
         settings += ["names=(", *(f"    [{number}]={recipe.name}" for number, recipe in job.recipes.items()), ")"]
         settings += ['name="${names[$SLURM_ARRAY_TASK_ID]}"']
-        run, target = (
-            f'{shlex.quote(str(submission.folder))}/"$name"',
+        logs, target = (
+            f'{shlex.quote(_literal(submission.folder))}/"$name"',
             f'{shlex.quote(str(place))}/recipes/"$name".yaml',
         )
-        settings += [f"SBN_LOGS={run}/logs", f"set -- --nproc-per-node {job.per_node} {target}"]
+        settings += [f"SBN_LOGS={logs}/logs", f"set -- --nproc-per-node {job.per_node} {target}"]
     else:
         options.append(f"--output={_literal(place)}/slurm-%j.out")
         runs, target = shlex.quote(str(submission.folder.parent)), shlex.quote(str(place / "sweep.yaml"))
-        settings += [f"SBN_LOGS={shlex.quote(str(place))}"]
+        settings += [f"SBN_LOGS={shlex.quote(_literal(place))}"]
         settings += [f"set -- --nproc-per-node {job.per_node} --folder {runs} {target}"]
     template = code.scripts / TEMPLATES[job.form]
     text = template.read_text(encoding="utf-8")
@@ -279,7 +291,8 @@ def _write(submission: Submission, place: Path, code: Snapshot, environment: Pat
             assert kept == list(job.recipes.values()), f"{place / 'sweep.yaml'} is not {job.sweep}"
 
 
-def _start(submission: Submission, place: Path) -> None:
+def _start(submission: Submission, place: Path, taken: list[str]) -> None:
+    """Adds the jobs that sbatch took to `taken`. Raises InputError where it takes one no more."""
     for job in submission.jobs:
         command = _command(place, job)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -289,7 +302,11 @@ def _start(submission: Submission, place: Path) -> None:
                 f"its options are those of env.sh (SBN_SBATCH_OPTIONS) and of this command"
             )
         number = done.stdout.strip().partition(";")[0]
-        (place / f"{job.name}.job").write_text(f"{number}\n", encoding="utf-8")
+        taken.append(number)
+        try:
+            write_whole(place / f"{job.name}.job", f"{number}\n".encode())
+        except InputError as error:
+            raise InputError(f"{error}; job {number} is submitted all the same: let it run, or scancel it") from None
         print(f"submitted job {number}: {_size(job)}; {command[-1]}")
     print(f"runs in {submission.folder}; a file STOP there stops what is not finished")
 

@@ -18,6 +18,7 @@ from megatron_sbn.doctor.tiny import one_rank, tiny_recipe
 from megatron_sbn.errors import RecipeError, SbnError
 from megatron_sbn.feasibility import check_world, model_ranks
 from megatron_sbn.launch import launch
+from megatron_sbn.staging import write_whole
 from megatron_sbn.text_table import aligned
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def check_ranks(recipe: Recipe, ranks: int, json_file: Path | None = None) -> bo
             group, kind = name.split(".")
             print(f"sent by all ranks in a step: {sent:>12,.0f} bytes  {group:<9}{kind}")
     if json_file is not None:
-        json_file.write_text(json.dumps(report.as_json(lines, trials["layout"]), indent=2) + "\n", encoding="utf-8")
+        write_whole(json_file, json.dumps(report.as_json(lines, trials["layout"]), indent=2).encode() + b"\n")
     return all(line.equal for line in lines)
 
 
@@ -116,7 +117,7 @@ def check_layouts(recipe: Recipe, steps: int, json_file: Path | None = None) -> 
     print("\n".join(aligned(header, rows)))
     print(f"({SPREAD}: what rounding alone does to a run; codes, x_q and hidden states are those of the first step)")
     if json_file is not None:
-        json_file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        write_whole(json_file, json.dumps(told, indent=2).encode() + b"\n")
     return equal
 
 
@@ -155,6 +156,8 @@ def _read(folder: Path, ranks: int, name: str) -> "Trial":
 
 def run(path: str, overrides: list[str], ranks: int | None, layouts: bool, steps: int, json_file: Path | None) -> int:
     """The command; returns its exit status: 0 equal, 1 different, 2 a bad recipe."""
+    if json_file is not None and (ranks is None) != layouts:
+        raise RecipeError(f"--json {json_file} takes the comparison of --ranks or of --layouts; give one of them")
     recipe = load_recipe(path, overrides)
     count = None if ranks is None else ranks or model_ranks(recipe)
     check(recipe, count)

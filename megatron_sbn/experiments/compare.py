@@ -39,8 +39,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
-        return self.folder.name
+        """The folder's name, of `.` too."""
+        return self.folder.absolute().name
 
     def points(self, metric: str) -> list[tuple[int, float]]:
         """(step, value) of every measurement, in order."""

@@ -5,7 +5,7 @@ they survive a grey print; seeds are a band from the lowest to the highest aroun
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,17 @@ from matplotlib import pyplot as plt
 
 COLOURS = {"ternary": "#1f5fa8", "dense": "#e07b1a"}
 MARKERS = {"ternary": "o", "dense": "s"}
+LINES = ("-", "--", ":", "-.")
 COLLAPSE = 1.10
 """A model has collapsed where its perplexity is more than this many times that of its own dense run."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Perplexity of one format over N of N:M: means, lowest and highest over seeds, in the order of `n`."""
+    """Perplexity of one format over N of N:M: means, lowest and highest over seeds, in the order of `n`.
+
+    `setting` tells it from other curves of the format; empty where there are none.
+    """
 
     weight_format: str
     group: int  # M
@@ -31,24 +35,33 @@ class Curve:
     mean: tuple[float, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
+    setting: str = ""
+
+    @property
+    def name(self) -> str:
+        """Format and setting."""
+        return f"{self.weight_format}, {self.setting}" if self.setting else self.weight_format
 
     def normalised(self) -> "Curve | None":
         """Over the mean of N = M; None where that was not run."""
         if self.group not in self.n:
             return None
         unit = self.mean[self.n.index(self.group)]
-        scaled = [tuple(value / unit for value in values) for values in (self.mean, self.low, self.high)]
-        return Curve(self.weight_format, self.group, self.n, *scaled)
+        mean, low, high = (tuple(value / unit for value in values) for values in (self.mean, self.low, self.high))
+        return replace(self, mean=mean, low=low, high=high)
 
 
 def perplexity_over_sparsity(curves: Sequence[Curve], group: int, path: Path) -> None:
     """Two panels: raw perplexity, and over each format's own N = M = `group`, with the collapse line."""
     figure, (raw, normalised) = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
+    own: dict[str, int] = {}  # curves of a format so far: lines of one colour differ in their dashes
     for curve in curves:
-        _draw(raw, curve)
+        dashes = LINES[own.setdefault(curve.weight_format, 0) % len(LINES)]
+        own[curve.weight_format] += 1
+        _draw(raw, curve, dashes)
         scaled = curve.normalised()
         if scaled is not None:
-            _draw(normalised, scaled)
+            _draw(normalised, scaled, dashes)
     raw.set_ylabel("validation perplexity")
     normalised.set_ylabel(f"perplexity / that of {group}:{group}")
     normalised.axhline(COLLAPSE, color="0.4", linewidth=1, linestyle="--")
@@ -66,10 +79,11 @@ def perplexity_over_sparsity(curves: Sequence[Curve], group: int, path: Path) ->
     plt.close(figure)
 
 
-def _draw(axes: Any, curve: Curve) -> None:  # noqa: ANN401 - matplotlib's own
+def _draw(axes: Any, curve: Curve, dashes: str) -> None:  # noqa: ANN401 - matplotlib's own
     colour = COLOURS.get(curve.weight_format, "0.3")
     marker = MARKERS.get(curve.weight_format, "x")
-    axes.plot(curve.n, curve.mean, color=colour, marker=marker, linewidth=1.8, label=_called(curve.weight_format))
+    label = ", ".join(filter(None, (_called(curve.weight_format), curve.setting)))
+    axes.plot(curve.n, curve.mean, color=colour, marker=marker, linestyle=dashes, linewidth=1.8, label=label)
     axes.fill_between(curve.n, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
 
 

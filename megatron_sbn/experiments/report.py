@@ -11,6 +11,7 @@ format's N = M runs; where it first exceeds 1.10, going down in N, the format ha
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
@@ -28,11 +29,19 @@ from megatron_sbn.experiments.figures import (
 )
 from megatron_sbn.experiments.run_record import FILE_NAME, read_record
 from megatron_sbn.experiments.study import STUDY_TAG
+from megatron_sbn.masking import one_line
 from megatron_sbn.staging import make_folder, write_whole
 
 COLUMNS = (
     *("run", "weight_format", "sparsity", "seed", "steps", "tokens", "finished", "loss", "validation_perplexity"),
     *("zero_fraction", "flip_rate_cumulative", "tokens_per_second", "ranks"),
+)
+
+# What results depend on, beside what a figure is over: seed and sparsity; ranks, batch and layout.
+_OF_SPEED = re.compile(r"(model|linear)\..+|parallel\.(virtual_pipeline|sequence)")
+_OF_PERPLEXITY = re.compile(
+    r"(model|data|optimizer)\..+|linear\.(?!sparsity|backend|forward_form).+"
+    r"|training\.(steps|global_batch_size|validation_samples)"
 )
 
 
@@ -67,22 +76,37 @@ def finished(run: Run) -> bool:
 
 
 def curves(runs: Sequence[Run], group: int) -> list[Curve]:
-    """Final validation perplexity of finished runs over N of N:`group`, one curve a format, seeds as ranges."""
-    values: dict[str, dict[int, list[float]]] = {}
+    """Final validation perplexity of finished runs over N of N:`group`, seeds as ranges.
+
+    One curve a format; several where its runs differ in more than seed and sparsity, each with what tells it apart.
+    """
+    found: dict[str, list[Run]] = {}
     for run in runs:
         points = run.points("validation_perplexity")
         n, m = run.recipe.linear.sparsity
-        if not finished(run) or not points or (m != group and n != m):
-            continue
-        kept = group if n == m else n
-        values.setdefault(run.recipe.linear.weight_format, {}).setdefault(kept, []).append(points[-1][1])
+        # The last step's own: a run that is read during its last validation has only one of before.
+        if points and points[-1][0] >= run.recipe.training.steps and (m == group or n == m):
+            found.setdefault(run.recipe.linear.weight_format, []).append(run)
     made = []
-    for weight_format, by_n in sorted(values.items(), reverse=True):
-        order = sorted(by_n, reverse=True)
-        spread = [by_n[n] for n in order]
-        ranges = (tuple(map(mean, spread)), tuple(map(min, spread)), tuple(map(max, spread)))
-        made.append(Curve(weight_format, group, tuple(order), *ranges))
+    for weight_format, own in sorted(found.items(), reverse=True):
+        by_setting: dict[str, dict[int, list[float]]] = {}
+        for run, setting in zip(own, _settings(own, _OF_PERPLEXITY), strict=True):
+            n, m = run.recipe.linear.sparsity
+            by_n = by_setting.setdefault(setting, {})
+            by_n.setdefault(group if n == m else n, []).append(run.points("validation_perplexity")[-1][1])
+        for setting, by_n in by_setting.items():
+            order = sorted(by_n, reverse=True)
+            spread = [by_n[n] for n in order]
+            ranges = (tuple(map(mean, spread)), tuple(map(min, spread)), tuple(map(max, spread)))
+            made.append(Curve(weight_format, group, tuple(order), *ranges, setting))
     return made
+
+
+def _settings(runs: Sequence[Run], matters: re.Pattern[str]) -> list[str]:
+    """Of every run, the keys that matter and are not the same in all, with their values."""
+    flat = [run.recipe.flat() for run in runs]
+    keys = [key for key in flat[0] if matters.fullmatch(key) and len({values[key] for values in flat}) > 1]
+    return [", ".join(f"{key} {one_line(values[key])}" for key in keys) for values in flat]
 
 
 def collapse_point(curve: Curve) -> int | None:
@@ -94,13 +118,17 @@ def collapse_point(curve: Curve) -> int | None:
 
 
 def scalings(runs: Sequence[Run]) -> list[Scaling]:
-    """Median tokens/s over ranks, for each layout that ran on several numbers of them; runs that share both: mean."""
+    """Median tokens/s over ranks, for each layout that ran on several numbers of them; runs that share both: mean.
+
+    Where models or formats differ too, each has its own layouts.
+    """
     speeds: dict[str, dict[int, list[float]]] = {}
-    for run in runs:
+    for run, setting in zip(runs, _settings(runs, _OF_SPEED), strict=True):
         measured = [value for _, value in run.points("tokens_per_second")]
         if measured and run.ranks is not None:
             parallel = run.recipe.parallel
             layout = f"tensor {parallel.tensor} x pipeline {parallel.pipeline}, ZeRO-{parallel.zero_stage}"
+            layout = ", ".join(filter(None, (layout, setting)))
             speeds.setdefault(layout, {}).setdefault(run.ranks, []).append(median(measured))
     return [
         Scaling(layout, tuple(sorted(by_ranks)), tuple(mean(by_ranks[ranks]) for ranks in sorted(by_ranks)))
@@ -160,7 +188,7 @@ def _summary(runs: Sequence[Run]) -> list[str]:
 def _table(made: Sequence[Curve], group: int) -> list[str]:
     """Markdown: a line for each N, two columns a format, and the collapse points."""
     order = sorted({n for curve in made for n in curve.n}, reverse=True)
-    header = "| N:M | " + " | ".join(f"{curve.weight_format} | / {group}:{group}" for curve in made) + " |"
+    header = "| N:M | " + " | ".join(f"{curve.name} | / {group}:{group}" for curve in made) + " |"
     lines = [header, "|---|" + "---:|---:|" * len(made)]
     for n in order:
         cells = []
@@ -172,7 +200,10 @@ def _table(made: Sequence[Curve], group: int) -> list[str]:
     for curve in made:
         point = collapse_point(curve)
         where = f"at {point}:{group}" if point is not None else "nowhere in this study"
-        lines.append(f"- {curve.weight_format}: perplexity first exceeds {COLLAPSE:.2f} of {group}:{group} {where}.")
+        told = f"perplexity first exceeds {COLLAPSE:.2f} of {group}:{group} {where}"
+        if curve.normalised() is None:
+            told = f"no finished run at {group}:{group}, so nothing to tell a collapse by"
+        lines.append(f"- {curve.name}: {told}.")
     return lines
 
 

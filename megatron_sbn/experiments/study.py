@@ -23,6 +23,7 @@ from megatron_sbn.experiments.system_metrics import PREFIX
 
 PARENT_TAG, STUDY_TAG, KIND_TAG = "mlflow.parentRunId", "study", "run_kind"
 REPORT_FOLDER = "report"  # of the parent's artifacts
+RECIPE = "recipe.yaml"  # of a run's
 _PAGE = 1000
 
 
@@ -81,10 +82,16 @@ def _children(client: Any, experiment_id: str, parent: str | None) -> list[Any]:
 
 
 def delivered(client: Any, name: str) -> list[Run]:  # noqa: ANN401 - MlflowClient
-    """The runs of a study as MLflow has them, by name. Raises InputError where it has no such study."""
+    """The runs of a study as MLflow has them, by name, without those whose recipe has not arrived.
+
+    Raises InputError where it has no such study, or none of its runs.
+    """
     parents = _known_parents(client, name)
     runs = [run for parent in parents for run in _children(client, parent.info.experiment_id, parent.info.run_id)]
-    return [_delivered_run(client, run) for run in sorted(runs, key=lambda run: str(run.info.run_name))]
+    known = [run for run in runs if any(file.path == RECIPE for file in client.list_artifacts(run.info.run_id))]
+    if not known:
+        raise InputError(f"MLflow has no run of study {name!r} with its {RECIPE}; wait, or `sbn sync` a run's folder")
+    return [_delivered_run(client, run) for run in sorted(known, key=lambda run: str(run.info.run_name))]
 
 
 def attach(client: Any, name: str, files: Iterable[Path]) -> list[str]:  # noqa: ANN401 - MlflowClient
@@ -119,7 +126,7 @@ def _delivered_run(client: Any, run: Any) -> Run:  # noqa: ANN401 - MlflowClient
         for point in client.get_metric_history(run.info.run_id, name):
             by_step.setdefault(point.step, {"step": point.step})[name] = point.value
     with TemporaryDirectory() as folder:
-        recipe = load_recipe(client.download_artifacts(run.info.run_id, "recipe.yaml", folder))
+        recipe = load_recipe(client.download_artifacts(run.info.run_id, RECIPE, folder))
     ranks = run.data.tags.get("ranks")
     lines = [by_step[step] for step in sorted(by_step)]
     return Run(Path(run.info.run_name), recipe, lines, int(ranks) if ranks else None)

@@ -65,7 +65,7 @@ def candidate(recipe: Recipe, machines: Machines) -> Candidate:
     """The recipe's own layout. Raises RecipeError where the devices do not fill it."""
     check_world(recipe, machines.devices)
     layout = Layout(recipe, machines.devices)
-    taken = worst_rank(layout, machines.device)
+    taken = worst_rank(layout, machines.device.keeps)
     return Candidate(layout, taken, duration(layout, machines.device, machines.per_node, machines.assumed))
 
 

@@ -8,11 +8,12 @@ reduces them after the last backward pass. Masters are a second fp32 copy of wha
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from megatron_sbn.config import Recipe
 from megatron_sbn.plan import activations
 from megatron_sbn.plan.activations import FP32
-from megatron_sbn.plan.device import Device, Keeps
+from megatron_sbn.plan.device import Keeps
 from megatron_sbn.plan.shapes import Layout
 
 BUCKET = 1 << 27  # elements of ZeRO's reduction bucket: parallel/zero.py
@@ -60,10 +61,25 @@ def rank_memory(layout: Layout, stage: int, keeps: Keeps) -> RankMemory:
     return RankMemory(stage, lasting, passes, update, host)
 
 
-def worst_rank(layout: Layout, device: Device) -> RankMemory:
-    """The stage whose ranks hold most."""
-    ranks = [rank_memory(layout, stage, device.keeps) for stage in range(layout.pipeline)]
+def worst_rank(layout: Layout, keeps: Keeps) -> RankMemory:
+    """The stage whose ranks hold most, in the phase in which they do."""
+    layouts = [replace(layout, recipe=recipe) for recipe in _phases(layout.recipe)]
+    ranks = [rank_memory(one, stage, keeps) for one in layouts for stage in range(layout.pipeline)]
     return max(ranks, key=lambda rank: rank.total)
+
+
+def _phases(recipe: Recipe) -> list[Recipe]:
+    """The recipe as it begins, and with what every phase sets."""
+    found, linear = [recipe], recipe.linear
+    for phase in recipe.linear.phases:
+        given = phase.model_dump(exclude={"step"}, exclude_none=True)
+        if phase.activation_bits is None:
+            given["activation_bits"] = None
+        elif phase.activation_bits == "unchanged":
+            del given["activation_bits"]
+        linear = linear.model_copy(update=given)
+        found.append(recipe.model_copy(update={"linear": linear}))
+    return found
 
 
 def _groups(layout: Layout, stage: int, padded: bool) -> tuple[int, int]:

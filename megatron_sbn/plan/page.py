@@ -84,6 +84,8 @@ def _memory(own: Candidate, machines: Machines) -> list[str]:
     rows.append([f"  peak, in the {peak_moment(memory)}", told(memory.total), ""])
     rows.append(["  usable: the data sheet's less a reserve", told(machines.usable), ""])
     lines = columns([f"Memory of {which}", unit, "held"], rows)
+    if own.layout.recipe.linear.phases:
+        lines.append("  in the phase that takes most; bytes sent and time are of the settings before any phase")
     over = memory.total - machines.usable
     lines.append(f"  does not fit: {gib(over)} GiB too much" if over > 0 else f"  fits: {gib(-over)} GiB are left")
     if memory.host:

@@ -7,7 +7,7 @@
     checkpoints/          step-N folders and `latest`
     logs/rank-0.log       what was printed
     status.json           how the run stands (run_status.py)
-    STOP                  made by a person: the run stops at the next step, checkpointed
+    STOP                  made by a person, here or beside a study's runs: the run stops at the next step, checkpointed
 
 `run_dir` names it, and then a second start continues what is there (`checkpoint.resume: auto`); without it every start
 is a new run in runs/NAME-TIME.

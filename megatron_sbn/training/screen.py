@@ -12,7 +12,7 @@ from megatron_sbn.experiments.tracking import default_uri
 from megatron_sbn.masking import mask_secrets
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.plan.device import CPU, ON_CUDA
-from megatron_sbn.plan.memory import rank_memory
+from megatron_sbn.plan.memory import worst_rank
 from megatron_sbn.plan.shapes import Layout, model_parameters
 from megatron_sbn.text_table import size_text
 from megatron_sbn.training.run_folder import RunFolder
@@ -135,6 +135,6 @@ def _saving(recipe: Recipe, parameters: int) -> str:
 def _memory(recipe: Recipe, parallel: ParallelState) -> str:
     layout = Layout(recipe, parallel.world_size)
     keeps = ON_CUDA if parallel.device.type == "cuda" else CPU.keeps
-    most = max((rank_memory(layout, s, keeps) for s in range(layout.pipeline)), key=lambda rank: rank.total)
+    most = worst_rank(layout, keeps)
     which = f" of stage {most.stage}" if layout.pipeline > 1 else ""
     return f"{size_text(most.total)} of tensors expected on a rank{which} at most (docs/plan.md)"

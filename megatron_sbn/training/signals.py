@@ -1,5 +1,5 @@
-"""Being asked to stop: SIGTERM, SIGUSR1, the kill-switch file `STOP`, and `training.time_limit` seconds after its start
-end a run at a step boundary, checkpointed.
+"""Being asked to stop: SIGTERM, SIGUSR1, the kill-switch file `STOP` (run_status.py), and `training.time_limit` seconds
+after its start end a run at a step boundary, checkpointed.
 
     signal -> a note on this rank (stop_signals.py) -> MAX over all ranks at the next step boundary
            -> checkpoint, if a step was done since the last -> exit status 75
@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_sbn.parallel.state import ParallelState
+from megatron_sbn.run_status import switched_off
 from megatron_sbn.stop_signals import StopSignals
 
-STOP_FILE = "STOP"
 FILE_SECONDS = 2.0  # how often rank 0 looks for the file
 
 
@@ -35,7 +35,7 @@ class StopRequest:
     """What this rank was asked, and the ranks' agreement on it."""
 
     def __init__(self, folder: Path, parallel: ParallelState, signals: StopSignals, time_limit: float = 0) -> None:
-        self._file = folder / STOP_FILE
+        self._folder = folder
         self._time_limit = time_limit  # seconds; 0: none
         self._parallel = parallel
         self._signals = signals
@@ -46,7 +46,7 @@ class StopRequest:
         """The same answer on every rank: one all-reduce of 4 bytes over all of them."""
         if self._parallel.rank == 0 and time.monotonic() - self._looked > FILE_SECONDS:
             self._looked = time.monotonic()
-            self._switched_off = self._file.exists()
+            self._switched_off = switched_off(self._folder)
         own = max((Reason[number.name] for number in tuple(self._signals.noted)), default=Reason.NONE)
         if self._switched_off:
             own = Reason.STOP_FILE

@@ -29,6 +29,13 @@ STOPPED, FAILED = ("STOPPED", 75, "SIGUSR1"), ("FAILED", 1, "node 0: status 1")
         (STOPPED, 0, 0, {"ending": True}, (False, 75, "the job was asked to end (SIGUSR1); saved at step 40")),
         (("STOPPED", 75, "SIGTERM"), 0, 0, {}, (False, 75, "the job was asked to end (SIGTERM)")),
         (STOPPED, 0, 0, {"switched_off": True}, (False, 75, "there is a STOP file: remove it to go on")),
+        (
+            ("STOPPED", 75, "STOP_FILE"),
+            0,
+            0,
+            {},
+            (False, 75, "there was a STOP file; saved at step 40; submit it again"),
+        ),
         (FAILED, 0, 2, {}, (True, 75, "failure 2 of at most 3 in a row: node 0: status 1")),
         (FAILED, 0, 3, {}, (False, 1, "3 failures in a row (SBN_MAX_FAILURES); the last: node 0: status 1")),
         (FAILED, 2, 1, {}, (False, 1, "restarted 2 times, which is the limit (SBN_MAX_RESTARTS)")),
@@ -82,6 +89,49 @@ def test_a_run_whose_ranks_never_said_how_it_ended(
     assert (status.state, status.reason) == (state, reason)
     (attempt,) = read_attempts(tmp_path)
     assert (attempt.state, attempt.reason) == (state, reason)
+
+
+def test_starts_that_die_without_a_word_use_up_the_budget_of_their_own_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "")  # no squeue
+
+    def begin(number: str, restart: int) -> int:
+        monkeypatch.setenv("SLURM_JOB_ID", number)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        return job.main(["begin", str(ROOT / "recipes" / "quickstart.yaml"), f"run_dir={tmp_path}"])
+
+    # Slurm requeues a job by itself when its node dies.
+    assert [begin("12", 0), begin("12", 1), begin("13", 0), begin("13", 1), begin("13", 2)] == [0] * 5
+    told = [(attempt.job, attempt.restart, attempt.state) for attempt in read_attempts(tmp_path)]
+    assert told == [(number, restart, "FAILED") for number, restart in (("12", 0), ("12", 1), ("13", 0), ("13", 1))]
+    assert begin("13", 3) == 1
+    assert (
+        "ends: 3 failures in a row (SBN_MAX_FAILURES); the last: job 13 ended without a word" in capsys.readouterr().out
+    )
+    status = read_status(tmp_path)
+    assert status is not None
+    assert status.state == "FAILED"
+    assert begin("14", 0) == 0
+
+
+def test_a_run_that_another_job_has_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "squeue").write_text("#!/bin/bash\necho '12 12'\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    words = [str(ROOT / "recipes" / "quickstart.yaml"), f"run_dir={tmp_path}"]
+    assert job.main(["begin", *words]) == 0
+    before = read_status(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    assert job.main(["begin", *words]) == 2
+    assert f"{tmp_path}: job 12 has this run; wait for it, or scancel it first" in capsys.readouterr().err
+    assert read_status(tmp_path) == before
+    assert read_attempts(tmp_path) == []
+    (tmp_path / "squeue").write_text("#!/bin/bash\necho 'Unable to contact slurm controller' >&2; exit 1\n")
+    assert job.main(["begin", *words]) == 0
 
 
 def test_what_is_no_attempt_is_left_out(tmp_path: Path) -> None:

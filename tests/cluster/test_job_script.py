@@ -62,3 +62,17 @@ def test_a_signal(moment: str, signal: str, expected: list[str], status: int, tm
         elif words[0] != "python":
             said.append(line)
     assert said == expected
+
+
+def test_what_a_site_sets_reaches_python(tmp_path: Path) -> None:
+    names = ("SBN_NPROC_PER_NODE", "SBN_MAX_RESTARTS", "SBN_MAX_FAILURES", "MASTER_ADDR", "MASTER_PORT")
+    told = " ".join(f"{name}=${name}" for name in names)
+    (tmp_path / "python").write_text(f'#!/bin/bash\necho "{told}" >"$FOLDER/said"; exit 10\n')
+    (tmp_path / "python").chmod(0o755)
+    settings = "".join(f"{name}={number}\n" for number, name in enumerate(names, start=1))
+    (tmp_path / "env.sh").write_text(f"SBN_PYTHON={tmp_path}/python\n{settings}sbn_node_environment() {{ :; }}\n")
+    environment = {"PATH": "/usr/bin:/bin", "FOLDER": str(tmp_path), "SBN_ENV": f"{tmp_path}/env.sh"}
+    script = SCRIPT.format(code=ROOT, folder=tmp_path)
+    subprocess.run(["bash", "-c", script], env=environment, capture_output=True, timeout=60, check=True)
+    said = (tmp_path / "said").read_text().split()
+    assert said == [f"{name}={number}" for number, name in enumerate(names, start=1)]

@@ -1,10 +1,12 @@
 """What `sbn submit` and `sbn sweep --submit` write and refuse, with stand-ins for sbatch and squeue."""
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -129,6 +131,35 @@ def test_what_is_submitted_is_the_code_the_recipe_and_the_script(
     assert int(count) > 100
 
 
+@pytest.mark.parametrize("folder", ["exp #2", "it's", "50%n"])
+def test_a_path_means_the_same_to_sbatch_srun_and_the_ranks(
+    folder: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(here, "sbatch", "echo 17")
+    run = here / folder / "runs" / "x"
+    run.parents[1].mkdir()
+    monkeypatch.chdir(run.parents[1])
+    assert main(["submit", QUICKSTART, "run_dir=runs/x"]) == 0
+    place = run / "submissions" / "1"
+    ask = 'sbn_main() { printf "%s\\0" "$@"; }'  # in the place of job.sh
+    (place / "code" / "slurm" / "job.sh").write_text(ask)
+    script = place / "quickstart-ternary-6of8.sbatch"
+    said = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=True, env={"SLURM_JOB_ID": "17"})
+    log, *words = said.stdout.split("\0")[:-1]
+    # srun reads a pattern: a path of its own has every % twice.
+    assert log == f"{run}/logs/sbn-17-node-".replace("%", "%%") + "%n.log"
+    started: list[list[str]] = []
+
+    def start(arguments: list[str], ranks: int, **_: object) -> int:
+        started.append(arguments)
+        return 0
+
+    monkeypatch.setattr(job, "launch", start)
+    assert job.main(["node", *words]) == 0
+    ((recipe, *overrides),) = started
+    assert load_recipe(recipe, overrides).run_dir == str(run)
+
+
 def test_a_sweep_is_an_array_for_each_number_of_ranks(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stand_in(here, "sbatch", 'echo "$2" >> scripts; wc -l < scripts')
     stand_in(here, "wc", "exec /usr/bin/wc -l")
@@ -183,6 +214,7 @@ def test_what_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None
     submit = ("submit", QUICKSTART, f"run_dir={run}")
     assert "sbatch is not on PATH: submit from a login node" in refusal(capsys, *submit)
     assert "3 were started" in refusal(capsys, *submit, "--nodes", "3", "--nproc-per-node", "1", "--dry-run")
+    assert "PYTHONPATH, which has no place for a path with ':'" in refusal(capsys, *submit[:2], "run_dir=a:b")
     message = refusal(capsys, *submit, "tracking.uri=http://me:hush@host:5000", "--dry-run")
     assert "tracking.uri = http://***@host:5000 holds a password" in message
     assert "cannot be spread evenly" in refusal(capsys, "sweep", WEAK_SCALING, "--submit", "--nproc-per-node", "3")
@@ -235,6 +267,28 @@ def test_what_sbatch_refuses_leaves_no_submission(here: Path, capsys: pytest.Cap
     assert files(here / "runs") == {"x", "x/logs", "x/logs/rank-0.log"}
 
 
+def test_a_job_that_was_taken_keeps_its_code_whatever_fails_then(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    # The copy of the code was the last that the disk had room for.
+    stand_in(here, "sbatch", "echo 17")
+    run = subprocess.run
+
+    def fill(command: list[str], **options: Any) -> "subprocess.CompletedProcess[str]":
+        if command[0] == "sbatch":
+            monkeypatch.setattr(Path, "write_text", full)
+            monkeypatch.setattr(Path, "write_bytes", full)
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", fill)
+    message = refusal(capsys, "submit", QUICKSTART, "run_dir=runs/x")
+    assert "job 17 is submitted all the same: let it run, or scancel it" in message
+    assert (here / "runs" / "x" / "submissions" / "1" / "code" / "slurm" / "job.sh").is_file()
+
+
 def test_arrays_that_were_taken_stay_when_a_later_one_is_refused(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -256,6 +310,16 @@ def test_a_run_of_a_study_whose_job_waits_is_not_submitted(here: Path, capsys: p
         capsys, "submit", QUICKSTART, f"run_dir={of_study}"
     )
     assert main(["submit", QUICKSTART, f"run_dir={study}/another", "--dry-run"]) == 0
+
+
+def test_a_run_is_not_submitted_while_its_study_is(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = here / "runs" / "weak-scaling-qwen2.5-0.5b" / "weak-scaling-qwen2.5-0.5b-8-ranks-tp1-zero1"
+    again = f'"{sys.executable}" -m megatron_sbn.cli submit "{QUICKSTART}" "run_dir={run}" >said 2>&1'
+    stand_in(here, "sbatch", f'case "$2" in *ranks.sbatch) {again}; echo "too large" >&2; exit 1 ;; esac; echo 18')
+    assert "too large" in refusal(capsys, "sweep", WEAK_SCALING, "--submit")
+    # Accepted, its job would wait for a folder of logs that goes with the study's submission.
+    assert "another process is writing this output" in (here / "said").read_text()
+    assert not (here / "runs" / "weak-scaling-qwen2.5-0.5b").exists()
 
 
 def test_a_site_file_that_bash_cannot_read(

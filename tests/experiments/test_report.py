@@ -22,10 +22,10 @@ PERPLEXITY = {
 SEEDS = {1: 0.0, 2: 6.0}
 
 
-def run_folder(study: Path, weight_format: str, n: int, seed: int, steps: int = STEPS) -> None:
-    folder = study / f"{weight_format}-{n}-seed{seed}"
+def run_folder(study: Path, weight_format: str, n: int, seed: int, steps: int = STEPS, *changes: str) -> Path:
+    folder = study / "-".join([weight_format, str(n), f"seed{seed}", *changes])
     folder.mkdir(parents=True)
-    overrides = (f"linear.weight_format={weight_format}", f"linear.sparsity={n}:8", f"training.seed={seed}")
+    overrides = (f"linear.weight_format={weight_format}", f"linear.sparsity={n}:8", f"training.seed={seed}", *changes)
     recipe = load_recipe(TINY, (*overrides, f"training.steps={STEPS}", "optimizer.lr_decay_steps=20"))
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     file = MetricsFile(folder / "metrics.jsonl")
@@ -34,6 +34,7 @@ def run_folder(study: Path, weight_format: str, n: int, seed: int, steps: int = 
     if steps == STEPS:
         file.append(STEPS, {"validation_perplexity": PERPLEXITY[weight_format][n] + SEEDS[seed], "zero_fraction": 0.3})
     file.close()
+    return folder
 
 
 @pytest.fixture
@@ -57,6 +58,33 @@ def test_curves_are_means_and_ranges_over_seeds(study: Path) -> None:
     scaled = dense.normalised()
     assert scaled is not None
     assert scaled.mean == pytest.approx((1.0, 98 / 93, 107 / 93, 153 / 93))
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_curves_of_their_own(tmp_path: Path) -> None:
+    for rate in ("0.001", "0.002"):
+        for n, seed in ((8, 1), (8, 2), (6, 1)):
+            run_folder(tmp_path, "ternary", n, seed, STEPS, f"optimizer.lr={rate}", f"training.log_interval={seed}")
+    run_folder(tmp_path, "dense", 8, 1)
+    made = curves(read_study(tmp_path), 8)
+    assert [(curve.name, curve.n) for curve in made] == [
+        ("ternary, optimizer.lr 0.001", (8, 6)),
+        ("ternary, optimizer.lr 0.002", (8, 6)),
+        ("dense", (8,)),
+    ]
+    assert (made[0].mean, made[0].low, made[0].high) == ((103.0, 104.0), (100.0, 104.0), (106.0, 104.0))
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report" / "index.md").read_text()
+    assert "| ternary, optimizer.lr 0.001 | / 8:8 | ternary, optimizer.lr 0.002 | / 8:8 | dense | / 8:8 |" in page
+
+
+def test_a_perplexity_of_an_earlier_step_is_not_the_final_one(tmp_path: Path) -> None:
+    run_folder(tmp_path, "ternary", 8, 1)
+    file = MetricsFile(run_folder(tmp_path, "ternary", 8, 2, STEPS - 1) / "metrics.jsonl")
+    file.append(STEPS - 1, {"validation_perplexity": 900.0})
+    file.append(STEPS, {"loss": 7.0})  # its validation is not done yet
+    file.close()
+    (curve,) = curves(read_study(tmp_path), 8)
+    assert curve.mean == (100.0,)
 
 
 def test_the_collapse_point_is_the_first_n_above_ten_percent(study: Path) -> None:
@@ -93,13 +121,25 @@ def test_the_report(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(study)]) == 0  # its own folder is no run
 
 
+def test_the_folder_that_one_is_in_has_its_name(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(study)
+    assert main(["report", "."]) == 0
+    assert (study / "report" / "index.md").read_text().startswith("# n-of-8\n")
+    monkeypatch.chdir(study / "dense-8-seed1")
+    capsys.readouterr()
+    assert main(["compare", ".", "../dense-6-seed1"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["key", "dense-8-seed1", "dense-6-seed1"]
+
+
 def test_a_study_without_a_dense_run_has_no_normalised_column(tmp_path: Path) -> None:
     run_folder(tmp_path / "s", "ternary", 6, 1)
     run_folder(tmp_path / "s", "ternary", 4, 1)
     assert main(["report", str(tmp_path / "s"), "--output", str(tmp_path / "page")]) == 0
     page = (tmp_path / "page" / "index.md").read_text()
     assert "| 6:8 | 104.00 | - |" in page
-    assert "nowhere in this study" in page
+    assert "- ternary: no finished run at 8:8, so nothing to tell a collapse by." in page
 
 
 @pytest.mark.parametrize("place", ["file", "file/x", "a\0b", "x" * 300])
@@ -116,6 +156,29 @@ def test_a_page_that_cannot_be_written_is_one_line(
 def test_an_empty_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert f"{tmp_path}: holds no run folders" in capsys.readouterr().err
+
+
+def test_formats_are_not_averaged_into_one_speed(tmp_path: Path) -> None:
+    for weight_format, ranks, speed in (
+        ("ternary", 1, 90.0),
+        ("ternary", 2, 160.0),
+        ("dense", 1, 110.0),
+        ("dense", 2, 200.0),
+    ):
+        folder = tmp_path / f"{weight_format}-{ranks}"
+        folder.mkdir(parents=True)
+        changes = (f"linear.weight_format={weight_format}", f"training.global_batch_size={16 * ranks}")
+        (folder / "recipe.yaml").write_text(load_recipe(TINY, changes).to_yaml())
+        file = MetricsFile(folder / "metrics.jsonl")
+        file.append(1, {"tokens_per_second": speed})
+        file.close()
+        record = RunRecord(new_key(), folder.name, "e", "sqlite:///x.db", 0.0, {}, {"ranks": str(ranks)}, [])
+        RunRecordFile(folder / FILE_NAME, record).update(status="FINISHED")
+    layout = "tensor 1 x pipeline 1, ZeRO-1, linear.weight_format"
+    assert scalings(read_study(tmp_path)) == [
+        Scaling(f"{layout} dense", (1, 2), (110.0, 200.0)),
+        Scaling(f"{layout} ternary", (1, 2), (90.0, 160.0)),
+    ]
 
 
 def test_speed_over_ranks(tmp_path: Path) -> None:

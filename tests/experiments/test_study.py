@@ -14,7 +14,7 @@ from megatron_sbn.config import load_recipe
 from megatron_sbn.experiments.metrics import MetricsFile
 from megatron_sbn.experiments.provenance import describe_recipe
 from megatron_sbn.experiments.study import KIND_TAG, PARENT_TAG, STUDY_TAG, Study, standing
-from megatron_sbn.experiments.tracking import Tracker, default_uri, sync
+from megatron_sbn.experiments.tracking import Tracker, default_uri, delivered_study, sync
 from megatron_sbn.sweep import load_sweep
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -171,6 +171,7 @@ def test_a_report_is_attached_to_the_studys_run(
     assert attached(uri, tmp_path / "a") == {f"report/{name}": (study / "report" / name).read_bytes() for name in names}
     # From MLflow, when another run has joined: the new page is in the place of the old one.
     assert track(tmp_path / "c", uri).close("FINISHED")
+    assert [run.name for run in delivered_study(uri, "n-of-8")] == ["ternary-6", "ternary-8"]  # its recipe is to come
     (tmp_path / "c" / "recipe.yaml").write_text((study / "ternary-8" / "recipe.yaml").read_text())
     third = next(row for row in rows(uri, "run") if row.info.run_name == "c")
     MlflowClient(uri).log_artifact(third.info.run_id, str(tmp_path / "c" / "recipe.yaml"))

@@ -14,7 +14,7 @@ from megatron_sbn.feasibility import check_recipe, check_world
 from megatron_sbn.plan.command import machines_of
 from megatron_sbn.plan.device import CPU, ON_CUDA
 from megatron_sbn.plan.duration import duration, link, operations
-from megatron_sbn.plan.layouts import Machines, choose
+from megatron_sbn.plan.layouts import Machines, candidate, choose
 from megatron_sbn.plan.memory import rank_memory
 from megatron_sbn.plan.sent import sent_by_all
 from megatron_sbn.plan.shapes import Layout, model_parameters
@@ -156,6 +156,21 @@ def test_sharing_more_takes_less() -> None:
     assert total("training.micro_batch_size=4") > base
     # Int8 tokens, and norms and SwiGLU that are not stored.
     assert total("linear.weight_format=dense", "linear.sparsity=8:8") > base
+
+
+def test_memory_is_that_of_the_phase_that_takes_most(capsys: pytest.CaptureFixture[str]) -> None:
+    def taken(*overrides: str) -> float:
+        return candidate(recipe_of(*overrides), h200()).memory.total
+
+    dense, ternary = taken("linear.weight_format=dense"), taken()
+    assert dense > ternary
+    into = "linear.phases=[{step: 100, weight_format: dense}, {step: 200, weight_format: ternary}]"
+    assert taken(into) == taken("linear.weight_format=dense", into.replace("dense", "ternary")) == dense
+    floating = taken("linear.activation_bits=none")
+    assert taken("linear.phases=[{step: 9, activation_bits: none}]") == floating > ternary
+    assert taken("linear.phases=[{step: 9, sparsity: '7:8'}]") == ternary
+    assert main(["plan", QWEN3B, into, "--nodes", "4", "--device", "h200"]) == 0
+    assert "in the phase that takes most; bytes sent and time are of" in capsys.readouterr().out
 
 
 def test_what_cuda_keeps_is_described_and_differs() -> None:

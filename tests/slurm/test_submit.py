@@ -20,7 +20,7 @@ STEPS = 30
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("a study"))
+    return write_recipe(tmp_path_factory.mktemp("a study 50%n #2"))  # special in YAML and in Slurm's patterns
 
 
 def sbn(cluster: Cluster, recipe: Path, *words: str) -> "subprocess.CompletedProcess[str]":

@@ -126,11 +126,33 @@ def test_a_signal_before_a_rank_listens_waits_for_it(tmp_path: Path, monkeypatch
     assert launch([], 2, module="earliest_rank") == STOPPED
 
 
-def test_the_kill_switch_stops_a_run(recipe: Path) -> None:
-    run = recipe.parent / "switched"
+DELIVERING = """
+import os, pathlib, sys, time
+from megatron_sbn.stop_signals import unblock
+unblock()
+if os.environ["RANK"] == "0":
+    time.sleep(2)
+    pathlib.Path(sys.argv[1]).touch()
+sys.exit(75)
+"""
+
+
+def test_rank_0_has_time_to_deliver_when_the_others_have_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than ranks have that were asked to end because another failed."""
+    (tmp_path / "delivering_rank.py").write_text(DELIVERING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("megatron_sbn.launch.GRACE_SECONDS", 0.2)
+    assert launch([str(tmp_path / "delivered")], 2, module="delivering_rank") == STOPPED
+    assert (tmp_path / "delivered").exists()
+
+
+@pytest.mark.parametrize("place", [".", ".."])
+def test_the_kill_switch_stops_a_run(place: str, recipe: Path, tmp_path: Path) -> None:
+    """In its folder, or beside all runs of a study."""
+    run = tmp_path / "study" / "switched"
     with start(recipe, run, "training.steps=100000", "tracking.enabled=false") as process:
         await_line(process, "step 1/")
-        (run / "STOP").touch()
+        (run / place / "STOP").touch()
         process.communicate(timeout=120)
     assert process.returncode == STOPPED
     status = read_status(run)
