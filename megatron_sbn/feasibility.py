@@ -60,7 +60,7 @@ def check_world(recipe: "Recipe", world_size: int) -> None:
             f"use a multiple of {unit}"
         )
     micro_batches = training.global_batch_size // unit
-    if parallel.virtual_pipeline and parallel.virtual_pipeline > 1 and micro_batches % parallel.pipeline:
+    if parallel.virtual_pipeline and micro_batches % parallel.pipeline:
         raise RecipeError(
             f"parallel.virtual_pipeline = {parallel.virtual_pipeline} needs a multiple of {parallel.pipeline} "
             f"micro-batches per step, and there are {micro_batches}; change training.global_batch_size"

@@ -22,6 +22,7 @@ LAYOUTS = {
     "tensor4-whole-sequence": (4, (TENSOR4, NO_SEQUENCE)),
     "pipeline2": (2, (PIPELINE2,)),
     "pipeline2-interleaved": (2, (PIPELINE2, INTERLEAVED)),
+    "pipeline2-one-chunk": (2, (PIPELINE2, "parallel.virtual_pipeline=1")),
     "data2": (2, ()),
     "data2-zero2": (2, ("parallel.zero_stage=2",)),
     "data2-zero3": (2, (ZERO3,)),
