@@ -101,7 +101,7 @@ class Loop:
         self.evaluator = Evaluator(recipe, parallel) if recipe.data.validation is not None else None
         self.folder = folder
         stages = build_stages(recipe, parallel)
-        self.trainer = Trainer(recipe, parallel, stages)
+        self.trainer = Trainer(recipe, parallel, stages, heart.get_on)
         self.telemetry = Telemetry(stages.state, parallel)
         self.traffic = Traffic(group_names(parallel))
         self.sent: Totals = {}  # by the last step
