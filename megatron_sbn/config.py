@@ -52,6 +52,10 @@ def _parse_shards(value: Any) -> Any:  # noqa: ANN401 - anything that YAML can h
     return value
 
 
+def _none_if_one(value: int | None) -> int | None:
+    return None if value == 1 else value
+
+
 def _check_folder(value: str) -> str:
     if "\0" in value or any(len(os.fsencode(part)) > 255 for part in value.split("/")):
         raise ValueError("no folder can be called so; a name in it has at most 255 bytes, and no NUL")
@@ -62,6 +66,8 @@ Sparsity = Annotated[tuple[int, int], BeforeValidator(_parse_sparsity)]
 ActivationBits = Annotated[Literal[8, 4] | None, BeforeValidator(_parse_bits)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]  # of files, too
 Folder = Annotated[str, AfterValidator(_check_folder)]
+# One chunk a rank is no interleaving, for which Megatron-Core has a schedule, names and checks of its own.
+ChunksPerRank = Annotated[Positive | None, AfterValidator(_none_if_one)]
 WeightFormat = Literal["ternary", "dense"]
 
 
@@ -158,7 +164,7 @@ class Parallel(Section):
 
     tensor: Positive = 1
     pipeline: Positive = 1
-    virtual_pipeline: Positive | None = None  # model chunks per pipeline rank (interleaved 1F1B)
+    virtual_pipeline: ChunksPerRank = None  # model chunks per pipeline rank (interleaved 1F1B)
     num_layers_in_first_pipeline_stage: Positive | None = None  # None: all stages that are not set have equally many
     num_layers_in_last_pipeline_stage: Positive | None = None
     expert: Positive = 1

@@ -23,6 +23,7 @@ def check_recipe(recipe: "Recipe") -> None:
     check_experts(recipe)
     _check_linear(recipe)
     _check_schedule(recipe)
+    _check_rollback(recipe)
     if recipe.training.global_batch_size % recipe.training.micro_batch_size:
         raise RecipeError(
             f"training.global_batch_size = {recipe.training.global_batch_size} is not a multiple of "
@@ -60,7 +61,7 @@ def check_world(recipe: "Recipe", world_size: int) -> None:
             f"use a multiple of {unit}"
         )
     micro_batches = training.global_batch_size // unit
-    if parallel.virtual_pipeline and parallel.virtual_pipeline > 1 and micro_batches % parallel.pipeline:
+    if parallel.virtual_pipeline and micro_batches % parallel.pipeline:
         raise RecipeError(
             f"parallel.virtual_pipeline = {parallel.virtual_pipeline} needs a multiple of {parallel.pipeline} "
             f"micro-batches per step, and there are {micro_batches}; change training.global_batch_size"
@@ -140,7 +141,8 @@ def _check_linear(recipe: "Recipe") -> None:
         last = settings[-1]
         bits = last[2] if phase.activation_bits == "unchanged" else phase.activation_bits
         settings.append((phase.weight_format or last[0], phase.sparsity or last[1], bits, where))
-    _check_used(recipe, any(weight_format == "ternary" for weight_format, *_ in settings))
+    ternary = [bits for weight_format, _, bits, _ in settings if weight_format == "ternary"]
+    _check_used(recipe, bool(ternary), any(bits is not None for bits in ternary))
     for weight_format, (n, m), bits, where in settings:
         if not 1 <= n <= m <= 32:
             raise RecipeError(f"{where}.sparsity = {n}:{m}: needs 1 <= N <= M <= 32, such as 6:8")
@@ -150,8 +152,8 @@ def _check_linear(recipe: "Recipe") -> None:
             _check_exact(recipe)
 
 
-def _check_used(recipe: "Recipe", ternary: bool) -> None:
-    """Settings of ternary weights say nothing where no phase has them: refused, not ignored."""
+def _check_used(recipe: "Recipe", ternary: bool, quantized: bool) -> None:
+    """Settings of ternary weights, or of rounded activations, say nothing where no phase has them: refused."""
     linear = recipe.linear
     for field, value, default in (
         ("order", linear.order, "quant_then_mask"),
@@ -160,6 +162,11 @@ def _check_used(recipe: "Recipe", ternary: bool) -> None:
     ):
         if not ternary and value != default:
             raise RecipeError(f"linear.{field} = {value!r} has no effect on dense weights; leave it at {default!r}")
+    if linear.backward != "exact" and not quantized:
+        raise RecipeError(
+            f"linear.backward = {linear.backward!r} has no effect without rounded activations; leave it at 'exact', or "
+            "set linear.activation_bits to 8"
+        )
 
 
 def _check_groups(recipe: "Recipe", n: int, m: int, where: str) -> None:
@@ -207,6 +214,23 @@ def _check_schedule(recipe: "Recipe") -> None:
     steps = [stage.step for stage in optimizer.stages]
     if steps and (steps[0] != 0 or sorted(set(steps)) != steps):
         raise RecipeError(f"optimizer.stages start at steps {steps}; start the first at 0 and each after the last")
+
+
+def _check_rollback(recipe: "Recipe") -> None:
+    """A bad step finds a checkpoint that is old enough, once so many steps are done."""
+    training, checkpoint = recipe.training, recipe.checkpoint
+    if training.on_bad_step != "rollback":
+        return
+    if not checkpoint.interval:
+        raise RecipeError(
+            "training.on_bad_step = 'rollback' needs checkpoints, and checkpoint.interval = 0; set it, or use 'skip'"
+        )
+    least = 1 + -(-training.rollback_steps // checkpoint.interval)
+    if checkpoint.keep < least and not checkpoint.keep_every:
+        raise RecipeError(
+            f"training.rollback_steps = {training.rollback_steps} is more than what is kept reaches back: "
+            f"{checkpoint.keep}, one each {checkpoint.interval} steps; set checkpoint.keep to {least} or more"
+        )
 
 
 def _divisible(value: int, name: str, by: int, by_name: str, otherwise: str = "") -> None:

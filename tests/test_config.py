@@ -125,6 +125,7 @@ def test_a_resolved_recipe_is_the_recipe(minimal: Path, tmp_path: Path) -> None:
         ("linear.activation_bits=4", 4),
         ("model.bf16=false", False),
         ("model.num_query_groups=null", None),
+        ("parallel.virtual_pipeline=1", None),  # the same thing
         ("model.num_query_groups=", None),
         ("data.tokenizer=a=b", "a=b"),
     ],

@@ -62,6 +62,11 @@ training: {steps: 10, global_batch_size: 16, micro_batch_size: 4}
         ("linear.backward=int8 linear.weight_format=dense", "linear.backward = 'int8'", "leave it at 'exact'"),
         ("linear.order=mask_then_quant linear.weight_format=dense", "linear.order = 'mask_then_quant'", "leave it"),
         ("model.ffn_hidden_size=131080", "131080 exceeds 131072", ""),
+        ("linear.backward=int8 linear.activation_bits=none", "linear.backward = 'int8' has no effect without rounded", "activation_bits to 8"),
+        # bad steps
+        ("training.on_bad_step=rollback", "training.on_bad_step = 'rollback' needs checkpoints", "set it, or use 'skip'"),
+        ("training.on_bad_step=rollback checkpoint.interval=5 checkpoint.keep=1", "training.rollback_steps = 1 is more", "checkpoint.keep to 2"),
+        ("training.on_bad_step=rollback checkpoint.interval=5 training.rollback_steps=6", "what is kept reaches back: 2, one each 5", "checkpoint.keep to 3"),
         # the schedule
         ("optimizer.min_lr=1e-3", "optimizer.min_lr = 0.001 is above optimizer.lr = 0.0003", "lower it"),
         ("optimizer.lr_warmup_steps=11", "optimizer.lr_warmup_steps = 11 is longer than the 10 steps", "shorten it"),
@@ -122,6 +127,9 @@ def split(overrides: str) -> list[str]:
         "optimizer.min_lr=3e-4",
         "training.validation_interval=5 data.validation=held/out",
         "linear.backward=int8 linear.weight_format=dense linear.phases=[{step: 3,weight_format: ternary}]",
+        "linear.backward=int8 linear.activation_bits=none linear.phases=[{step: 3,activation_bits: 8}]",
+        "training.on_bad_step=rollback checkpoint.interval=5 training.rollback_steps=5",
+        "training.on_bad_step=rollback checkpoint.interval=5 training.rollback_steps=6 checkpoint.keep_every=5",
     ],
 )
 def test_what_can_be_trained_is_not_refused(overrides: str, base: Path) -> None:

@@ -5,7 +5,8 @@
     checkpoints/.step-....partial    being written; .step-....removed: being removed. Nothing reads them
 
 A checkpoint appears under its name whole, by a rename; `latest` is replaced after that. Where the one that `latest`
-names is not whole, the one before it is used; later ones are left alone, for they belong to a run that was given up.
+names is not whole, the one before it is used; later ones are not, for they belong to a run that was given up, and are
+removed when the run has saved what is to be kept, or passes them.
 Imports no torch.
 """
 
@@ -125,24 +126,38 @@ def clean(folder: Path) -> None:
     (folder / f".{LATEST}{PARTIAL}").unlink(missing_ok=True)
 
 
-def publish(folder: Path, step: int) -> Path:
-    """Gives the written checkpoint its name, then names it in `latest`. Raises OSError, InputError."""
+def publish(folder: Path, step: int, after: int | None = None) -> Path:
+    """Gives the written checkpoint its name, then names it in `latest`. Raises OSError, InputError.
+
+    With `after`, the step of the checkpoint that the run went on from, those between the two are of a run that was
+    given up, and are removed while `latest` still names an earlier one: behind a later one they would be tried.
+    """
     final = folder / step_name(step)
+    if after is not None:
+        for given_up in saved(folder):
+            if after < (step_of(given_up) or 0) < step:
+                _remove(given_up)
     if final.exists():
         _remove(final)
     partial(folder, step).rename(final)
-    write_whole(folder / LATEST, f"{final.name}\n".encode())
+    point(folder, step)
     return final
+
+
+def point(folder: Path, step: int) -> None:
+    """Puts the checkpoint of a step in force. Raises InputError."""
+    write_whole(folder / LATEST, f"{step_name(step)}\n".encode())
 
 
 def retire(folder: Path, keep: int, keep_every: int) -> None:
     """Removes all but the newest `keep`, and those whose step is a multiple of `keep_every` (0: none). Raises OSError.
 
-    The one that `latest` names stays even where a run went back and continued from an older one.
+    The one that `latest` names and those before it come first, even where a run went back and continued from an older
+    one: later ones are of no use to it.
     """
-    latest = pointed(folder)
-    others = [path for path in saved(folder) if path != latest]
-    for old in others[max(0, keep - 1) :]:
+    useful = candidates(folder)
+    later = [path for path in saved(folder) if path not in useful]
+    for old in [*useful, *later][keep:]:
         if not keep_every or (step_of(old) or 0) % keep_every:
             _remove(old)
 

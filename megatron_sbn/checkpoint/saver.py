@@ -62,7 +62,7 @@ class Saver:
         self.contents = contents
         self.settings = settings
         self.parallel = contents.parallel
-        self.published: int | None = None  # the step of the last one that was completed
+        self.published: int | None = None  # the step of the last one that was completed, or that the run goes on from
         self._say = say
         self._flight: _Flight | None = None
         self._retiring: threading.Thread | None = None
@@ -105,6 +105,18 @@ class Saver:
             self._retiring.join()
             self._retiring = None
 
+    def go_back(self, step: int) -> None:
+        """Puts the checkpoint of `step` in force, from which the run goes on. Raises CheckpointError on every rank."""
+        self.published = step
+        with attempt() as pointing:
+            if self.parallel.rank == 0:
+                folders.point(self.folder, step)
+        problem = first_problem(pointing.problem, self.parallel)
+        if problem:
+            error = CheckpointError(problem)
+            error.on_every_rank = True
+            raise error
+
     def _launch(self, state: State, chunks: list[Chunk]) -> None:
         path, rank = folders.partial(self.folder, state.step), self.parallel.rank
 
@@ -142,7 +154,7 @@ class Saver:
         (path / MANIFEST).write_bytes(manifest_text(merge([own, *(part for part in parts if part is not None)])))
         flush_to_disk(path / MANIFEST)
         flush_to_disk(path)
-        folders.publish(self.folder, state.step)
+        folders.publish(self.folder, state.step, self.published)
 
     def _retire(self) -> None:
         with attempt() as retiring:

@@ -52,9 +52,11 @@ class Router(TopKRouter):
 
 
 class ExpertDown(RowParallelLinear):
-    """An expert's down projection. Megatron-Core adds its bias in place, which autograd allows in no custom function's
-    own output.
+    """An expert's down projection. Megatron-Core adds its bias, weighted by the router as the output is, and in place:
+    autograd allows that in no custom function's own output.
     """
+
+    leaves_bias = True
 
     def forward(self, x: Tensor, weight: Tensor | None = None, **rest: Any) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401
         """[tokens, in] -> ([tokens, out], bias that the caller adds, or None)."""

@@ -125,16 +125,19 @@ class SparseBitLinear(nn.Module):
         part_rows: rows (start, length) of every logical part of this rank's weight; part p has scale gamma_p.
         global_rows, global_columns: shape of the logical weight.
         settings, prepared: set by `TernaryState` before the first forward and after every optimizer step.
+        leaves_bias: whether the caller adds the bias. Megatron-Core's `skip_bias_add` is not followed: the sum of a
+            bf16 output and an fp32 bias is fp32, and so would be all that follows. Here it is added before the only
+            rounding.
     """
 
+    leaves_bias = False
     layout: TokenLayout
     weight_shard: LogicalShard
     bias_shard: LogicalShard | None
 
-    def __init__(self, config: ModelParallelConfig, skip_bias_add: bool) -> None:
+    def __init__(self, config: ModelParallelConfig) -> None:
         super().__init__()
         self.config = config
-        self.skip_bias_add = skip_bias_add
         self.settings = DENSE
         self.prepared = NOT_PREPARED
         self.narrow_input = False  # whether the 4-bit activation option applies (QKV and FC1 inputs)
@@ -191,13 +194,13 @@ class SparseBitLinear(nn.Module):
         self, x: Tensor, weight: Tensor | None = None, *, producer: Direct = DIRECT, **_: object
     ) -> tuple[Tensor, Tensor | None]:
         """[tokens, batch, in] -> ([tokens, batch, out], bias where the caller adds it, else None)."""
-        own_bias = None if self.skip_bias_add else self.bias
+        own_bias = None if self.leaves_bias else self.bias
         used = self.store if weight is None else weight
         gain = None
         if self._norm and self.fuses_producer:
             producer, gain = RmsNorm(self._norm[0].eps), self._norm[0].weight
         y = apply_linear(x, used, own_bias, self.prepared, self.settings, self.layout, producer=producer, gain=gain)
-        return y, self.bias if self.skip_bias_add else None
+        return y, self.bias if self.leaves_bias else None
 
 
 class ColumnParallelLinear(SparseBitLinear):
@@ -214,12 +217,11 @@ class ColumnParallelLinear(SparseBitLinear):
         config: ModelParallelConfig,
         tp_group: dist.ProcessGroup,
         bias: bool,
-        skip_bias_add: bool,
         gather_output: bool = False,
         skip_weight_param_allocation: bool = False,
         **_: object,
     ) -> None:
-        super().__init__(config, skip_bias_add)
+        super().__init__(config)
         if gather_output:
             raise ValueError("gather_output is not supported: outputs stay cut over the tensor-parallel group")
         rank, size = tp_group.rank(), tp_group.size()
@@ -291,10 +293,9 @@ class RowParallelLinear(SparseBitLinear):
         tp_group: dist.ProcessGroup,
         bias: bool,
         input_is_parallel: bool,
-        skip_bias_add: bool,
         **_: object,
     ) -> None:
-        super().__init__(config, skip_bias_add)
+        super().__init__(config)
         if not input_is_parallel:
             raise ValueError("input_is_parallel must be true: inputs come cut from a column-parallel layer")
         rank, size = tp_group.rank(), tp_group.size()
@@ -303,8 +304,6 @@ class RowParallelLinear(SparseBitLinear):
         self.bias_shard = whole((output_size,)) if bias else None
         self._allocate((output_size, input_size // size), output_size if bias else None)
         self.weight.tensor_model_parallel = size > 1  # type: ignore[attr-defined]
-        if self.bias is not None:
-            self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class HeadLinear(ColumnParallelLinear):

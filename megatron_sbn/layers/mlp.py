@@ -16,10 +16,8 @@ class GatedMlp(MLP):
         if not self.linear_fc2.fuses_producer:
             output: tuple[Tensor, Tensor | None] = super().forward(hidden_states, **rest)
             return output
-        gate_up, bias = self.linear_fc1(hidden_states)
-        fused: tuple[Tensor, Tensor | None] = self.linear_fc2(
-            gate_up if bias is None else gate_up + bias, producer=SwiGlu()
-        )
+        gate_up, _ = self.linear_fc1(hidden_states)
+        fused: tuple[Tensor, Tensor | None] = self.linear_fc2(gate_up, producer=SwiGlu())
         return fused
 
 

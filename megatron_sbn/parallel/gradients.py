@@ -2,7 +2,7 @@
 
 Two kinds of replicas see only a part of the gradient each:
 
-* norm weights and row-parallel biases under sequence parallelism see this rank's tokens: SUM over the tensor group;
+* norm and router weights under sequence parallelism see this rank's tokens: SUM over the tensor group;
 * tied embeddings under pipeline parallelism: the first stage has the lookup's, the last the head's: SUM of the two.
 
 An expert's gradient covers the tokens of all ranks of its expert-parallel group. Its sum over replicas has to be

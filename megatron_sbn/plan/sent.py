@@ -83,14 +83,10 @@ def _tensor(layout: Layout, stage: int) -> float:
 
 
 def _of_own_tokens(layout: Layout, stage: int) -> int:
-    """Elements whose gradients cover a rank's own tokens only: norms, routers, biases of row-parallel layers."""
-    model, layers = layout.recipe.model, layout.layers(stage)
-    experts = model.num_moe_experts or 0
-    rows = 1 if layout.local_experts else 2
-    biases = model.add_bias_linear * (rows * model.hidden_size + experts)
-    return layers * (2 * model.hidden_size + experts * model.hidden_size + biases) + model.hidden_size * layout.is_last(
-        stage
-    )
+    """Elements whose gradients cover a rank's own tokens only: norms and routers."""
+    model = layout.recipe.model
+    routers = (model.num_moe_experts or 0) * (model.hidden_size + model.add_bias_linear)
+    return layout.layers(stage) * (2 * model.hidden_size + routers) + model.hidden_size * layout.is_last(stage)
 
 
 def _cut_parts(layout: Layout, stage: int) -> int:

@@ -85,6 +85,9 @@ class Checkpoints:
     def restore(self, at_most: int | None = None) -> State:
         """Takes everything from the newest whole checkpoint, or that of at most so many steps, and prepares the layers.
 
+        With `at_most` a run goes back: what it goes on from is in force then, so that a start before the next save
+        does not continue what was given up.
+
         Raises CheckpointError on every rank where none is whole, or where it is of another model or other data.
         """
         opened = open_newest(self.folder.checkpoints, self.parallel, at_most)
@@ -103,6 +106,9 @@ class Checkpoints:
             error = CheckpointError(problem)
             error.on_every_rank = True
             raise error
+        self.saver.published = opened.state.step
+        if at_most is not None:
+            self.saver.go_back(opened.state.step)
         self.trainer.judge.recall(opened.state.losses, opened.state.norms)
         self.trainer.stages.state.prepare(opened.state.step)
         return opened.state

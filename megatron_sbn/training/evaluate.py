@@ -5,10 +5,8 @@ validation_loss = mean over tokens of cross-entropy;  validation_perplexity = ex
 
 import math
 
-import numpy as np
-
 from megatron_sbn.config import Recipe
-from megatron_sbn.data.dataset import SequentialDataset
+from megatron_sbn.data.dataset import SequentialDataset, batch
 from megatron_sbn.errors import InputError
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.training.step import Trainer
@@ -18,7 +16,8 @@ class Evaluator:
     """Holds this replica's share of the validation samples.
 
     `training.validation_samples` of them are used, or as many as there are, rounded down to whole micro-batches on
-    every replica. Raises InputError where the shards hold fewer than one round of micro-batches.
+    every replica. Raises InputError where the shards hold fewer than one round of micro-batches, or a token that is
+    outside the model's vocabulary.
     """
 
     def __init__(self, recipe: Recipe, parallel: ParallelState) -> None:
@@ -36,8 +35,8 @@ class Evaluator:
                 f"micro-batches ({unit}); give more text or lower training.micro_batch_size"
             )
         share = count // parallel.data_size
-        first = parallel.data_rank * share
-        self._samples = np.stack([dataset[first + index] for index in range(share)])  # [share, tokens + 1]
+        rows = range(parallel.data_rank * share, (parallel.data_rank + 1) * share)
+        self._samples = batch(dataset, 0, count, rows, vocab_size=recipe.model.vocab_size)  # [share, tokens + 1]
 
     def run(self, trainer: Trainer) -> dict[str, float]:
         """The two metrics, equal on every rank."""

@@ -6,9 +6,10 @@
 
 A thread of each rank replaces its file every BEAT_SECONDS (less often with over 400 ranks): the phase that the main
 thread has told, how long it has been in it, the innermost line of this project that it is at, and whether it waits for
-other ranks below that. Rank 0 reads all of them, and the last rank rank 0's. A hang is no progress for
-`training.hang_warning` seconds: it is told once, with the ranks that keep the others waiting. After
-`training.hang_timeout` seconds the process ends with status 1, so that the launcher ends the others and starts anew.
+other ranks below that. Rank 0 reads all of them, and the last rank rank 0's. A hang is no progress (another phase, or
+another micro-batch) for `training.hang_warning` seconds: it is told once, with the ranks that keep the others waiting.
+After `training.hang_timeout` seconds the process ends with status 1, so that the launcher ends the others and starts
+anew.
 Only monotonic clocks are compared, and each only with itself.
 """
 
@@ -115,6 +116,7 @@ class Heartbeat:
         self._say, self._give_up = say, give_up
         self._seconds = max(BEAT_SECONDS, ranks * _SECONDS_A_RANK)
         self._told = (0, "starting", time.monotonic())
+        self._progress = time.monotonic()
         self._main = threading.get_ident()
         self._beat = 0
         self._done = threading.Event()
@@ -126,6 +128,11 @@ class Heartbeat:
     def enter(self, phase: str, step: int) -> None:
         """The main thread begins a phase of a step."""
         self._told = (step, phase, time.monotonic())
+        self.get_on()
+
+    def get_on(self) -> None:
+        """The main thread gets on within its phase: a long validation is no hang."""
+        self._progress = time.monotonic()
 
     def __enter__(self) -> "Heartbeat":
         beat_path(self.run, self.rank).parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +159,7 @@ class Heartbeat:
 
     def _look(self) -> None:
         """Tells a hang, then ends it. The rank that watches rank 0 speaks where that is silent."""
-        idle = time.monotonic() - self._told[2]
+        idle = time.monotonic() - self._progress
         if idle < min(value for value in (self.warning, self.timeout, float("inf")) if value):
             self._warned = False
             return

@@ -101,7 +101,7 @@ class Loop:
         self.evaluator = Evaluator(recipe, parallel) if recipe.data.validation is not None else None
         self.folder = folder
         stages = build_stages(recipe, parallel)
-        self.trainer = Trainer(recipe, parallel, stages)
+        self.trainer = Trainer(recipe, parallel, stages, heart.get_on)
         self.telemetry = Telemetry(stages.state, parallel)
         self.traffic = Traffic(group_names(parallel))
         self.sent: Totals = {}  # by the last step
@@ -217,7 +217,7 @@ class Loop:
         self.checkpoints.saver.finish()
         restored = self.checkpoints.restore(max(0, step - training.rollback_steps)).step
         self.console.say(f"{told}, and the run goes back to step {restored}, with batch {self.batches + 1}")
-        self.first = self.checkpoints.saver.published = restored
+        self.first = restored
         if self.metrics is not None:
             self.metrics.truncate_after(restored)
         if self.tracker is not None:

@@ -38,10 +38,17 @@ class StepResult:
 
 
 class Trainer:
-    """The model, its optimizer and its ternary state, on this rank."""
+    """The model, its optimizer and its ternary state, on this rank.
 
-    def __init__(self, recipe: Recipe, parallel: ParallelState, stages: Stages) -> None:
+    Args:
+        get_on: is called before every micro-batch.
+    """
+
+    def __init__(
+        self, recipe: Recipe, parallel: ParallelState, stages: Stages, get_on: Callable[[], None] = lambda: None
+    ) -> None:
         self.recipe = recipe
+        self._get_on = get_on
         self.parallel = parallel
         self.stages = stages
         parameters = [logical.parameter for logical in stages.parameters]
@@ -128,6 +135,7 @@ class Trainer:
     def _micro_batches(self, samples: np.ndarray, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(tokens, labels), int64 [size, tokens] each."""
         for start in range(0, len(samples), size):
+            self._get_on()
             block = torch.from_numpy(samples[start : start + size]).to(self.parallel.device)
             yield block[:, :-1].contiguous(), block[:, 1:].contiguous()
 

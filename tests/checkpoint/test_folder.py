@@ -28,7 +28,7 @@ from megatron_sbn.errors import CheckpointError
 SHARD = "shard-00000-0.safetensors"
 
 
-def made(folder: Path, step: int) -> Path:
+def made(folder: Path, step: int, after: int | None = None) -> Path:
     """A whole checkpoint of two small tensors, published as the saver does."""
     path = folders.begin(folder, step)
     chunks = [Chunk("a.weight", (4, 3), Box((0, 0), (4, 3)), torch.full((4, 3), float(step)))]
@@ -44,7 +44,7 @@ def made(folder: Path, step: int) -> Path:
     (path / STATE).write_bytes(state_text(state))
     own = Written({STATE: describe(path / STATE)}, {})
     (path / MANIFEST).write_bytes(manifest_text(merge([own, written])))
-    return folders.publish(folder, step)
+    return folders.publish(folder, step, after)
 
 
 @pytest.fixture
@@ -186,6 +186,22 @@ def test_what_killed_runs_left_is_removed(folder: Path) -> None:
     (folder / ".latest.partial").write_text("step-")
     made(folder, 40)
     assert sorted(path.name for path in folder.iterdir()) == ["latest", *(f"step-000000{s}" for s in (10, 20, 30, 40))]
+
+
+def test_what_was_given_up_does_not_count_among_the_newest(folder: Path) -> None:
+    (folder / "latest").write_text("step-00000010\n")
+    made(folder, 12, after=10)
+    folders.retire(folder, 3, 0)
+    assert steps(folders.saved(folder)) == [30, 12, 10]
+    folders.retire(folder, 2, 0)
+    assert steps(folders.saved(folder)) == [12, 10]
+
+
+def test_what_was_given_up_is_not_tried_when_a_run_has_passed_it(folder: Path) -> None:
+    (folder / "latest").write_text("step-00000010\n")
+    made(folder, 25, after=10)
+    assert steps(folders.candidates(folder)) == [25, 10]
+    assert steps(folders.saved(folder)) == [30, 25, 10]
 
 
 def test_a_removal_that_is_cut_short_leaves_no_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ LAYOUTS = {
     "tensor4-whole-sequence": (4, (TENSOR4, NO_SEQUENCE)),
     "pipeline2": (2, (PIPELINE2,)),
     "pipeline2-interleaved": (2, (PIPELINE2, INTERLEAVED)),
+    "pipeline2-one-chunk": (2, (PIPELINE2, "parallel.virtual_pipeline=1")),
     "data2": (2, ()),
     "data2-zero2": (2, ("parallel.zero_stage=2",)),
     "data2-zero3": (2, (ZERO3,)),
@@ -94,6 +95,25 @@ def test_hidden_states_in_bf16_are_equal_to_the_bit(layout: str) -> None:
     # The head is a bf16 product over the whole hidden dimension; vocabulary shards only split the sum of exponentials.
     assert ours.losses[0] == pytest.approx(theirs.losses[0], rel=1e-6)
     assert ours.grad_norms[0] == pytest.approx(theirs.grad_norms[0], rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    "layout", ["tensor2", "tensor2-whole-sequence", "pipeline2", "data2-zero3", "tensor2-pipeline2"]
+)
+def test_biases_leave_hidden_states_in_bf16(layout: str) -> None:
+    """Added in fp32 within the layer: outside they would make all that follows fp32, which stages do not receive."""
+    world_size, overrides = LAYOUTS[layout]
+    biases = ("model.bf16=true", "model.add_bias_linear=true")
+    ours, theirs = run_of(world_size, overrides + biases, 2, 1), run_of(1, biases, 2, 1)
+    assert ours.hidden().dtype == torch.bfloat16
+    assert torch.equal(ours.hidden(), theirs.hidden())
+    assert ours.losses[0] == pytest.approx(theirs.losses[0], rel=1e-6)
+    assert ours.evaluation == pytest.approx(theirs.evaluation, rel=1e-6)
+    assert ours.grad_norms[0] == pytest.approx(theirs.grad_norms[0], rel=5e-3)
+    gradients = theirs.gradients(0)
+    for name, gradient in ours.gradients(0).items():
+        if name.endswith(".bias"):
+            assert relative(gradient, gradients[name]) < 0.02, name
 
 
 # Widths that no vector unit divides: 9 groups a row, 17 or 33 tokens on a rank, 88 features, 3 heads of a rank.

@@ -12,6 +12,7 @@ from torch import Tensor
 from training_runs import small_recipe, train_step, trainer_of
 
 from megatron_sbn.functional import sparse_bitlinear
+from megatron_sbn.layers.experts import ExpertDown
 from megatron_sbn.layers.linear import (
     ColumnParallelLinear,
     GatedLinear,
@@ -226,23 +227,24 @@ def test_what_a_layer_cannot_do_is_refused() -> None:
     assert "input_is_parallel" in run_ranks(refused, 1, "row", {"input_is_parallel": False})[0]
 
 
-def bias_left_to_the_caller() -> tuple[bool, bool]:
+def biases_added() -> tuple[bool, bool]:
     with without_cuda():
         recipe = small_recipe(("model.add_bias_linear=true",))
         parallel = parallel_state.initialize(recipe)
         make = {"config": transformer_config(recipe), "tp_group": parallel.tensor_group, "bias": True}
+        make |= {"input_is_parallel": True, "skip_bias_add": True}  # as Megatron-Core asks of its own
         x, w, _ = logical_tensors(ROWS)
         results = []
-        for skip in (True, False):
-            layer = ColumnParallelLinear(WIDTH, ROWS, skip_bias_add=skip, **make)
+        for kind in (ExpertDown, RowParallelLinear, ColumnParallelLinear):
+            layer = kind(WIDTH, ROWS, **make)
             layer.weight.data.copy_(w)
             layer.bias.data.fill_(0.5)
             TernaryState({"layer": layer}, recipe.linear, parallel.tensor_group).prepare(0)
             results.append(layer(x))
         parallel_state.finalize()
-    (y, bias), (with_bias, none) = results
-    return torch.equal(y + bias, with_bias) and none is None, bool((bias == 0.5).all())
+    (y, bias), *added = results
+    return all(torch.equal(y + bias, own) and left is None for own, left in added), bool((bias == 0.5).all())
 
 
-def test_a_bias_is_added_here_or_left_to_the_caller() -> None:
-    assert run_ranks(bias_left_to_the_caller, 1) == [(True, True)]
+def test_a_bias_is_added_here_and_an_experts_is_left_to_the_caller() -> None:
+    assert run_ranks(biases_added, 1) == [(True, True)]

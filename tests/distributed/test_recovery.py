@@ -150,6 +150,29 @@ def test_rolling_back_goes_on_from_a_checkpoint_after_the_bad_batch(shard: Path,
     assert telemetry == [0, 3, 6, 9, 12]
 
 
+def checkpoints_of(folder: Path) -> tuple[str, list[str]]:
+    """The one in force, and all that are there."""
+    found = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+    return (folder / "checkpoints" / "latest").read_text().strip(), found
+
+
+def test_what_a_rollback_gave_up_does_not_come_back(shard: Path, tmp_path: Path) -> None:
+    """Steps 5 to 10 are given up, with step 8's checkpoint; then the run ends before it saves again, or just after."""
+    rollback = ("training.on_bad_step=rollback", "training.rollback_steps=3")
+    ended_at_once = (*rollback, "training.bad_step_budget=1")
+    ((ended, _),) = run_ranks(trained, 1, shard, tmp_path / "ended", (10, 11), ended_at_once)
+    assert "is used up" in ended
+    assert checkpoints_of(tmp_path / "ended") == ("step-00000004", ["step-00000004", "step-00000008"])
+    ((ended, losses),) = run_ranks(trained, 1, shard, tmp_path / "ended", (), rollback)
+    assert ended == "0"
+    assert list(losses) == list(range(4, 12))
+    assert list(steps_and_losses(tmp_path / "ended")) == list(range(1, 13))
+    limit = (*rollback, "training.time_limit=900")
+    ((ended, _),) = run_ranks(trained, 1, shard, tmp_path / "stopped", (10,), limit, 12)
+    assert ended == "75"
+    assert checkpoints_of(tmp_path / "stopped") == ("step-00000006", ["step-00000004", "step-00000006"])
+
+
 def test_a_rollback_without_a_checkpoint_stops(shard: Path, tmp_path: Path) -> None:
     ((ended, _),) = run_ranks(trained, 1, shard, tmp_path / "run", (1,), ("training.on_bad_step=rollback",))
     assert "no checkpoint of at most 0 steps is whole: there is none" in ended

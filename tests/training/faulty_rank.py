@@ -1,7 +1,8 @@
 """A rank of a run with a fault: `FAULT=hang:1:5` in the environment hangs rank 1 while it reads batch 5.
 
 `kill` ends it with SIGKILL there, `freeze` stops the whole process, `slow` makes each batch from there on take 50 ms,
-`clock` sets the wall clock of rank 1 back and forth by a day at every look. Heartbeats are quicker than in earnest.
+`tarry` makes each micro-batch take 100 ms, `clock` sets the wall clock of rank 1 back and forth by a day at every look.
+Heartbeats are quicker than in earnest.
 """
 
 import os
@@ -15,7 +16,7 @@ from megatron_sbn.train import main
 
 def install() -> None:
     """Puts the fault into the loop's reading of batches."""
-    from megatron_sbn.training import heartbeat, loop
+    from megatron_sbn.training import heartbeat, loop, step
 
     heartbeat.BEAT_SECONDS, heartbeat.SILENT_SECONDS = 0.2, 2.0
     kind, rank, at = os.environ["FAULT"].split(":")
@@ -31,6 +32,9 @@ def install() -> None:
             fault(kind)
         return real_batch(dataset, number, *rest, **more)
 
+    if kind == "tarry":
+        real_step = step._forward_step
+        step._forward_step = lambda *given: (time.sleep(0.1), real_step(*given))[1]
     looks = iter(range(10**9))
     if kind == "clock":
         time.time = lambda: real_time() + 86400 * (-1) ** next(looks)

@@ -128,6 +128,20 @@ def test_a_rank_that_hangs_is_named_then_the_run_ends(recipe: Path) -> None:  # 
     assert "Traceback" not in done.stderr
 
 
+def test_a_long_validation_is_no_hang(recipe: Path) -> None:  # noqa: F811
+    run = recipe.parent / "validated"
+    long = (
+        f"data.validation={recipe.parent}/tokens",
+        "training.validation_interval=2",
+        "training.validation_samples=120",
+    )
+    limits = ("training.steps=2", "training.hang_warning=2", "training.hang_timeout=4")
+    done = faulty(recipe, run, "tarry:1:0", *long, *limits)
+    assert done.returncode == 0, done.stderr
+    assert "no progress" not in done.stderr
+    assert "validation perplexity" in done.stdout
+
+
 def test_the_rank_that_watches_the_first_names_it(recipe: Path) -> None:  # noqa: F811
     run = recipe.parent / "first"
     done = faulty(recipe, run, "freeze:0:5", "training.hang_warning=3", "training.hang_timeout=5")
