@@ -115,7 +115,7 @@ def prepare_weight(w: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor | None
         (gamma,) = weight_prepare.scales([w], [parts])
     else:
         gamma = kernels.gamma_rows(kernels.weight_scales(w, parts), parts)
-    made = kernels.codes_of_many([w], [gamma], step.n, step.m, transpose=True)[0]
+    made = kernels.codes_of_many([w], [gamma], step.n, step.m)[0]
     return made.codes, gamma, made.codes_t
 
 

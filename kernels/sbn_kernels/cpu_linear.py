@@ -132,11 +132,6 @@ def product_form(tokens: int, codes: Tensor) -> str:
     return tuning.choose("cpu_product", key | {"threads": torch.get_num_threads()}, candidates, device=codes.device)
 
 
-def wants_transposed(codes: Tensor) -> bool:
-    """Whether dX from int8 is faster with codes^T in memory: it is where oneDNN would have to be given it each time."""
-    return product_form(_FEW, codes.t()) == "onednn"
-
-
 def _scaled_product(
     x_q: Tensor,
     s_x: Tensor,

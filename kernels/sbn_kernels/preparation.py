@@ -25,7 +25,7 @@ class Codes:
     Attributes:
         codes: int8 [out, in].
         mask: bool [out, in] if it was asked for.
-        codes_t: int8 [in, out], the same codes, where the backend's backward pass is faster with them.
+        codes_t: int8 [in, out], the same codes, where the backend's backward pass reads them so.
         packed: what the form of the forward product reads beside the codes.
     """
 
@@ -74,7 +74,6 @@ def codes_of_many(
     mask_source: str = "latent",
     masks: Sequence[Tensor] | None = None,
     with_mask: bool = False,
-    transpose: bool = False,
     forms: Sequence[str] = (),
     backend: str = "auto",
 ) -> list[Codes]:
@@ -85,14 +84,12 @@ def codes_of_many(
         gammas: fp32 [out] each.
         n, m, mask_source: sparsity, and where masks come from.
         masks: bool [out, in] each, used as they are if given.
-        with_mask: whether masks are wanted. transpose: whether transposed codes are, for dX from int8; the triton
-            backend makes them in any case, the cpu backend where its product gains by them.
+        with_mask: whether masks are wanted.
         forms: of the forward product of each weight, on the triton backend; "dense" where none are given. Planes are
             made in the same pass, what others read by `pack_form`.
         backend: by name.
     """
-    name = resolve(backend, weights[0].device) if weights else backend
-    if weights and name == "triton":
+    if weights and resolve(backend, weights[0].device) == "triton":
         from sbn_kernels import weight_prepare
 
         named = forms or ["dense"] * len(weights)
@@ -115,16 +112,8 @@ def codes_of_many(
         run = find("codes_from_gamma", backend, w.device)
         mask = None if masks is None else masks[i]
         codes, mask = run(w, gamma, n, m, mask_source=mask_source, mask=mask, with_mask=with_mask)
-        results.append(Codes(codes, mask, _transposed(codes, name) if transpose else None))
+        results.append(Codes(codes, mask, None))
     return results
-
-
-def _transposed(codes: Tensor, backend: str) -> Tensor | None:
-    if backend == "cpu":
-        from sbn_kernels import cpu_linear
-
-        return codes.t().contiguous() if cpu_linear.wants_transposed(codes) else None
-    return codes.t().contiguous()
 
 
 def served_by(

@@ -211,7 +211,6 @@ class TernaryState:
                     mask_source=settings.mask_source,
                     masks=[masks[name] for name in names] if masks else None,
                     with_mask=settings.needs_mask or self._keeps_masks(settings),
-                    transpose=settings.backward != "exact",
                     forms=[forms[name] for name in names],
                     backend=settings.backend,
                 )

@@ -21,17 +21,19 @@ class Keeps:
         fused: whether one kernel makes int8 tokens of a norm's or SwiGLU's input (8-bit activations), so that the
             floating result in between is never stored.
         norm_copies: fp32 tensors of the input's size that an unfused RMSNorm keeps.
+        transposed: whether codes are kept transposed too, as the input gradient reads them.
         packed: whether the forward product may read the codes in a packed form beside the int8 ones.
     """
 
     fused: bool
     norm_copies: int
+    transposed: bool
     packed: bool
 
 
 # The norm of CUDA saves its fp32 input; PyTorch's on CPU is made of several operations, and saves the quotient too.
-ON_CUDA = Keeps(fused=True, norm_copies=1, packed=True)
-ON_CPU = Keeps(fused=False, norm_copies=2, packed=False)
+ON_CUDA = Keeps(fused=True, norm_copies=1, transposed=True, packed=True)
+ON_CPU = Keeps(fused=False, norm_copies=2, transposed=False, packed=False)
 
 
 @dataclass(frozen=True)

@@ -113,9 +113,8 @@ def prepared(layout: Layout, stage: int, keeps: Keeps) -> dict[str, float]:
     kept: dict[str, float] = {}
     if ternary:
         rows = sum(one.rows * one.count for one in layout.linears()) * layout.layers(stage)
-        copies = 1 if linear.backward == "exact" else 2  # the int8 products of backward read them transposed
         packed = packed_bytes(layout) if keeps.packed else 0.0
-        kept["codes and scales"] = weights * (copies + packed) + rows * FP32
+        kept["codes and scales"] = weights * (1 + keeps.transposed + packed) + rows * FP32
     outlives = linear.mask_interval > 1 or linear.mask_freeze_step is not None
     used = not ternary or linear.masked_gradient == "masked" or linear.sr_ste_decay > 0
     if n < m and (used or outlives):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from sbn_kernels import cpu_linear, reference, tuning
-from sbn_kernels.preparation import codes_of_many
 from torch import Tensor
 
 SHAPES = ((1, 1, 1), (3, 17, 5), (17, 896, 64), (2, 4864, 3), (1, 11008, 2), (0, 8, 4), (130, 64, 96))
@@ -74,18 +73,6 @@ def test_exact_gradients_are_those_of_fp64(shape: tuple[int, int, int], dtype: t
     dw = cpu_linear.weight_gradient(dy, x_q, s_x)
     expected = (dy.double() * s_x.double().unsqueeze(1)).t() @ x_q.double()
     torch.testing.assert_close(dw.double(), expected, rtol=1e-5, atol=1e-3)
-
-
-@pytest.mark.parametrize("form", ["float", "onednn", "int_mm"])
-def test_transposed_codes_are_made_where_the_product_gains_by_them(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_linear, "product_form", lambda _tokens, _codes: form)
-    w, gamma = torch.randn(64, 96), torch.full((64,), 0.7)
-    (made,) = codes_of_many([w], [gamma], 6, 8, transpose=True, backend="cpu")
-    assert (made.codes_t is not None) == (form == "onednn")
-    dy = torch.randn(5, 64)
-    dx = cpu_linear.input_gradient(dy, made.codes, gamma, made.codes_t, "int8")
-    assert torch.equal(dx, reference.input_gradient(dy, made.codes, gamma, None, "int8"))
-    assert codes_of_many([w], [gamma], 6, 8, backend="cpu")[0].codes_t is None
 
 
 def test_the_form_is_measured_once_and_small_products_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
