@@ -59,8 +59,15 @@ def _prepare_codes(layers: Sequence[Linear], transpose: bool, planes: bool, inpu
 
 
 def _prepare_then_pack(layers: Sequence[Linear], inputs: Inputs) -> Call:
-    codes = _prepare_codes(layers, True, False, inputs)
-    return lambda: [c for c in codes() if codes_to_planes(c).numel()]
+    prepare_codes = _prepare_codes(layers, True, False, inputs)
+
+    def call() -> list[Tensor]:
+        made = prepare_codes()
+        for codes in made:
+            codes_to_planes(codes)
+        return made
+
+    return call
 
 
 def _sort_codes(layers: Sequence[Linear], inputs: Inputs) -> Call:

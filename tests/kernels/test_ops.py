@@ -1,5 +1,7 @@
 """The custom operators: schemas, shape functions, torch.compile and activation recomputation."""
 
+from collections.abc import Callable
+
 import pytest
 import sbn_kernels as kernels
 import torch
@@ -50,6 +52,23 @@ def differentiable(mode: str, form: str = "dense", backend: str = "auto") -> obj
         return kernels.quantized_linear(torch.tanh(x), w, codes, rows, bias, **told) * 2
 
     return run
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ops.activation_abs_max(X.clone().requires_grad_(), "cpu"),
+        lambda: ops.quantize_activations(X.clone().requires_grad_(), 8, None, "cpu")[1],
+        lambda: ops.scale_accumulator(ACC.clone().requires_grad_(), S_X, ROWS, None, torch.float32, "cpu"),
+        lambda: ops.ternary_linear(
+            X_Q, S_X, CODES, ROWS, BIAS.clone().requires_grad_(), torch.float32, [], "dense", 0, "cpu"
+        ),
+    ],
+    ids=["activation_abs_max", "quantize_activations", "scale_accumulator", "ternary_linear"],
+)
+def test_a_part_of_the_layer_has_no_gradient_of_its_own_and_says_so(call: Callable[[], torch.Tensor]) -> None:
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        call().sum().backward()
 
 
 @pytest.mark.parametrize("mode", ["exact", "int8_dgrad", "int8"])

@@ -6,25 +6,16 @@ from sbn_kernels import reference
 from sbn_kernels import weight_prepare as kernel
 from sbn_kernels.packing import flip_count, pack_mask
 from sbn_kernels.planes import pack_planes
-from torch import Tensor
+from three_layers import DEVICE, three_layers
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPARSITIES = ((6, 8), (2, 4), (5, 6), (1, 3), (8, 8), (20, 32), (1, 32), (1, 1), (3, 16))
-
-
-def weights(dtype: torch.dtype) -> list[Tensor]:
-    """Three layers with ties, a row of zeros, a subnormal and widths that all of `SPARSITIES` divide."""
-    generator = torch.Generator().manual_seed(1)
-    made = [torch.randn(s, generator=generator) * 0.02 for s in ((70, 96), (3, 480), (1, 96))]
-    made[0][0, :8], made[0][1], made[0][2, 5] = 0.5, 0.0, 2.0**-149
-    return [w.to(dtype).to(DEVICE) for w in made]
 
 
 @pytest.mark.parametrize("source", ["latent", "quantized"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("nm", SPARSITIES, ids=str)
 def test_codes_masks_and_flips_have_the_references_bits(nm: tuple[int, int], dtype: torch.dtype, source: str) -> None:
-    made = weights(dtype)
+    made = three_layers(dtype)
     generator = torch.Generator().manual_seed(3)
     gammas = [(torch.rand(len(w), generator=generator) * 0.03 + 1e-5).to(DEVICE) for w in made]
     before = [pack_mask((torch.rand(w.shape, generator=generator) < 0.5).to(DEVICE)) for w in made]
@@ -49,7 +40,7 @@ def test_codes_masks_and_flips_have_the_references_bits(nm: tuple[int, int], dty
 def test_planes_hold_the_codes_of_the_same_pass(nm: tuple[int, int], given: bool) -> None:
     """Also of widths that are no whole blocks, beside weights without planes, with all else that the pass makes."""
     made = [
-        *weights(torch.float32),
+        *three_layers(torch.float32),
         torch.randn(17, 1056, generator=torch.Generator().manual_seed(5)).to(DEVICE) * 0.02,
     ]
     gammas = [torch.full((len(w),), 0.01, device=DEVICE) for w in made]
@@ -71,7 +62,7 @@ def test_planes_hold_the_codes_of_the_same_pass(nm: tuple[int, int], given: bool
 
 
 def test_given_masks_are_used_as_they_are() -> None:
-    made = weights(torch.float32)
+    made = three_layers(torch.float32)
     gammas = [torch.full((len(w),), 0.01, device=DEVICE) for w in made]
     masks = [(torch.rand(w.shape) < 0.5).to(DEVICE) for w in made]
     all_of = kernel.codes_of_many(made, gammas, 6, 8, masks=masks, with_mask=True)

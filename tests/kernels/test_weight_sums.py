@@ -4,17 +4,8 @@ import pytest
 import torch
 from sbn_kernels import exact_sum, weight_prepare
 from sbn_kernels import weight_sums as kernel
+from three_layers import DEVICE, three_layers
 from torch import Tensor
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def weights(dtype: torch.dtype) -> list[Tensor]:
-    """Three layers with ties, a row of zeros, a subnormal and of a column."""
-    generator = torch.Generator().manual_seed(1)
-    made = [torch.randn(s, generator=generator) * 0.02 for s in ((70, 96), (3, 480), (1, 96))]
-    made[0][0, :8], made[0][1], made[0][2, 5] = 0.5, 0.0, 2.0**-149
-    return [w.to(dtype).to(DEVICE) for w in made]
 
 
 def parts_of(made: list[Tensor]) -> list[tuple[Tensor, ...]]:
@@ -24,7 +15,7 @@ def parts_of(made: list[Tensor]) -> list[tuple[Tensor, ...]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_maxima_and_sums_have_the_references_bits(dtype: torch.dtype) -> None:
-    parts = parts_of(weights(dtype))
+    parts = parts_of(three_layers(dtype))
     maxima = kernel.abs_maxima(parts)
     expected = [torch.stack([exact_sum.part_abs_max(piece) for piece in ranges]).amax() for ranges in parts]
     assert torch.equal(maxima, torch.stack(expected))
