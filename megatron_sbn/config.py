@@ -134,6 +134,14 @@ class Phase(Section):
     sparsity: Sparsity | None = None
     activation_bits: ActivationBits | Literal["unchanged"] = "unchanged"
 
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Settings of `linear` that are replaced, with their values."""
+        given: dict[str, Any] = {"weight_format": self.weight_format, "sparsity": self.sparsity}
+        changed = {key: value for key, value in given.items() if value is not None}
+        # Here None is a value: no rounding.
+        return changed if self.activation_bits == "unchanged" else changed | {"activation_bits": self.activation_bits}
+
 
 ForwardForm = Literal[
     "auto", "dense", "planes", "wgmma", "cusparselt", "mma_sp", "sliding_cusparselt", "sliding_mma_sp"

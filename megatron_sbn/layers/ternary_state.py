@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_sbn.config import Linear, Phase
+from megatron_sbn.config import Linear
 from megatron_sbn.errors import InputError, NumericalError
 from megatron_sbn.functional import LinearSettings, PreparedWeight
 from megatron_sbn.layers.linear import NOT_PREPARED, SparseBitLinear
@@ -33,7 +33,7 @@ def settings_at(linear: Linear, step: int, micro_batches: int = 1) -> LinearSett
     values = linear.model_dump(exclude={"mask_interval", "mask_freeze_step", "phases"})
     for phase in linear.phases:
         if phase.step <= step:
-            values |= _changes(phase)
+            values |= phase.changes
     # What only quantised arithmetic has a meaning for rests while a phase is without it.
     if values["weight_format"] == "dense":
         values |= {"order": "quant_then_mask", "mask_source": "latent", "backward": "exact"}
@@ -41,17 +41,6 @@ def settings_at(linear: Linear, step: int, micro_batches: int = 1) -> LinearSett
         values["backward"] = "exact"
     values["sr_ste_decay"] = linear.sr_ste_decay / micro_batches
     return LinearSettings(**values)
-
-
-def _changes(phase: Phase) -> dict[str, object]:
-    changes: dict[str, object] = {}
-    if phase.weight_format is not None:
-        changes["weight_format"] = phase.weight_format
-    if phase.sparsity is not None:
-        changes["sparsity"] = phase.sparsity
-    if phase.activation_bits != "unchanged":
-        changes["activation_bits"] = phase.activation_bits
-    return changes
 
 
 @dataclass(frozen=True)

@@ -72,12 +72,7 @@ def _phases(recipe: Recipe) -> list[Recipe]:
     """The recipe as it begins, and with what every phase sets."""
     found, linear = [recipe], recipe.linear
     for phase in recipe.linear.phases:
-        given = phase.model_dump(exclude={"step"}, exclude_none=True)
-        if phase.activation_bits is None:
-            given["activation_bits"] = None
-        elif phase.activation_bits == "unchanged":
-            del given["activation_bits"]
-        linear = linear.model_copy(update=given)
+        linear = linear.model_copy(update=phase.changes)
         found.append(recipe.model_copy(update={"linear": linear}))
     return found
 
