@@ -21,7 +21,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "triton>=3.6",
-        "megatron-core>=0.16.1,<0.17",
+        "megatron-core>=0.16.1,<0.20",
         "deepspeed>=0.19.8,<0.20",
         "sentencepiece>=0.2",
         "mlflow>=3.1",
@@ -33,9 +33,10 @@ setup(
         "pyarrow>=17",
         "numpy>=1.26",
         "psutil>=5.9",
+        "packaging>=24.2",
     ],
     extras_require={
-        "dev": ["ruff", "mypy", "types-PyYAML", "pytest", "pytest-timeout", "hypothesis"],
+        "dev": ["ruff", "mypy", "types-PyYAML", "pytest", "pytest-timeout", "hypothesis", "uv"],
     },
     entry_points={"console_scripts": ["sbn = megatron_sbn.cli:main"]},
 )

@@ -103,7 +103,8 @@ def doctor(options: argparse.Namespace) -> int:
     from megatron_sbn.doctor import command
 
     json_file = Path(options.json) if options.json else None
-    return command.run(options.recipe, options.overrides, options.ranks, options.layouts, options.steps, json_file)
+    compared = {"ranks": options.ranks, "layouts": options.layouts, "engines": options.engines, "steps": options.steps}
+    return command.run(options.recipe, options.overrides, **compared, json_file=json_file)
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -261,12 +262,8 @@ def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
     command = _add(commands, "train", train, "train a recipe on this machine (several nodes: torchrun or Slurm)")
     command.add_argument("recipe", metavar="RECIPE", help="path of a recipe, such as recipes/quickstart.yaml")
     _add_overrides(command)
-    command.add_argument(
-        "--nproc-per-node",
-        type=_positive,
-        metavar="N",
-        help="ranks to start (default: one replica of the model)",
-    )
+    help_ranks = "ranks to start (default: one replica of the model)"
+    command.add_argument("--nproc-per-node", type=_positive, metavar="N", help=help_ranks)
     command.epilog = "example: sbn train recipes/quickstart.yaml training.steps=20 run_dir=runs/first"
 
 
@@ -285,19 +282,16 @@ def _add_doctor(commands: "argparse._SubParsersAction[_Parser]") -> None:
     command = _add(commands, "doctor", doctor, "check a recipe and its layout before a job is paid for")
     command.add_argument("recipe", metavar="RECIPE", help="path of a recipe")
     _add_overrides(command)
-    command.add_argument(
-        "--ranks",
-        type=_positive,
-        nargs="?",
-        const=0,
-        metavar="N",
-        help="run one step of a tiny model on N local ranks (default: one replica) and compare it with a single rank",
-    )
+    trial = "run one step of a tiny model on N local ranks (default: one replica) and compare it with a single rank"
+    command.add_argument("--ranks", type=_positive, nargs="?", const=0, metavar="N", help=trial)
     command.add_argument("--layouts", action="store_true", help="do so for every layout of up to four ranks: a table")
-    command.add_argument("--steps", type=_positive, default=50, metavar="N", help="steps of --layouts (default: 50)")
-    command.add_argument("--json", metavar="FILE", help="write the comparison, tensor by tensor")
+    others = "do so in environments with other releases of torch, megatron-core or deepspeed: are the bits equal?"
+    command.add_argument("--engines", nargs="+", default=[], metavar="PYTHON", help=others)
+    command.add_argument("--steps", type=_positive, metavar="N", help="steps of --layouts (50) or --engines (4)")
+    command.add_argument("--json", metavar="FILE", help="write the comparison for programs")
     command.epilog = (
         "example: sbn doctor recipes/quickstart.yaml parallel.pipeline=2 --ranks\n"
+        "         sbn doctor recipes/quickstart.yaml --engines /opt/newer/bin/python\n"
         "exit status: 0 equal, 1 different, 2 a bad recipe"
     )
 

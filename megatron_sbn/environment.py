@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import sys
-import warnings
 
 from megatron_sbn.errors import RecipeError
 
@@ -90,12 +89,6 @@ def end_with_launcher() -> None:
     """
     if sys.platform == "linux" and (LAUNCHED in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def silence_engines() -> None:
-    """Drops warnings that no user of a recipe can act on: optional packages that this project does without."""
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
 
 
 def _number(name: str) -> int:

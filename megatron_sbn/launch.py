@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import FrameType
 
@@ -47,13 +47,15 @@ def launch(
     machines: Machines | None = None,
     module: str = "megatron_sbn.train",
     seconds: float | None = None,
+    python: str = sys.executable,
+    environment: Mapping[str, str] | None = None,
 ) -> int:
-    """Runs `python -m MODULE ARGUMENTS` on `ranks` ranks of this machine; returns the first failing rank's status.
+    """Runs `PYTHON -m MODULE ARGUMENTS` on `ranks` ranks of this machine; returns the first failing rank's status.
 
     When one rank fails the others are asked to end (SIGTERM), then killed. SIGINT, SIGTERM and SIGUSR1 are passed on;
     75 (stopped when asked to) is the status if it is a rank's. Ranks begin with SIGTERM and SIGUSR1 blocked, so that
     none is killed before it listens: MODULE has to `stop_signals.unblock`. After `seconds`, if given, ranks that have
-    not finished are ended, and TimeoutError names them.
+    not finished are ended, and TimeoutError names them. `environment` is added to that of this process.
     """
     deadline = time.monotonic() + seconds if seconds is not None else None
     machines = machines or Machines()
@@ -63,15 +65,18 @@ def launch(
         try:
             with blocked():
                 for rank in range(ranks):
-                    processes.append(_start([module, *arguments], rank, ranks, machines))
+                    command = [python, "-m", module, *arguments]
+                    processes.append(_start(command, rank, ranks, machines, environment or {}))
             return _wait(processes, deadline)
         finally:
             _end(processes)
 
 
-def _start(command: list[str], rank: int, ranks: int, machines: Machines) -> "subprocess.Popen[bytes]":
+def _start(
+    command: list[str], rank: int, ranks: int, machines: Machines, more: Mapping[str, str]
+) -> "subprocess.Popen[bytes]":
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
-    environment = {"OMP_NUM_THREADS": threads} | os.environ
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, **more}
     environment |= {
         "RANK": str(machines.number * ranks + rank),
         "LOCAL_RANK": str(rank),
@@ -81,7 +86,7 @@ def _start(command: list[str], rank: int, ranks: int, machines: Machines) -> "su
         "MASTER_PORT": str(machines.port),
         LAUNCHED: "1",
     }
-    return subprocess.Popen([sys.executable, "-m", *command], env=environment)
+    return subprocess.Popen(command, env=environment)
 
 
 def _wait(processes: "list[subprocess.Popen[bytes]]", deadline: float | None) -> int:

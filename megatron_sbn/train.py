@@ -9,7 +9,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from megatron_sbn import environment
+from megatron_sbn import engines, environment
 from megatron_sbn.errors import RecipeError, SbnError
 from megatron_sbn.masking import show_anything
 from megatron_sbn.stop_signals import StopSignals
@@ -44,13 +44,14 @@ def _checked(arguments: list[str]) -> "Recipe":
 
     recipe = load_recipe(arguments[0], arguments[1:])
     check_world(recipe, environment.world_size())
+    engines.check_installed()
     return recipe
 
 
 def _train(recipe: "Recipe", signals: StopSignals) -> int:
     from megatron_sbn.experiments.mlflow_settings import configure_mlflow
 
-    environment.silence_engines()
+    engines.quiet_engines()
     configure_mlflow()
     # Importing the engines takes seconds: after the checks.
     from megatron_sbn.training.loop import run

@@ -10,7 +10,7 @@ import torch
 
 from megatron_sbn.cli import main
 from megatron_sbn.config import Recipe, load_recipe
-from megatron_sbn.doctor import command, layouts, report
+from megatron_sbn.doctor import command, layouts, report, trials
 from megatron_sbn.doctor.tiny import one_rank, tiny_recipe
 from megatron_sbn.feasibility import check_world, model_ranks
 
@@ -82,7 +82,8 @@ def test_a_batch_of_any_size_is_looked_at_in_a_moment(capsys: pytest.CaptureFixt
         ((TENSOR2, "parallel.pipeline=2", "--ranks", "3"), "needs a multiple of 4 ranks, and 3 were started"),
         (("parallel.pipeline=2", "parallel.zero_stage=3"), "parallel.zero_stage = 3 with parallel.pipeline = 2"),
         (("training.global_batch_size=6",), "training.global_batch_size = 6 is not a multiple of"),
-        (("--json", "told.json"), "--json told.json takes the comparison of --ranks or of --layouts; give one of them"),
+        (("--json", "told.json"), "--json told.json takes the comparison of --ranks, --layouts or --engines; give one"),
+        (("--steps", "3"), "--steps 3 goes with --layouts or --engines"),
         (("--ranks", "--layouts", "--json", "told.json"), "--json told.json takes the comparison of"),
     ],
 )
@@ -116,7 +117,7 @@ def test_a_comparison_that_cannot_be_written_is_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        command, "_try", lambda cuts, steps: {name: report.Trial({}, [1.0], [1.0], []) for name in cuts}
+        command, "run_trials", lambda cuts, steps: {name: report.Trial({}, [1.0], [1.0], []) for name in cuts}
     )
     file = tmp_path / "nowhere" / "told.json"
     assert main(["doctor", QWEN, TENSOR2, "--ranks", "--json", str(file)]) == 2
@@ -159,7 +160,7 @@ def test_a_table_of_layouts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def test_ranks_that_do_not_finish_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "START_SECONDS", -10.0)
+    monkeypatch.setattr(trials, "START_SECONDS", -10.0)
     assert main(["doctor", QUICK, "--ranks"]) == 1
     assert "sbn: single: rank 0 did not finish within" in capsys.readouterr().err
 

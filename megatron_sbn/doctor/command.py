@@ -2,35 +2,26 @@
 
 Without ranks nothing is started: the recipe is read, every combination that cannot be right is refused, and what it
 needs is told. With them, one step of a tiny model of that very layout (`tiny`) is compared with a single rank's,
-tensor by tensor; with --layouts, every layout of up to four ranks is.
+tensor by tensor; with --layouts, every layout of up to four ranks is; with --engines, other releases of the engines
+are compared.
 """
 
 import json
-import sys
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_sbn.config import Recipe, load_recipe
+from megatron_sbn.doctor.engines import check_engines
 from megatron_sbn.doctor.layouts import SPREAD, candidates, reference
 from megatron_sbn.doctor.tiny import one_rank, tiny_recipe
-from megatron_sbn.errors import RecipeError, SbnError
+from megatron_sbn.doctor.trials import run_trials
+from megatron_sbn.errors import RecipeError
 from megatron_sbn.feasibility import check_world, model_ranks
-from megatron_sbn.launch import launch
 from megatron_sbn.staging import write_whole
 from megatron_sbn.text_table import aligned
 
-if TYPE_CHECKING:
-    from megatron_sbn.doctor.report import Trial
-
-START_SECONDS, STEP_SECONDS = 300.0, 5.0
 MOST_RANKS = 1 << 16  # that are tried
-_RANK = "megatron_sbn.doctor.rank"
-
-
-class TrialError(SbnError):
-    """Ranks of a trial failed or did not finish."""
+LAYOUT_STEPS, ENGINE_STEPS = 50, 4
 
 
 def check(recipe: Recipe, ranks: int | None = None) -> None:
@@ -70,7 +61,7 @@ def check_ranks(recipe: Recipe, ranks: int, json_file: Path | None = None) -> bo
 
     data_size = ranks // (recipe.parallel.tensor * recipe.parallel.pipeline)
     tiny = tiny_recipe(recipe, data_size)
-    trials = _try({"layout": (ranks, tiny), "single": (1, one_rank(tiny))}, steps=1)
+    trials = run_trials({"layout": (ranks, tiny), "single": (1, one_rank(tiny))}, steps=1)
     lines = report.compare(tiny, trials["layout"], trials["single"])
     print(f"{'':<8}{'tensors':>8}  {'largest difference':<20}sha256 of the first, on {ranks} ranks and on one")
     for kind in report.KINDS:
@@ -98,7 +89,7 @@ def check_layouts(recipe: Recipe, steps: int, json_file: Path | None = None) -> 
 
     wide = reference(recipe)
     cuts = candidates(recipe)
-    trials = _try({"single": (1, wide), **cuts}, steps)
+    trials = run_trials({"single": (1, wide), **cuts}, steps)
     single = trials.pop("single")
     print(f"{recipe.name}: a tiny model under every layout of up to four ranks, {steps} steps, beside one rank")
     ends = (f"loss at {steps}", "from one rank", "bytes a step")
@@ -121,43 +112,22 @@ def check_layouts(recipe: Recipe, steps: int, json_file: Path | None = None) -> 
     return equal
 
 
-def _try(cuts: Mapping[str, tuple[int, Recipe]], steps: int) -> "dict[str, Trial]":
-    """Trains every recipe; one start of the ranks for all layouts of one size."""
-    trials = {}
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        files = {name: root / f"{index}.yaml" for index, name in enumerate(cuts)}
-        for name, (_, recipe) in cuts.items():
-            files[name].write_text(recipe.to_yaml(), encoding="utf-8")
-        for ranks in sorted({ranks for ranks, _ in cuts.values()}):
-            names = [name for name, (size, _) in cuts.items() if size == ranks]
-            print(f"starting {ranks} rank{'s' if ranks > 1 else ''}: {'; '.join(names)}", file=sys.stderr, flush=True)
-            seconds = START_SECONDS + STEP_SECONDS * steps * len(names)
-            arguments = [str(steps), folder, *(str(files[name]) for name in names)]
-            try:
-                status = launch(arguments, ranks, module=_RANK, seconds=seconds)
-            except TimeoutError as error:
-                raise TrialError(f"{'; '.join(names)}: {error} within {seconds:.0f} s") from None
-            if status:
-                raise TrialError(f"{'; '.join(names)}: a rank ended with status {status}, see above")
-            for name in names:
-                trials[name] = _read(root / files[name].stem, ranks, name)
-    return {name: trials[name] for name in cuts}
-
-
-def _read(folder: Path, ranks: int, name: str) -> "Trial":
-    from megatron_sbn.doctor.report import read_trial
-
-    try:
-        return read_trial(folder, ranks)
-    except ValueError as error:
-        raise TrialError(f"{name}: {error}") from None
-
-
-def run(path: str, overrides: list[str], ranks: int | None, layouts: bool, steps: int, json_file: Path | None) -> int:
+def run(
+    path: str,
+    overrides: list[str],
+    *,
+    ranks: int | None = None,
+    layouts: bool = False,
+    engines: Sequence[str] = (),
+    steps: int | None = None,
+    json_file: Path | None = None,
+) -> int:
     """The command; returns its exit status: 0 equal, 1 different, 2 a bad recipe."""
-    if json_file is not None and (ranks is None) != layouts:
-        raise RecipeError(f"--json {json_file} takes the comparison of --ranks or of --layouts; give one of them")
+    compared = [ranks is not None, layouts, bool(engines)].count(True)
+    if json_file is not None and compared != 1:
+        raise RecipeError(f"--json {json_file} takes the comparison of --ranks, --layouts or --engines; give one")
+    if steps is not None and not layouts and not engines:
+        raise RecipeError(f"--steps {steps} goes with --layouts or --engines; give one of them, or leave it out")
     recipe = load_recipe(path, overrides)
     count = None if ranks is None else ranks or model_ranks(recipe)
     check(recipe, count)
@@ -165,7 +135,9 @@ def run(path: str, overrides: list[str], ranks: int | None, layouts: bool, steps
     if count is not None:
         equal = check_ranks(recipe, count, json_file)
     if layouts:
-        equal = check_layouts(recipe, steps, json_file) and equal
-    if count is not None or layouts:
+        equal = check_layouts(recipe, steps or LAYOUT_STEPS, json_file) and equal
+    if engines:
+        equal = check_engines(recipe, engines, max(2, steps or ENGINE_STEPS), json_file) and equal
+    if compared:
         print("equal" if equal else "DIFFERENT")
     return 0 if equal else 1

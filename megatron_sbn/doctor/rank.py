@@ -1,66 +1,123 @@
-"""One rank of a trial: `python -m megatron_sbn.doctor.rank STEPS FOLDER RECIPE...` trains tiny recipes one by one.
+"""One rank of a trial: `python -m megatron_sbn.doctor.rank --steps N --output FOLDER RECIPE...` trains tiny recipes.
 
 What it saw of each goes to FOLDER/RECIPE-NAME/rank-R.safetensors (pieces of logical tensors, step 1) and rank-R.json
 (losses and gradient norms of every step, bytes that it sent in the first).
+
+With `--save RUNS` a checkpoint of half of the steps is left in RUNS/RECIPE-NAME. With `--resume RUNS` the second half
+is trained again from there; its losses and norms go to FOLDER/RECIPE-NAME/resumed-R.json.
 """
 
+import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_sbn import environment
+from megatron_sbn import engines, environment
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.doctor.tiny import batch_of
 from megatron_sbn.errors import SbnError
 from megatron_sbn.stop_signals import unblock
 
+if TYPE_CHECKING:
+    from megatron_sbn.training.checkpoints import Checkpoints
+    from megatron_sbn.training.step import StepResult, Trainer
+
 
 def main(arguments: list[str]) -> int:
     """Trains every recipe on this rank; returns the exit status of errors.py."""
-    steps, folder, *recipes = arguments
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--save", type=Path)
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("recipes", nargs="+", type=Path)
+    options = parser.parse_args(arguments)
     environment.end_with_launcher()
     unblock()
-    environment.silence_engines()
+    engines.quiet_engines()
     try:
-        for path in recipes:
-            _trial(load_recipe(path), int(steps), Path(folder) / Path(path).stem)
+        engines.check_installed()
+        for path in options.recipes:
+            recipe, output = load_recipe(path), options.output / path.stem
+            output.mkdir(parents=True, exist_ok=True)
+            _trial(recipe, options.steps, output, options.save and options.save / path.stem)
+            if options.resume is not None:
+                _resumed(recipe, options.steps, output, options.resume / path.stem)
     except SbnError as error:
         print(f"sbn: rank {environment.rank()}: {error}", file=sys.stderr, flush=True)
         return error.status
     return 0
 
 
-def _trial(recipe: Recipe, steps: int, folder: Path) -> None:
+@contextmanager
+def _trainer(recipe: Recipe) -> "Iterator[Trainer]":
+    """A trainer of the recipe on this rank; its process groups are left afterwards."""
     from megatron_sbn.feasibility import check_world
     from megatron_sbn.model import build_stages
     from megatron_sbn.parallel import state as parallel_state
     from megatron_sbn.parallel.cpu import without_cuda
-    from megatron_sbn.parallel.pieces import Pieces, write_pieces
-    from megatron_sbn.parallel.traffic import Traffic, group_names
     from megatron_sbn.training.step import Trainer
-    from megatron_sbn.training.witness import mask_pieces, prepared_pieces, recorded_hidden_states, recorded_tokens
 
     check_world(recipe, environment.world_size())
     with without_cuda():
         parallel = parallel_state.initialize(recipe)
-        stages = build_stages(recipe, parallel)
-        trainer = Trainer(recipe, parallel, stages)
+        yield Trainer(recipe, parallel, build_stages(recipe, parallel))
+        parallel_state.finalize()
+
+
+def _trial(recipe: Recipe, steps: int, output: Path, save: Path | None) -> None:
+    from megatron_sbn.parallel.pieces import Pieces, write_pieces
+    from megatron_sbn.parallel.traffic import Traffic, group_names
+    from megatron_sbn.training.witness import mask_pieces, prepared_pieces, recorded_hidden_states, recorded_tokens
+
+    with _trainer(recipe) as trainer:
+        stages, rank = trainer.stages, trainer.parallel.rank
         stages.state.prepare(0)
         pieces: Pieces = prepared_pieces(stages) | mask_pieces(stages)
-        traffic = Traffic(group_names(parallel))
+        traffic = Traffic(group_names(trainer.parallel))
         with recorded_hidden_states(trainer) as hidden, recorded_tokens(trainer) as tokens, traffic:
-            results = [trainer.step(0, batch_of(recipe, 0)[trainer.rows()])]
-        results += [trainer.step(step, batch_of(recipe, step)[trainer.rows()]) for step in range(1, steps)]
-        folder.mkdir(parents=True, exist_ok=True)
-        write_pieces(folder / f"rank-{parallel.rank}.safetensors", pieces | hidden | tokens)
-        told = {
-            "losses": [result.loss for result in results],
-            "grad_norms": [result.grad_norm for result in results],
-            "bytes": {f"{group}.{kind}": sent for (group, kind), (_, sent) in traffic.totals().items()},
-        }
-        (folder / f"rank-{parallel.rank}.json").write_text(json.dumps(told), encoding="utf-8")
-        parallel_state.finalize()
+            results = _train(trainer, 0, 1)
+        results += _train(trainer, 1, steps // 2)
+        if save is not None:
+            checkpoints = _checkpoints(trainer, save)
+            checkpoints.save(steps // 2, steps // 2, None)
+            checkpoints.saver.finish()
+        results += _train(trainer, max(1, steps // 2), steps)
+        write_pieces(output / f"rank-{rank}.safetensors", pieces | hidden | tokens)
+        moved = {f"{group}.{kind}": sent for (group, kind), (_, sent) in traffic.totals().items()}
+        (output / f"rank-{rank}.json").write_text(json.dumps(_numbers(results) | {"bytes": moved}), encoding="utf-8")
+
+
+def _resumed(recipe: Recipe, steps: int, output: Path, saved: Path) -> None:
+    """The steps that follow a checkpoint."""
+    with _trainer(recipe) as trainer:
+        first = _checkpoints(trainer, saved).restore().step
+        results = _train(trainer, first, steps)
+        (output / f"resumed-{trainer.parallel.rank}.json").write_text(json.dumps(_numbers(results)), encoding="utf-8")
+
+
+def _checkpoints(trainer: "Trainer", folder: Path) -> "Checkpoints":
+    from megatron_sbn.experiments.telemetry import Telemetry
+    from megatron_sbn.training.checkpoints import Checkpoints
+    from megatron_sbn.training.run_folder import RunFolder
+
+    telemetry = Telemetry(trainer.stages.state, trainer.parallel)
+    run = RunFolder(folder, continues=True)
+    return Checkpoints(trainer.recipe, trainer.parallel, run, trainer, telemetry, lambda line: None)
+
+
+def _train(trainer: "Trainer", first: int, last: int) -> "list[StepResult]":
+    """Steps `first` to `last` - 1."""
+    rows = trainer.rows()
+    return [trainer.step(step, batch_of(trainer.recipe, step)[rows]) for step in range(first, last)]
+
+
+def _numbers(results: "list[StepResult]") -> dict[str, list[float]]:
+    return {"losses": [result.loss for result in results], "grad_norms": [result.grad_norm for result in results]}
 
 
 if __name__ == "__main__":

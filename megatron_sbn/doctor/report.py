@@ -5,10 +5,11 @@ their scales and the hidden states of ternary models without experts (docs/metho
 enter is compared by its largest relative difference.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ class Trial:
     losses: list[float]
     grad_norms: list[float]
     sent: list[dict[str, float]]  # by rank, then GROUP.KIND
+    resumed_losses: list[float] = field(default_factory=list)  # of the steps after a checkpoint, if it went on from one
+    resumed_norms: list[float] = field(default_factory=list)
 
     @property
     def bytes_sent(self) -> dict[str, float]:
@@ -41,10 +44,14 @@ def read_trial(folder: Path, ranks: int) -> Trial:
     """What `ranks` ranks left in a folder. Raises ValueError where replicas differ in a bit."""
     told = [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
     tensors = join([read_pieces(folder / f"rank-{rank}.safetensors") for rank in range(ranks)])
+    paths = [folder / f"resumed-{rank}.json" for rank in range(ranks)]
+    resumed = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
     for key in ("losses", "grad_norms"):
-        if any(other[key] != told[0][key] for other in told):
+        if any(other[key] != numbers[0][key] for numbers in (told, resumed) for other in numbers):
             raise ValueError(f"{key}: ranks do not agree")
-    return Trial(tensors, told[0]["losses"], told[0]["grad_norms"], [rank["bytes"] for rank in told])
+    after = resumed[0] if resumed else {"losses": [], "grad_norms": []}
+    moved = [rank["bytes"] for rank in told]
+    return Trial(tensors, told[0]["losses"], told[0]["grad_norms"], moved, after["losses"], after["grad_norms"])
 
 
 @dataclass(frozen=True)
@@ -84,8 +91,20 @@ def _line(recipe: Recipe, name: str, ours: Tensor | None, theirs: Tensor | None)
         return Line(name, math.inf, 0.0, _told(ours), _told(theirs))
     exact = name.rpartition(".")[2] in _OF_WEIGHTS or is_exact(recipe)
     limit = 0.0 if exact else (2e-2 if recipe.model.bf16 else 1e-5)
-    difference = 0.0 if fingerprint(ours) == fingerprint(theirs) else relative(ours, theirs) or math.inf
-    return Line(name, difference, limit, fingerprint(ours), fingerprint(theirs))
+    return Line(name, largest_difference(ours, theirs), limit, fingerprint(ours), fingerprint(theirs))
+
+
+def largest_difference(ours: Tensor | None, theirs: Tensor) -> float:
+    """0 for equal bits, else the largest difference over the largest magnitude; inf where the shapes differ."""
+    if ours is None or ours.shape != theirs.shape:
+        return math.inf
+    return 0.0 if fingerprint(ours) == fingerprint(theirs) else relative(ours, theirs) or math.inf
+
+
+def fingerprint_of(trial: Trial, kind: str) -> str:
+    """sha256 over the fingerprints of all tensors of a kind (KINDS), by name."""
+    names = sorted(name for name in trial.tensors if name.rpartition(".")[2] == kind)
+    return hashlib.sha256("".join(fingerprint(trial.tensors[name]) for name in names).encode()).hexdigest()
 
 
 def _told(tensor: Tensor | None) -> str:

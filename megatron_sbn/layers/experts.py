@@ -73,11 +73,12 @@ class Experts(SequentialMLP):
         config: TransformerConfig,
         submodules: MLPSubmodules,
         pg_collection: ProcessGroupCollection,
+        **names: Any,  # noqa: ANN401 - from Megatron-Core 0.18 on: `name`, for its base class
     ) -> None:
         own = copy.copy(config)
         own.ffn_hidden_size = config.moe_ffn_hidden_size
         own.sequence_parallel = False  # the dispatcher brings whole tokens, and no rank has more of them
-        super().__init__(num_local_experts, own, submodules, pg_collection)
+        super().__init__(num_local_experts, own, submodules, pg_collection, **names)
 
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """([tokens, hidden], no bias) of tokens sorted by expert, [tokens, hidden], each with its weight, [tokens].

@@ -4,6 +4,8 @@ Megatron-Core's own local specification hard-codes its linear layers; this one n
 their rotary embeddings, residuals and pipeline plumbing are Megatron-Core's.
 """
 
+from functools import partial
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -13,6 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_sbn import engines
 from megatron_sbn.layers.attention import SdpaAttention
 from megatron_sbn.layers.experts import mixture_spec
 from megatron_sbn.layers.linear import GatedLinear, QkvLinear, RowParallelLinear
@@ -32,7 +35,9 @@ def layer_spec(mixture: bool = False) -> ModuleSpec:
             k_layernorm=IdentityOp,
         ),
     )
-    dense = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=GatedLinear, linear_fc2=RowParallelLinear))
+    linears = MLPSubmodules(linear_fc1=GatedLinear, linear_fc2=RowParallelLinear)
+    builder = engines.megatron_core_is_at_least("0.18")
+    dense = partial(MLP.as_mlp_submodule, submodules=linears) if builder else ModuleSpec(module=MLP, submodules=linears)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

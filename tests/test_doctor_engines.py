@@ -1,0 +1,103 @@
+"""`sbn doctor --engines`: another environment's ranks are started, and a single other bit is a difference."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_sbn.cli import main
+from megatron_sbn.doctor import engines, layouts
+from megatron_sbn.doctor.report import Trial
+from megatron_sbn.errors import RecipeError
+
+QUICK = str(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")
+
+
+def trial(hidden: torch.Tensor, losses: list[float], norms: list[float], resumed: list[float]) -> Trial:
+    codes = torch.tensor([[1, 0, -1, 0]], dtype=torch.int8)
+    return Trial({"a.codes": codes, "hidden": hidden}, losses, norms, [{}], resumed, norms[2:])
+
+
+HIDDEN = torch.linspace(-1.0, 1.0, 6)
+FIRST = trial(HIDDEN, [4.0, 3.0, 2.5, 2.25], [1.0, 1.0, 0.5, 0.5], [2.5, 2.25])
+
+
+def test_equal_bits_are_no_difference() -> None:
+    found = engines.differences(FIRST, FIRST, 2)
+    assert found == {"codes": 0.0, "hidden": 0.0, "loss": 0.0, "grad norm": 0.0, "resumed": 0.0}
+
+
+def test_one_bit_is_a_difference() -> None:
+    moved = HIDDEN.clone()
+    moved[3] = torch.nextafter(moved[3], torch.tensor(2.0))
+    found = engines.differences(trial(moved, FIRST.losses, FIRST.grad_norms, FIRST.resumed_losses), FIRST, 2)
+    assert 0 < found["hidden"] < 1e-6
+    assert found["codes"] == found["loss"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("column", "losses", "norms", "resumed"),
+    [
+        ("loss", [4.0, 3.0, math.nextafter(2.5, 3), 2.25], FIRST.grad_norms, [2.5, 2.25]),
+        ("grad norm", FIRST.losses, [1.0, math.nextafter(1.0, 2), 0.5, 0.5], [2.5, 2.25]),
+        ("resumed", FIRST.losses, FIRST.grad_norms, [2.5, math.nextafter(2.25, 3)]),
+        ("resumed", FIRST.losses, FIRST.grad_norms, [2.5]),
+    ],
+)
+def test_a_number_of_any_step_is_compared(
+    column: str, losses: list[float], norms: list[float], resumed: list[float]
+) -> None:
+    found = engines.differences(trial(HIDDEN, losses, norms, resumed), FIRST, 2)
+    assert [name for name, value in found.items() if value] == [column]
+
+
+def test_a_missing_tensor_is_a_difference() -> None:
+    fewer = Trial({"hidden": HIDDEN}, FIRST.losses, FIRST.grad_norms, [{}], FIRST.resumed_losses, FIRST.resumed_norms)
+    assert engines.differences(fewer, FIRST, 2)["codes"] == math.inf
+
+
+def test_another_environment_is_compared(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """This interpreter under another name, started with this project's code from links."""
+    other = tmp_path / "python"
+    other.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\nexec {sys.executable} "$@"\n')
+    other.chmod(0o755)
+    every = layouts.candidates
+    kept = ("tensor 2", "data 2, ZeRO-2")
+    monkeypatch.setattr(engines, "candidates", lambda recipe: {k: v for k, v in every(recipe).items() if k in kept})
+    file = tmp_path / "told.json"
+    assert main(["doctor", QUICK, "--engines", str(other), "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "equal"
+    rows = [line.split()[4:] for line in out.splitlines() if line.startswith("0.")]
+    assert rows == [["equal"] * len(engines.COLUMNS)] * 2
+    assert "megatron_sbn.doctor.rank" in (tmp_path / "calls").read_text()
+    told = json.loads(file.read_text())
+    assert told["equal"] is True
+    first, second = told["environments"]
+    assert first["digests"] == second["digests"]
+    assert set(first["digests"]) == set(kept)
+    assert len(set(first["digests"]["tensor 2"]["hidden"])) > 1
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        (None, "cannot be run: "),
+        ("exit 3", "it ended without a word; give the bin/python"),
+        (f'exec {sys.executable} -S "$@"', "No module named"),
+    ],
+)
+def test_an_interpreter_that_cannot_answer_is_named(script: str | None, told: str, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    if script is not None:
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o755)
+    with engines._code_for_others() as code, pytest.raises(RecipeError) as error:
+        engines.ask(str(python), {"PYTHONPATH": str(code)})
+    assert str(error.value).startswith(f"--engines {python}: ")
+    assert told in str(error.value)
