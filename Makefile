@@ -7,10 +7,12 @@ SETUP := $(VENV)/.setup-done
 KILLS ?= 100
 CASES ?= 10000
 
-.PHONY: quickstart test bench gpu kill fuzz check format setup clean
+.PHONY: quickstart test bench gpu kill fuzz engines check format setup clean
 
+# On the GPUs that PyTorch finds, else on the CPU; DEVICE=cpu: on the CPU anyway.
+DEVICE ?= auto
 quickstart: $(SETUP)
-	$(BIN)/sbn quickstart
+	$(BIN)/sbn quickstart device=$(DEVICE)
 
 test: $(SETUP)
 	$(BIN)/python -m pytest
@@ -38,6 +40,11 @@ kill: $(SETUP)
 fuzz: $(SETUP)
 	$(BIN)/python tests/durability/fuzz.py --cases $(CASES)
 
+# The same bits on the oldest and the newest release of every engine. Makes environments; needs Python >= 3.12 and
+# a package index, downloads gigabytes of PyTorch. ENGINES="NAME ...": tests/engines/releases.py.
+engines: $(SETUP)
+	$(BIN)/python tests/engines/compare.py $(ENGINES)
+
 check: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,4 +65,4 @@ $(SETUP): setup.py constraints.txt
 	touch $(SETUP)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) .venv-engines .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -277,6 +277,7 @@ class Recipe(Section):
 
     name: Name
     run_dir: Folder | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPUs where there are any
     model: Model
     linear: Linear = Linear()
     parallel: Parallel = Parallel()

@@ -91,6 +91,11 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def hide_gpus() -> None:
+    """Makes this a CPU rank on any machine (`device: cpu`). Comes before torch is imported."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def _number(name: str) -> int:
     try:
         return int(os.environ.get(name, "0"))

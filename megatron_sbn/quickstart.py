@@ -44,21 +44,36 @@ class Outcome:
 def run(overrides: list[str], prepare_only: bool = False) -> int:
     """Prepares, trains both, prints the table; status 0 when both are good enough."""
     recipes = [load_recipe(RECIPES / f"{name}.yaml", overrides) for name in MODELS]
+    gpus = 0 if recipes[0].device == "cpu" else _gpus()
+    if gpus == 1:  # the recipes' two tensor-parallel ranks would have to share it
+        overrides = ["parallel.tensor=1", *overrides]
+        recipes = [load_recipe(RECIPES / f"{name}.yaml", overrides) for name in MODELS]
+    ranks = recipes[0].parallel.tensor * recipes[0].parallel.pipeline
     for recipe in recipes:
-        check_world(recipe, recipe.parallel.tensor * recipe.parallel.pipeline)
+        check_world(recipe, ranks)
     unigram = _prepare(recipes[0])
     if prepare_only:
         return 0
+    print(f"training on {ranks} {'GPU' if gpus else 'CPU'} rank{'s' if ranks > 1 else ''}", flush=True)
+    if gpus:
+        print("device=cpu (make quickstart DEVICE=cpu) trains on the CPU instead", flush=True)
     outcomes = []
     for name, recipe in zip(MODELS, recipes, strict=True):
         folder = Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         arguments = [str(RECIPES / f"{name}.yaml"), *overrides, f"run_dir={folder}"]
-        status = launch(arguments, recipe.parallel.tensor * recipe.parallel.pipeline)
+        status = launch(arguments, ranks)
         if status:
             return status
         outcomes.append(_outcome(recipe, folder))
     print(_table(recipes, outcomes, unigram))
     return _verdict(outcomes, unigram)
+
+
+def _gpus() -> int:
+    """How many GPUs PyTorch finds; it starts none of them."""
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _prepare(recipe: Recipe) -> float:

@@ -52,6 +52,8 @@ def _train(recipe: "Recipe", signals: StopSignals) -> int:
     from megatron_sbn.experiments.mlflow_settings import configure_mlflow
 
     engines.quiet_engines()
+    if recipe.device == "cpu":
+        environment.hide_gpus()
     configure_mlflow()
     # Importing the engines takes seconds: after the checks.
     from megatron_sbn.training.loop import run

@@ -1,6 +1,9 @@
 """Ranks as torchrun, srun and plain python tell them, and what is no rank at all inside Slurm."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -86,3 +89,24 @@ def test_on_one_node_no_name_is_resolved(monkeypatch: pytest.MonkeyPatch) -> Non
     assert environment.master_address() == "127.0.0.1"
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
     assert environment.master_address() == "gpu007"
+
+
+def test_a_recipe_for_the_cpu_hides_gpus_before_torch_is_imported(tmp_path: Path) -> None:
+    recipe = tmp_path / "cpu.yaml"
+    recipe.write_text(f"extends: {Path(__file__).parents[1]}/recipes/tiny/ternary-8of8.yaml\ndevice: cpu\n")
+    code = (
+        "import os, sys\n"
+        "from megatron_sbn import train, config\n"
+        "import megatron_sbn.environment as environment\n"
+        "hide = environment.hide_gpus\n"
+        "def hide_and_look():\n"
+        "    assert 'torch' not in sys.modules\n"
+        "    hide()\n"
+        "    print(repr(os.environ['CUDA_VISIBLE_DEVICES']))\n"
+        "    raise SystemExit(0)\n"
+        "environment.hide_gpus = hide_and_look\n"
+        f"train.main([{str(recipe)!r}])\n"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert run.stdout == "''\n", run.stderr

@@ -58,3 +58,37 @@ def test_the_corpus_is_the_library_without_what_was_installed_into_it() -> None:
     assert {library / "argparse.py", library / "json" / "decoder.py", library / "sqlite3" / "dump.py"} <= set(files)
     assert not [file for file in files if set(file.relative_to(library).parts) & {"site-packages", "test"}]
     assert files == sorted(files)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "overrides", "ranks", "told"),
+    [
+        (0, [], 2, "training on 2 CPU ranks"),
+        (1, [], 1, "training on 1 GPU rank"),
+        (2, [], 2, "training on 2 GPU ranks"),
+        (8, ["device=cpu"], 2, "training on 2 CPU ranks"),
+        (1, ["parallel.tensor=1", "parallel.pipeline=1"], 1, "training on 1 GPU rank"),
+    ],
+)
+def test_a_single_gpu_gets_one_rank(
+    gpus: int,
+    overrides: list[str],
+    ranks: int,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    started = []
+
+    def launch(arguments: list[str], count: int) -> int:
+        started.append(count)
+        recipe = load_recipe(arguments[0], arguments[1:])
+        assert recipe.parallel.tensor * recipe.parallel.pipeline == count
+        return 3
+
+    monkeypatch.setattr(quickstart, "_gpus", lambda: gpus)
+    monkeypatch.setattr(quickstart, "_prepare", lambda recipe: 600.0)
+    monkeypatch.setattr(quickstart, "launch", launch)
+    assert quickstart.run(overrides) == 3
+    assert started == [ranks]
+    assert told in capsys.readouterr().out

@@ -43,6 +43,8 @@ def main(arguments: list[str]) -> int:
         engines.check_installed()
         for path in options.recipes:
             recipe, output = load_recipe(path), options.output / path.stem
+            if recipe.device == "cpu":
+                environment.hide_gpus()
             output.mkdir(parents=True, exist_ok=True)
             _trial(recipe, options.steps, output, options.save and options.save / path.stem)
             if options.resume is not None:

@@ -87,7 +87,7 @@ class ParallelState:
 def initialize(recipe: Recipe) -> ParallelState:
     """Joins the process group and cuts it as the recipe says. The world size must have been checked already."""
     rank, world_size = environment.rank(), environment.world_size()
-    device = _local_device()
+    device = _local_device(recipe.device)
     if not dist.is_initialized():
         _join(rank, world_size, device)
     parallel = recipe.parallel
@@ -129,12 +129,21 @@ def finalize() -> None:
     megatron_state.destroy_model_parallel()
 
 
-def _local_device() -> torch.device:
+def _local_device(wanted: str) -> torch.device:
+    """This rank's GPU, or the CPU. Raises RecipeError where a GPU is wanted, or others have one, and there is none."""
     # DeepSpeed reads LOCAL_RANK too, and refuses to start without it.
     local_rank = environment.local_rank()
     os.environ["LOCAL_RANK"] = str(local_rank)
     if not torch.cuda.is_available():
+        if wanted == "cuda":
+            raise RecipeError("device = cuda: PyTorch finds no GPU here; set device=cpu, or look at nvidia-smi")
         return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise RecipeError(
+            f"local rank {local_rank} has no GPU: this machine shows {gpus}; start at most {gpus} ranks on it, "
+            "or set device=cpu"
+        )
     # One hardware queue: collectives that overlap with products then start in the order in which they were issued.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.cuda.set_device(local_rank)

@@ -1,6 +1,7 @@
 """ParallelState without a launcher, and over the grid of ranks."""
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_sbn import environment
@@ -48,3 +49,28 @@ def test_several_ranks_without_a_meeting_point_are_refused(no_launcher: pytest.M
     with pytest.raises(RecipeError, match="MASTER_ADDR is not set; start several ranks with torchrun"):
         state._join(0, environment.world_size(), state.torch.device("cpu"))
     assert dist.is_initialized() == joined
+
+
+@pytest.mark.parametrize(
+    ("gpus", "local_rank", "wanted", "expected"),
+    [
+        (0, 0, "auto", "cpu"),
+        (0, 5, "cpu", "cpu"),
+        (0, 0, "cuda", "device = cuda: PyTorch finds no GPU here"),
+        (2, 1, "auto", "cuda:1"),
+        (2, 2, "auto", "local rank 2 has no GPU: this machine shows 2; start at most 2 ranks on it"),
+    ],
+)
+def test_a_rank_without_the_device_that_it_wants_is_one_line(
+    gpus: int, local_rank: int, wanted: str, expected: str, no_launcher: pytest.MonkeyPatch
+) -> None:
+    no_launcher.setenv("LOCAL_RANK", str(local_rank))
+    no_launcher.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    no_launcher.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    no_launcher.setattr(torch.cuda, "device_count", lambda: gpus)
+    no_launcher.setattr(torch.cuda, "set_device", lambda device: None)
+    if ":" in expected.replace("cuda:1", ""):
+        with pytest.raises(RecipeError, match=expected):
+            state._local_device(wanted)
+    else:
+        assert str(state._local_device(wanted)) == expected
