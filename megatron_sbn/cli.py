@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 def train(options: argparse.Namespace) -> int:
     """Checks the recipe, then starts its ranks on this machine."""
     from megatron_sbn.config import load_recipe
-    from megatron_sbn.feasibility import check_world, model_ranks
+    from megatron_sbn.config.validation import check_world, model_ranks
     from megatron_sbn.launch import launch
 
     recipe = load_recipe(options.recipe, options.overrides)
@@ -120,9 +120,9 @@ def plan(options: argparse.Namespace) -> int:
 def sweep(options: argparse.Namespace) -> int:
     """Lists a sweep's recipes, writes them, trains one here, or hands all of them to Slurm."""
     from megatron_sbn.config import check_no_password
+    from megatron_sbn.config.sweep import load_sweep
+    from megatron_sbn.config.yaml_file import override_of
     from megatron_sbn.launch import launch
-    from megatron_sbn.recipe_file import override_of
-    from megatron_sbn.sweep import load_sweep
 
     if options.submit:
         return _submit_sweep(options)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sbn.config import Recipe, load_recipe
+from megatron_sbn.config.validation import check_world
 from megatron_sbn.data import corpus
 from megatron_sbn.errors import InputError, NumericalError
-from megatron_sbn.feasibility import check_world
 from megatron_sbn.launch import launch
 from megatron_sbn.text_table import aligned
 

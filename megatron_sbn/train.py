@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
 
 def _checked(arguments: list[str]) -> "Recipe":
     from megatron_sbn.config import load_recipe
-    from megatron_sbn.feasibility import check_world
+    from megatron_sbn.config.validation import check_world
 
     recipe = load_recipe(arguments[0], arguments[1:])
     check_world(recipe, environment.world_size())

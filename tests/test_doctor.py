@@ -10,9 +10,9 @@ import torch
 
 from megatron_sbn.cli import main
 from megatron_sbn.config import Recipe, load_recipe
+from megatron_sbn.config.validation import check_world, model_ranks
 from megatron_sbn.doctor import command, layouts, report, trials
 from megatron_sbn.doctor.tiny import one_rank, tiny_recipe
-from megatron_sbn.feasibility import check_world, model_ranks
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 QWEN = str(RECIPES / "qwen2.5-0.5b" / "ternary-6of8.yaml")

@@ -15,28 +15,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILE_LINES, FUNCTION_LINES, KERNEL_LINES = 400, 60, 150
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc"}
-NO_TORCH = tuple(f"megatron_sbn/{n}" for n in "cli cluster/ config eng env err feas launch stop sweep train.".split())
+NO_TORCH = tuple(
+    f"megatron_sbn/{room}" for room in "cli cluster/ config/ eng env err launch plan/ stop sweep train.".split()
+)
 HEAVY = ("torch", "deepspeed", "megatron", "mlflow", "sbn_kernels")
 ONLY_IMPORTER = {"deepspeed": "megatron_sbn/parallel/zero.py", "mlflow": "megatron_sbn/experiments/tracking.py"}
-
-# Data flows one way: what each part of megatron_sbn may import of megatron_sbn, beside itself and its own level.
-BASE = ("errors", "environment", "engines", "config", "settings", "staging", "weight_store", "token_layout")
-FOUNDATION = {f"megatron_sbn.{name}" for name in BASE}
-MAY_IMPORT = {
-    **{f"megatron_sbn/{name}.py": {"megatron_sbn.errors"} for name in ("environment", "engines")},
-    "megatron_sbn/feasibility": {"megatron_sbn.errors", "megatron_sbn.config", "megatron_sbn.feasibility_experts"},
-    "megatron_sbn/config.py": {f"megatron_sbn.{n}" for n in ("errors", "feasibility", "recipe_file", "masking")},
-    **{f"megatron_sbn/{name}.py": set() for name in "masking settings stop_signals weight_store token_layout".split()},
-    **{f"megatron_sbn/{name}.py": {"megatron_sbn.errors"} for name in ("staging", "recipe_file")},
-    **{f"megatron_sbn/{a}.py": {f"megatron_sbn.{b}"} for a, b in (("errors", "masking"), ("producers", "settings"))},
-    "megatron_sbn/functional.py": {f"megatron_sbn.{name}" for name in ("settings", "producers", *BASE[-2:])},
-    "megatron_sbn/parallel/": FOUNDATION | {"megatron_sbn.parallel"},
-    "megatron_sbn/layers/": FOUNDATION
-    | {"megatron_sbn.functional", "megatron_sbn.producers", "megatron_sbn.layers", "megatron_sbn.parallel.shard"},
-    "megatron_sbn/model.py": FOUNDATION
-    | {"megatron_sbn.layers", "megatron_sbn.parallel.shard", "megatron_sbn.parallel.state"},
-    "megatron_sbn/data/": FOUNDATION | {"megatron_sbn.data"},
-}
 
 
 @dataclass(frozen=True)
@@ -162,7 +145,7 @@ def check_module_state(source: Source) -> Iterator[str]:
 
 
 def check_imports(source: Source) -> Iterator[str]:
-    """Who may import what: one importer for each optional engine, no torch before the recipe is checked, one way."""
+    """One importer for each optional engine; no torch before the recipe is checked. Rooms: test_architecture.py."""
     for module, line, lazy in imports(source):
         root = module.partition(".")[0]
         if source.packaged and root in ONLY_IMPORTER and source.path != ONLY_IMPORTER[root]:
@@ -171,9 +154,6 @@ def check_imports(source: Source) -> Iterator[str]:
             yield f"{source.path}:{line}: imports {root} before the recipe is checked"
         if source.path.startswith("kernels/sbn_kernels/") and not kernel_import(module):
             yield f"{source.path}:{line}: sbn_kernels imports torch, triton and the standard library only, not {module}"
-        allowed = allowed_imports(source.path)
-        if root == "megatron_sbn" and allowed is not None and not reaches(module, allowed):
-            yield f"{source.path}:{line}: {module} is downstream; data flows one way"
 
 
 def check_kernel_library(source: Source) -> Iterator[str]:
@@ -265,16 +245,6 @@ def resolved(node: ast.ImportFrom, path: str) -> str:
     return ".".join([*package, *filter(None, [node.module])])
 
 
-def allowed_imports(path: str) -> set[str] | None:
-    """The modules of megatron_sbn that a file may import; None where nothing is said."""
-    return next((allowed for prefix, allowed in MAY_IMPORT.items() if path.startswith(prefix)), None)
-
-
-def reaches(module: str, allowed: set[str]) -> bool:
-    """Whether `module` (or a name in it) is one of the allowed modules or inside one."""
-    return any(module == name or module.startswith(f"{name}.") for name in allowed)
-
-
 def kernel_import(module: str) -> bool:
     root = module.partition(".")[0]
     if module.startswith(("torch.autograd", "torch.distributed")):
@@ -329,23 +299,14 @@ VIOLATIONS: tuple[tuple[Check, str, str], ...] = (
     (check_imports, "megatron_sbn/training/step.py", f"{DOC}import deepspeed\n"),
     (check_imports, "megatron_sbn/training/step.py", f"{DOC}def f() -> None:\n    from deepspeed.ops import adam\n"),
     (check_imports, "megatron_sbn/training/loop.py", f"{DOC}import mlflow.tracking\n"),
-    (check_imports, "megatron_sbn/config.py", f"{DOC}import torch\n"),
-    (check_imports, "megatron_sbn/feasibility.py", f"{DOC}from torch import Tensor\n"),
+    (check_imports, "megatron_sbn/config/load.py", f"{DOC}import torch\n"),
+    (check_imports, "megatron_sbn/plan/memory.py", f"{DOC}from torch import Tensor\n"),
     (check_imports, "megatron_sbn/launch.py", f"{DOC}from megatron.core import parallel_state\n"),
-    (check_imports, "megatron_sbn/config.py", f"{DOC}from megatron_sbn.model import build_stages\n"),
     (check_imports, "kernels/sbn_kernels/a.py", f"{DOC}import numpy\n"),
     (check_imports, "kernels/sbn_kernels/a.py", f"{DOC}import megatron_sbn.errors\n"),
     (check_imports, "kernels/sbn_kernels/a.py", f"{DOC}import torch.distributed as dist\n"),
     (check_imports, "kernels/sbn_kernels/a.py", f"{DOC}from torch.autograd import Function\n"),
     (check_imports, "kernels/sbn_kernels/a.py", f"{DOC}from torch import distributed\n"),
-    (check_imports, "megatron_sbn/layers/linear.py", f"{DOC}from megatron_sbn.training.step import Trainer\n"),
-    (check_imports, "megatron_sbn/layers/linear.py", f"{DOC}from megatron_sbn.parallel import zero\n"),
-    (check_imports, "megatron_sbn/layers/norm.py", f"{DOC}from ..model import build_stages\n"),
-    (check_imports, "megatron_sbn/functional.py", f"{DOC}from megatron_sbn.layers import linear\n"),
-    (check_imports, "megatron_sbn/parallel/shard.py", f"{DOC}from megatron_sbn.model import Stages\n"),
-    (check_imports, "megatron_sbn/parallel/zero.py", f"{DOC}from megatron_sbn.experiments import telemetry\n"),
-    (check_imports, "megatron_sbn/data/dataset.py", f"{DOC}import megatron_sbn.training.step\n"),
-    (check_imports, "megatron_sbn/model.py", f"{DOC}from megatron_sbn.parallel.zero import ZeroOptimizer\n"),
     (check_kernel_library, "kernels/sbn_kernels/a.py", f"{DOC}class A(torch.autograd.Function):\n    pass\n"),
     (check_kernel_library, "kernels/sbn_kernels/a.py", f"{DOC}torch.distributed.all_reduce(x)\n"),
 )
@@ -390,7 +351,7 @@ def test_a_check_is_content_with_what_is_good(check: Check) -> None:
         Source("megatron_sbn/functional.py", GOOD),
         Source("kernels/sbn_kernels/a.py", GOOD),
         Source("kernels/sbn_kernels/a.py", kernel),
-        Source("megatron_sbn/feasibility.py", lazy),
+        Source("megatron_sbn/config/validation.py", lazy),
         Source("tests/test_a.py", f"{DOC}def test_a(x):\n    assert x\n"),
     ):
         assert list(check(source)) == []

@@ -21,15 +21,15 @@ from megatron_sbn import environment
 from megatron_sbn.cluster.attempts import Limits, decide, failures_in_a_row, read_attempts, record_attempt
 from megatron_sbn.cluster.slurm_queue import queued
 from megatron_sbn.config import Recipe, load_recipe
+from megatron_sbn.config.sweep import load_sweep
+from megatron_sbn.config.validation import check_world, model_ranks
+from megatron_sbn.config.yaml_file import override_of
 from megatron_sbn.errors import STOPPED, InputError, RecipeError, SbnError
-from megatron_sbn.feasibility import check_world, model_ranks
 from megatron_sbn.launch import Machines, launch
 from megatron_sbn.masking import show_anything
-from megatron_sbn.recipe_file import override_of
 from megatron_sbn.run_status import read_status, saved_step, slurm_attempt, switched_off, write_status
 from megatron_sbn.staging import make_folder
 from megatron_sbn.stop_signals import SIGNALS
-from megatron_sbn.sweep import load_sweep
 
 NOTHING_TO_DO = 10
 # srun's status when a signal met it, or its tasks, before there were ranks that listen.

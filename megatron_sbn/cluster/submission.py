@@ -21,11 +21,11 @@ from typing import Literal
 from megatron_sbn.cluster.slurm_queue import queued
 from megatron_sbn.cluster.snapshot import Snapshot, find_code
 from megatron_sbn.config import Recipe, check_no_password, load_recipe
+from megatron_sbn.config.sweep import Variant, frozen, load_sweep
+from megatron_sbn.config.validation import check_world, model_ranks
 from megatron_sbn.errors import InputError, RecipeError
-from megatron_sbn.feasibility import check_world, model_ranks
 from megatron_sbn.run_status import read_status
 from megatron_sbn.staging import exclusive, write_whole
-from megatron_sbn.sweep import Variant, frozen, load_sweep
 
 SETTINGS_LINE = "SBN_CODE=${SBN_CODE:-$SLURM_SUBMIT_DIR}\n"  # of a batch script: replaced by what is known here
 TEMPLATES = {"run": "train.sbatch", "array": "train.sbatch", "series": "scaling.sbatch"}

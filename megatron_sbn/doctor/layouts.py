@@ -1,9 +1,9 @@
 """The ways of cutting a tiny model over at most four ranks, for a table of all of them beside one rank."""
 
 from megatron_sbn.config import Recipe
+from megatron_sbn.config.validation import check_recipe, check_world
 from megatron_sbn.doctor.tiny import MICRO_BATCH, one_rank, tiny_recipe
 from megatron_sbn.errors import RecipeError
-from megatron_sbn.feasibility import check_recipe, check_world
 
 MAX_RANKS = 4
 _CUTS: dict[str, tuple[int, dict[str, object], dict[str, object]]] = {

@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
 @contextmanager
 def _trainer(recipe: Recipe) -> "Iterator[Trainer]":
     """A trainer of the recipe on this rank; its process groups are left afterwards."""
-    from megatron_sbn.feasibility import check_world
+    from megatron_sbn.config.validation import check_world
     from megatron_sbn.model import build_stages
     from megatron_sbn.parallel import state as parallel_state
     from megatron_sbn.parallel.cpu import without_cuda

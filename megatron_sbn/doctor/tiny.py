@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sbn.config import Recipe
-from megatron_sbn.feasibility import check_recipe
+from megatron_sbn.config.validation import check_recipe
 
 MICRO_BATCH, WIDTH = 2, 48
 _STEPS = 1 << 10

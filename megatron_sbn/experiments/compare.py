@@ -18,10 +18,10 @@ from statistics import median
 
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.errors import InputError, RecipeError
-from megatron_sbn.experiments.flops import model_flops_per_token
 from megatron_sbn.experiments.metrics import Line, read_metrics
 from megatron_sbn.experiments.run_record import FILE_NAME, read_record
 from megatron_sbn.masking import one_line
+from megatron_sbn.plan.flops import model_flops_per_token
 from megatron_sbn.text_table import aligned
 
 METRICS = ("loss", "validation_loss", "validation_perplexity", "grad_norm", "flip_rate", "zero_fraction")

@@ -26,14 +26,11 @@ from megatron_sbn.weight_store import ResidentWeight
 
 
 def settings_at(linear: Linear, step: int, micro_batches: int = 1) -> LinearSettings:
-    """The arithmetic in force at an optimizer step: the recipe's, changed by every phase begun by then.
+    """The arithmetic in force at an optimizer step.
 
     SR-STE's decay is added in every backward pass, so each of a step's `micro_batches` gets its share.
     """
-    values = linear.model_dump(exclude={"mask_interval", "mask_freeze_step", "phases"})
-    for phase in linear.phases:
-        if phase.step <= step:
-            values |= phase.changes
+    values = linear.at(step).model_dump(exclude={"mask_interval", "mask_freeze_step", "phases"})
     # What only quantised arithmetic has a meaning for rests while a phase is without it.
     if values["weight_format"] == "dense":
         values |= {"order": "quant_then_mask", "mask_source": "latent", "backward": "exact"}

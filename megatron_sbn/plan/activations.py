@@ -6,7 +6,7 @@ parallelism), w bytes of an activation; widths are this rank's.
 
 from collections import defaultdict
 
-from megatron_sbn.plan.device import Keeps
+from megatron_sbn.plan.hardware import Keeps
 from megatron_sbn.plan.shapes import Layout, Linear
 
 FP32, INT64 = 4, 8

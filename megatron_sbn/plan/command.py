@@ -7,9 +7,9 @@ from pathlib import Path
 
 from megatron_sbn.config import Recipe
 from megatron_sbn.errors import RecipeError
-from megatron_sbn.plan.device import Efficiency, find_device
-from megatron_sbn.plan.layouts import Candidate, Choice, Machines, candidate, choose
-from megatron_sbn.plan.page import describe, gib, page
+from megatron_sbn.plan.hardware import Efficiency, find_device
+from megatron_sbn.plan.render import describe, gib, page
+from megatron_sbn.plan.search import Candidate, Choice, Machines, candidate, choose
 from megatron_sbn.staging import write_whole
 
 MOST_DEVICES = 1 << 20

@@ -10,10 +10,9 @@ reduces them after the last backward pass. Masters are a second fp32 copy of wha
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from megatron_sbn.config import Recipe
 from megatron_sbn.plan import activations
 from megatron_sbn.plan.activations import FP32
-from megatron_sbn.plan.device import Keeps
+from megatron_sbn.plan.hardware import Keeps
 from megatron_sbn.plan.shapes import Layout
 
 BUCKET = 1 << 27  # elements of ZeRO's reduction bucket: parallel/zero.py
@@ -63,18 +62,11 @@ def rank_memory(layout: Layout, stage: int, keeps: Keeps) -> RankMemory:
 
 def worst_rank(layout: Layout, keeps: Keeps) -> RankMemory:
     """The stage whose ranks hold most, in the phase in which they do."""
-    layouts = [replace(layout, recipe=recipe) for recipe in _phases(layout.recipe)]
+    recipe = layout.recipe
+    phases = [recipe.model_copy(update={"linear": linear}) for linear in recipe.linear.in_order()]
+    layouts = [replace(layout, recipe=phase) for phase in phases]
     ranks = [rank_memory(one, stage, keeps) for one in layouts for stage in range(layout.pipeline)]
     return max(ranks, key=lambda rank: rank.total)
-
-
-def _phases(recipe: Recipe) -> list[Recipe]:
-    """The recipe as it begins, and with what every phase sets."""
-    found, linear = [recipe], recipe.linear
-    for phase in recipe.linear.phases:
-        linear = linear.model_copy(update=phase.changes)
-        found.append(recipe.model_copy(update={"linear": linear}))
-    return found
 
 
 def _groups(layout: Layout, stage: int, padded: bool) -> tuple[int, int]:

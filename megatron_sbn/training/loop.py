@@ -16,7 +16,6 @@ import torch
 from megatron_sbn.config import Recipe
 from megatron_sbn.data.dataset import batch, build_dataset
 from megatron_sbn.errors import STOPPED, CheckpointError, NumericalError
-from megatron_sbn.experiments.flops import model_flops_per_token
 from megatron_sbn.experiments.metrics import MetricsFile
 from megatron_sbn.experiments.provenance import batch_scripts, installed_packages
 from megatron_sbn.experiments.system_metrics import sampled
@@ -27,6 +26,7 @@ from megatron_sbn.parallel import state as parallel_state
 from megatron_sbn.parallel.cpu import without_cuda
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.parallel.traffic import Totals, Traffic, group_names, step_metrics
+from megatron_sbn.plan.flops import model_flops_per_token
 from megatron_sbn.run_status import saved_step
 from megatron_sbn.staging import write_whole
 from megatron_sbn.stop_signals import StopSignals

@@ -11,7 +11,7 @@ from megatron_sbn.config import Recipe
 from megatron_sbn.experiments.tracking import default_uri
 from megatron_sbn.masking import mask_secrets
 from megatron_sbn.parallel.state import ParallelState
-from megatron_sbn.plan.device import CPU, ON_CUDA
+from megatron_sbn.plan.hardware import CPU, ON_CUDA
 from megatron_sbn.plan.memory import worst_rank
 from megatron_sbn.plan.shapes import Layout, model_parameters
 from megatron_sbn.text_table import size_text

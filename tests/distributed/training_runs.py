@@ -16,8 +16,8 @@ from ranks import run_ranks
 from torch import Tensor
 
 from megatron_sbn.config import Recipe, load_recipe
+from megatron_sbn.config.validation import check_world
 from megatron_sbn.doctor.tiny import batch_of
-from megatron_sbn.feasibility import check_world
 from megatron_sbn.model import build_stages
 from megatron_sbn.parallel import state as parallel_state
 from megatron_sbn.parallel.cpu import without_cuda

@@ -11,11 +11,11 @@ from mlflow import MlflowClient
 
 from megatron_sbn.cli import main
 from megatron_sbn.config import load_recipe
+from megatron_sbn.config.sweep import load_sweep
 from megatron_sbn.experiments.metrics import MetricsFile
 from megatron_sbn.experiments.provenance import describe_recipe
 from megatron_sbn.experiments.study import KIND_TAG, PARENT_TAG, STUDY_TAG, Study, standing
 from megatron_sbn.experiments.tracking import Tracker, default_uri, delivered_study, sync
-from megatron_sbn.sweep import load_sweep
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -9,15 +9,15 @@ import pytest
 
 from megatron_sbn.cli import main
 from megatron_sbn.config import Recipe, load_recipe
+from megatron_sbn.config.validation import check_recipe, check_world
 from megatron_sbn.errors import RecipeError
-from megatron_sbn.feasibility import check_recipe, check_world
+from megatron_sbn.plan.comm_bytes import sent_by_all
 from megatron_sbn.plan.command import machines_of
-from megatron_sbn.plan.device import CPU, ON_CUDA
-from megatron_sbn.plan.duration import duration, link, operations
-from megatron_sbn.plan.layouts import Machines, candidate, choose
+from megatron_sbn.plan.hardware import CPU, ON_CUDA
 from megatron_sbn.plan.memory import rank_memory
-from megatron_sbn.plan.sent import sent_by_all
+from megatron_sbn.plan.search import Machines, candidate, choose
 from megatron_sbn.plan.shapes import Layout, model_parameters
+from megatron_sbn.plan.step_time import duration, link, operations
 
 QWEN3B = str(Path(__file__).parents[2] / "recipes" / "qwen2.5-3b" / "ternary-6of8.yaml")
 

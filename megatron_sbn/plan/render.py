@@ -5,12 +5,12 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_sbn.config import Recipe
-from megatron_sbn.plan.device import GIB
-from megatron_sbn.plan.duration import link, operations
-from megatron_sbn.plan.layouts import Candidate, Choice, Machines
+from megatron_sbn.plan.comm_bytes import sent_by_all, sent_by_rank
+from megatron_sbn.plan.hardware import GIB
 from megatron_sbn.plan.memory import RankMemory
-from megatron_sbn.plan.sent import sent_by_all, sent_by_rank
+from megatron_sbn.plan.search import Candidate, Choice, Machines
 from megatron_sbn.plan.shapes import model_parameters
+from megatron_sbn.plan.step_time import link, operations
 
 SHOWN = 12  # layouts
 _PREFIXES = ("", "", "", "k", "", "", "M", "", "", "G", "", "", "T", "", "", "P")  # by power of ten

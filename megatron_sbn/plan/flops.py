@@ -16,7 +16,7 @@ and rationals; imports no torch.
 
 from fractions import Fraction
 
-from megatron_sbn.config import Linear, Model, Recipe
+from megatron_sbn.config import Model, Recipe
 
 
 def linear_weights(model: Model) -> int:
@@ -36,15 +36,6 @@ def model_flops_per_token(recipe: Recipe, step: int = 0) -> tuple[float, float]:
     router = model.num_layers * model.hidden_size * (model.num_moe_experts or 0)
     floating = model.hidden_size * model.padded_vocab_size + router
     attention = 6 * model.num_layers * model.seq_length * model.num_attention_heads * model.head_dim
-    n, m = sparsity_at(recipe.linear, step)
+    n, m = recipe.linear.at(step).sparsity
     sparse = (2 * Fraction(n, m) + 4) * linear + 6 * floating + attention
     return float(6 * (linear + floating) + attention), float(sparse)
-
-
-def sparsity_at(linear: Linear, step: int) -> tuple[int, int]:
-    """(N, M) at an optimizer step: the recipe's, changed by every phase begun by then."""
-    sparsity = linear.sparsity
-    for phase in linear.phases:
-        if phase.step <= step and phase.sparsity is not None:
-            sparsity = phase.sparsity
-    return sparsity

@@ -3,20 +3,17 @@
 Each message is one line: the field, its value, and the fix. Imports no torch.
 """
 
+import itertools
 import math
-from typing import TYPE_CHECKING
 
+from megatron_sbn.config.schema import Recipe
 from megatron_sbn.errors import RecipeError
-from megatron_sbn.feasibility_experts import check_expert_world, check_experts
-
-if TYPE_CHECKING:
-    from megatron_sbn.config import Recipe
 
 # Largest input width whose int32 accumulators are exact in fp32 (docs/method.md, section 2).
 MAX_EXACT_INPUT = 131072
 
 
-def check_recipe(recipe: "Recipe") -> None:
+def check_recipe(recipe: Recipe) -> None:
     """Raises RecipeError unless the recipe can be trained on some number of ranks."""
     _check_model(recipe)
     _check_parallel(recipe)
@@ -36,13 +33,13 @@ def check_recipe(recipe: "Recipe") -> None:
         )
 
 
-def model_ranks(recipe: "Recipe") -> int:
+def model_ranks(recipe: Recipe) -> int:
     """The fewest ranks that fill the layout: a replica, and as many of them as its experts are spread over."""
     parallel = recipe.parallel
     return parallel.pipeline * math.lcm(parallel.tensor, parallel.expert)
 
 
-def check_world(recipe: "Recipe", world_size: int) -> None:
+def check_world(recipe: Recipe, world_size: int) -> None:
     """Raises RecipeError unless `world_size` ranks fill the layout exactly."""
     parallel, training = recipe.parallel, recipe.training
     model_size = parallel.tensor * parallel.pipeline
@@ -68,7 +65,7 @@ def check_world(recipe: "Recipe", world_size: int) -> None:
         )
 
 
-def _check_model(recipe: "Recipe") -> None:
+def _check_model(recipe: Recipe) -> None:
     model = recipe.model
     if model.kv_channels is None:
         _divisible(model.hidden_size, "model.hidden_size", model.num_attention_heads, "model.num_attention_heads")
@@ -79,7 +76,7 @@ def _check_model(recipe: "Recipe") -> None:
         raise RecipeError(f"model.rotary_percent = {model.rotary_percent}: at most 1.0")
 
 
-def _check_parallel(recipe: "Recipe") -> None:
+def _check_parallel(recipe: Recipe) -> None:
     model, parallel = recipe.model, recipe.parallel
     tensor, pipeline = parallel.tensor, parallel.pipeline
     _divisible(model.num_attention_heads, "model.num_attention_heads", tensor, "parallel.tensor")
@@ -97,7 +94,7 @@ def _check_parallel(recipe: "Recipe") -> None:
         )
 
 
-def _check_pipeline(recipe: "Recipe") -> None:
+def _check_pipeline(recipe: Recipe) -> None:
     """Equal stages, unless the first or the last is given a number of layers of its own."""
     layers, parallel = recipe.model.num_layers, recipe.parallel
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
@@ -126,33 +123,33 @@ def _check_pipeline(recipe: "Recipe") -> None:
         )
 
 
-def _check_linear(recipe: "Recipe") -> None:
+def _check_linear(recipe: Recipe) -> None:
     linear = recipe.linear
     if linear.mask_source == "quantized" and linear.order == "mask_then_quant":
         raise RecipeError(
             "linear.mask_source = 'quantized' needs linear.order = 'quant_then_mask': a mask made from the codes "
             "cannot come before them"
         )
-    settings = [(linear.weight_format, linear.sparsity, linear.activation_bits, "linear")]
-    for index, phase in enumerate(linear.phases):
-        where = f"linear.phases.{index}"
-        if index and phase.step <= linear.phases[index - 1].step:
-            raise RecipeError(f"{where}.step = {phase.step}: phases start at increasing steps; put them in order")
-        last = settings[-1]
-        bits = last[2] if phase.activation_bits == "unchanged" else phase.activation_bits
-        settings.append((phase.weight_format or last[0], phase.sparsity or last[1], bits, where))
-    ternary = [bits for weight_format, _, bits, _ in settings if weight_format == "ternary"]
+    for index, (before, phase) in enumerate(itertools.pairwise(linear.phases), 1):
+        if phase.step <= before.step:
+            raise RecipeError(
+                f"linear.phases.{index}.step = {phase.step}: phases start at increasing steps; put them in order"
+            )
+    settings = linear.in_order()
+    ternary = [own.activation_bits for own in settings if own.weight_format == "ternary"]
     _check_used(recipe, bool(ternary), any(bits is not None for bits in ternary))
-    for weight_format, (n, m), bits, where in settings:
+    places = ["linear", *(f"linear.phases.{index}" for index in range(len(linear.phases)))]
+    for where, own in zip(places, settings, strict=True):
+        n, m = own.sparsity
         if not 1 <= n <= m <= 32:
             raise RecipeError(f"{where}.sparsity = {n}:{m}: needs 1 <= N <= M <= 32, such as 6:8")
         if n < m:
             _check_groups(recipe, n, m, where)
-        if weight_format == "ternary" and bits is not None:
+        if own.weight_format == "ternary" and own.activation_bits is not None:
             _check_exact(recipe)
 
 
-def _check_used(recipe: "Recipe", ternary: bool, quantized: bool) -> None:
+def _check_used(recipe: Recipe, ternary: bool, quantized: bool) -> None:
     """Settings of ternary weights, or of rounded activations, say nothing where no phase has them: refused."""
     linear = recipe.linear
     for field, value, default in (
@@ -169,7 +166,7 @@ def _check_used(recipe: "Recipe", ternary: bool, quantized: bool) -> None:
         )
 
 
-def _check_groups(recipe: "Recipe", n: int, m: int, where: str) -> None:
+def _check_groups(recipe: Recipe, n: int, m: int, where: str) -> None:
     """No group of M may straddle a shard: column-parallel weights and experts are whole along in, the others cut."""
     model, tensor = recipe.model, recipe.parallel.tensor
     inputs = (
@@ -186,7 +183,7 @@ def _check_groups(recipe: "Recipe", n: int, m: int, where: str) -> None:
             )
 
 
-def _mlp_width(recipe: "Recipe") -> tuple[str, int, int]:
+def _mlp_width(recipe: Recipe) -> tuple[str, int, int]:
     """(field, hidden features of an MLP, ranks that they are cut over)."""
     model = recipe.model
     own = model.num_moe_experts is not None and model.moe_ffn_hidden_size is not None
@@ -194,14 +191,14 @@ def _mlp_width(recipe: "Recipe") -> tuple[str, int, int]:
     return "model.moe_ffn_hidden_size" if own else "model.ffn_hidden_size", model.mlp_width, cut
 
 
-def _check_exact(recipe: "Recipe") -> None:
+def _check_exact(recipe: Recipe) -> None:
     model = recipe.model
     widest = max(model.hidden_size, model.mlp_width, model.num_attention_heads * model.head_dim)
     if widest > MAX_EXACT_INPUT:
         raise RecipeError(f"a linear input of {widest} exceeds {MAX_EXACT_INPUT}, where integer sums stop being exact")
 
 
-def _check_schedule(recipe: "Recipe") -> None:
+def _check_schedule(recipe: Recipe) -> None:
     optimizer = recipe.optimizer
     if not optimizer.stages and optimizer.min_lr > optimizer.lr:
         raise RecipeError(f"optimizer.min_lr = {optimizer.min_lr} is above optimizer.lr = {optimizer.lr}; lower it")
@@ -216,7 +213,7 @@ def _check_schedule(recipe: "Recipe") -> None:
         raise RecipeError(f"optimizer.stages start at steps {steps}; start the first at 0 and each after the last")
 
 
-def _check_rollback(recipe: "Recipe") -> None:
+def _check_rollback(recipe: Recipe) -> None:
     """A bad step finds a checkpoint that is old enough, once so many steps are done."""
     training, checkpoint = recipe.training, recipe.checkpoint
     if training.on_bad_step != "rollback":
@@ -239,3 +236,64 @@ def _divisible(value: int, name: str, by: int, by_name: str, otherwise: str = ""
         choice = f"{lower} or {upper}" if lower else str(upper)
         way_out = f"; use {choice}, or another {by_name.split()[0]}{', ' + otherwise if otherwise else ''}"
         raise RecipeError(f"{name} = {value} is not divisible by {by_name} = {by}{way_out}")
+
+
+def check_experts(recipe: Recipe) -> None:
+    """Raises RecipeError unless the recipe's experts can be trained on some number of ranks."""
+    model, parallel = recipe.model, recipe.parallel
+    experts = model.num_moe_experts
+    if experts is None:
+        _check_no_experts(recipe)
+        return
+    if model.moe_router_topk > experts:
+        raise RecipeError(
+            f"model.moe_router_topk = {model.moe_router_topk} is more than model.num_moe_experts = {experts}; "
+            f"use at most {experts}"
+        )
+    if experts % parallel.expert:
+        raise RecipeError(
+            f"model.num_moe_experts = {experts} is not divisible by parallel.expert = {parallel.expert}; "
+            f"use a multiple of {parallel.expert}, or a parallel.expert that divides {experts}"
+        )
+    if parallel.tensor > 1 and not parallel.sequence:
+        raise RecipeError(
+            f"parallel.sequence = false with parallel.tensor = {parallel.tensor}: every rank would send the same "
+            "tokens to the experts; set parallel.sequence=true, or parallel.tensor=1"
+        )
+    if parallel.zero_stage == 3:
+        raise RecipeError(
+            "parallel.zero_stage = 3 with model.num_moe_experts: an expert that sees no token would leave the others "
+            "waiting in a gather; use parallel.zero_stage = 1 or 2"
+        )
+    if recipe.linear.sr_ste_decay > 0:
+        raise RecipeError(
+            f"linear.sr_ste_decay = {recipe.linear.sr_ste_decay}: it is added in every backward pass, and an expert "
+            "without tokens has none; use 0 with model.num_moe_experts"
+        )
+
+
+def check_expert_world(recipe: Recipe, world_size: int) -> None:
+    """Raises RecipeError unless experts can be spread over `world_size` ranks, which fill the layout exactly."""
+    parallel = recipe.parallel
+    stage = world_size // parallel.pipeline
+    if stage % parallel.expert:
+        raise RecipeError(
+            f"parallel.expert = {parallel.expert} does not divide the {stage} ranks of a pipeline stage "
+            f"(tensor x data); start a multiple of {parallel.pipeline * parallel.expert} ranks or change it"
+        )
+
+
+def _check_no_experts(recipe: Recipe) -> None:
+    """Settings of experts say nothing where there are none: refused, not ignored."""
+    model = recipe.model
+    if recipe.parallel.expert != 1:
+        raise RecipeError(
+            f"parallel.expert = {recipe.parallel.expert}: the model has no experts; use 1, or set model.num_moe_experts"
+        )
+    for field, value, default in (
+        ("moe_router_topk", model.moe_router_topk, 2),
+        ("moe_ffn_hidden_size", model.moe_ffn_hidden_size, None),
+        ("moe_aux_loss_coeff", model.moe_aux_loss_coeff, 0.0),
+    ):
+        if value != default:
+            raise RecipeError(f"model.{field} = {value} needs model.num_moe_experts; set it, or leave this out")

@@ -26,9 +26,9 @@ import yaml
 from pydantic import Field, ValidationError
 
 from megatron_sbn.config import Name, Recipe, Section, load_recipe
+from megatron_sbn.config.validation import check_world, model_ranks
+from megatron_sbn.config.yaml_file import override_of, parse_yaml, read_recipe, read_text
 from megatron_sbn.errors import RecipeError
-from megatron_sbn.feasibility import check_world, model_ranks
-from megatron_sbn.recipe_file import override_of, parse_yaml, read_recipe, read_text
 
 Values = dict[str, Any]
 RANKS = "ranks"

@@ -1,25 +1,18 @@
 """Recipe: everything a run depends on, in one frozen, strict, validated object. Imports no torch.
 
 Three stated steps: YAML (with `extends:`, read relative to the file) -> `section.key=value` overrides -> `Recipe`.
-A key that does not exist, a value of the wrong type or a combination that cannot be trained (`feasibility.py`) is a
+A key that does not exist, a value of the wrong type or a combination that cannot be trained (`validation.py`) is a
 `RecipeError` of one line that names the field, the value and the way out, before anything is allocated.
 
 Field names of `model` are Megatron-Core's own; those of `optimizer` follow Megatron's where it has one.
 """
 
-import difflib
 import os
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-
-from megatron_sbn import feasibility
-from megatron_sbn.errors import RecipeError
-from megatron_sbn.masking import excerpt, mask_secrets
-from megatron_sbn.recipe_file import read_recipe
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 LARGEST = 2**53  # every whole number up to it is one in JSON, in a float and in 64 bits
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -165,6 +158,17 @@ class Linear(Section):
     mask_interval: Positive = 1  # steps between mask updates
     mask_freeze_step: NonNegative | None = None  # masks stay as they are from this step on
     phases: Annotated[tuple[Phase, ...], BeforeValidator(_as_tuple)] = ()
+
+    def at(self, step: int) -> "Linear":
+        """The settings in force at an optimizer step: these, changed by every phase that has begun."""
+        return self.in_order()[sum(phase.step <= step for phase in self.phases)]
+
+    def in_order(self) -> tuple["Linear", ...]:
+        """The settings before any phase, then those from each phase on. None of them has phases."""
+        settings = [self.model_copy(update={"phases": ()})]
+        for phase in self.phases:
+            settings.append(settings[-1].model_copy(update=phase.changes))
+        return tuple(settings)
 
 
 class Parallel(Section):
@@ -316,52 +320,3 @@ def _plain_linear(linear: dict[str, Any]) -> dict[str, Any]:
 
     phases = [{key: plain(key, value) for key, value in phase.items()} for phase in linear["phases"]]
     return {key: plain(key, value) for key, value in linear.items()} | {"phases": phases}
-
-
-def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Reads a recipe file, applies `section.key=value` overrides, validates. Raises RecipeError."""
-    values = read_recipe(Path(path), overrides, _nearest)
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError(" ".join(_problem(error).split())) from None
-    feasibility.check_recipe(recipe)
-    return recipe
-
-
-def check_no_password(recipe: Recipe, place: str) -> None:
-    """Raises RecipeError where a file of this recipe, kept in `place`, would hold a password."""
-    uri = recipe.tracking.uri
-    if uri is not None and mask_secrets(uri) != uri:
-        raise RecipeError(
-            f"tracking.uri = {mask_secrets(uri)} holds a password, which would be kept in {place}; "
-            "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment instead"
-        )
-
-
-def _fields(section: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key of a section."""
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _fields(field.annotation, f"{prefix}{name}.")
-    return keys
-
-
-def _nearest(key: str) -> str:
-    match = difflib.get_close_matches(key, _fields(Recipe), n=1, cutoff=0.6)
-    return f"; did you mean {match[0]}?" if match else f"; the sections are {', '.join(Recipe.model_fields)}"
-
-
-def _problem(error: ValidationError) -> str:
-    """The first problem of a validation, as `field = value: what is wrong and what would be right`."""
-    problem = error.errors()[0]
-    internal = re.compile(r"(tuple|literal|constrained|function|none)")  # pydantic's own steps through a union
-    location = [str(part) for part in problem["loc"] if not internal.match(str(part))]
-    field = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        return f"{field} is not a recipe key{_nearest(field)}"
-    if problem["type"] == "missing":
-        return f"{field} is missing: the recipe must set it"
-    return f"{field} = {excerpt(problem['input'])}: {problem['msg'].removeprefix('Value error, ')}"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sbn.config import load_recipe
+from megatron_sbn.config.validation import check_world, model_ranks
 from megatron_sbn.errors import RecipeError
-from megatron_sbn.feasibility import check_world, model_ranks
 
 RECIPE = """
 name: base

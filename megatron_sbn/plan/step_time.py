@@ -11,12 +11,12 @@ of the slowest pipeline stage. Nothing overlaps with anything here: where layers
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_sbn.experiments.flops import model_flops_per_token
 from megatron_sbn.plan import activations
 from megatron_sbn.plan.activations import FP32, quantizes
-from megatron_sbn.plan.device import Device, Efficiency
+from megatron_sbn.plan.comm_bytes import forward_passes, sent_by_rank
+from megatron_sbn.plan.flops import model_flops_per_token
+from megatron_sbn.plan.hardware import Device, Efficiency
 from megatron_sbn.plan.memory import is_two_four
-from megatron_sbn.plan.sent import forward_passes, sent_by_rank
 from megatron_sbn.plan.shapes import Layout
 
 # Bytes moved per element in the update: gradients read, masters and moments read and written, weights written.

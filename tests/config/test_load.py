@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from megatron_sbn.config import Linear, Recipe, load_recipe
 from megatron_sbn.errors import RecipeError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MINIMAL = """
 name: minimal
 model: {num_layers: 2, hidden_size: 64, ffn_hidden_size: 128, num_attention_heads: 4, seq_length: 32, vocab_size: 100}
@@ -282,7 +282,7 @@ def run(*arguments: str, **environment: str) -> tuple[int, str, float]:
 
 
 def test_configuration_imports_no_torch() -> None:
-    modules = "megatron_sbn.config, megatron_sbn.feasibility, megatron_sbn.errors, megatron_sbn.environment"
+    modules = "megatron_sbn.config, megatron_sbn.config.validation, megatron_sbn.errors, megatron_sbn.environment"
     entries = "megatron_sbn.launch, megatron_sbn.train"
     check = f"import {modules}, {entries}, sys; sys.exit(len({{'torch', 'deepspeed', 'megatron'}} & set(sys.modules)))"
     status, told, _ = run("-c", check)

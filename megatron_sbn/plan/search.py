@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_sbn.config import Recipe
+from megatron_sbn.config.validation import check_recipe, check_world
 from megatron_sbn.errors import RecipeError
-from megatron_sbn.feasibility import check_recipe, check_world
-from megatron_sbn.plan.device import Device, Efficiency
-from megatron_sbn.plan.duration import Duration, duration
+from megatron_sbn.plan.hardware import Device, Efficiency
 from megatron_sbn.plan.memory import RankMemory, worst_rank
 from megatron_sbn.plan.shapes import Layout
+from megatron_sbn.plan.step_time import Duration, duration
 
 _OF_ONE_PIPELINE = ("virtual_pipeline", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
 _LARGEST_MICRO_BATCH = 64

@@ -7,11 +7,11 @@ import pytest
 from megatron_sbn import launch
 from megatron_sbn.cli import main
 from megatron_sbn.config import load_recipe
+from megatron_sbn.config.sweep import frozen, load_sweep
+from megatron_sbn.config.validation import check_world, model_ranks
 from megatron_sbn.errors import RecipeError
-from megatron_sbn.feasibility import check_world, model_ranks
-from megatron_sbn.sweep import frozen, load_sweep
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 SIZES = ("tiny", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b")
 FORMATS = ("dense-8of8", "dense-6of8", "dense-2of4", "ternary-8of8", "ternary-6of8", "ternary-2of4")
 SWEEPS = {

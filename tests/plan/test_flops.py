@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_sbn.config import Recipe
-from megatron_sbn.experiments.flops import linear_weights, model_flops_per_token
+from megatron_sbn.plan.flops import linear_weights, model_flops_per_token
 
 
 def recipe(linear=None, **model):
