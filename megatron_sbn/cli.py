@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_sbn import __version__
+from megatron_sbn.atomic_files import make_folder, write_whole
 from megatron_sbn.errors import RecipeError, SbnError
-from megatron_sbn.masking import excerpt, one_line, show_anything
-from megatron_sbn.staging import make_folder, write_whole
+from megatron_sbn.redaction import excerpt, one_line, show_anything
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -83,7 +83,7 @@ def prepare(options: argparse.Namespace) -> int:
 
 def sync(options: argparse.Namespace) -> int:
     """Delivers what a run folder holds and MLflow does not."""
-    from megatron_sbn.experiments.tracking import sync as deliver
+    from megatron_sbn.tracking.tracker import sync as deliver
 
     for folder in options.run_folders:
         print(f"{folder}: delivered to MLflow run {deliver(Path(folder), options.uri)}")
@@ -175,7 +175,8 @@ def _submit_sweep(options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace) -> int:
     """Prints runs side by side."""
-    from megatron_sbn.experiments.compare import read_run, report
+    from megatron_sbn.analysis.compare import report
+    from megatron_sbn.runs.finished_run import read_run
 
     print(report([read_run(Path(folder)) for folder in options.run_folders]))
     return 0
@@ -183,8 +184,8 @@ def compare(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """Writes the page of a study."""
-    from megatron_sbn.experiments.report import read_study, tracked_as, write_report
-    from megatron_sbn.experiments.tracking import attach_report, delivered_study
+    from megatron_sbn.analysis.report import read_study, tracked_as, write_report
+    from megatron_sbn.tracking.mlflow_delivery import attach_report, delivered_study
 
     study = Path(options.study)
     runs = delivered_study(options.uri, options.study) if options.uri else read_study(study)

@@ -14,7 +14,7 @@ Every message is one line that names the field or file, the value, and the way o
 part of it, so it is shown without secrets and control characters, and not at any length (masking.py).
 """
 
-from megatron_sbn.masking import one_line
+from megatron_sbn.redaction import one_line
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h
 

@@ -110,9 +110,11 @@ def _library_sources() -> list[Path]:
 
 
 def _outcome(recipe: Recipe, folder: Path) -> Outcome:
-    from megatron_sbn.experiments.metrics import read_metrics
+    from megatron_sbn.runs.folder import METRICS
+    from megatron_sbn.runs.metrics_file import read_metrics
 
-    rows = read_metrics(folder / "metrics.jsonl")
+    metrics = folder / METRICS
+    rows = read_metrics(metrics)
 
     def last(name: str) -> float | None:
         values = [row[name] for row in rows if name in row]
@@ -120,7 +122,7 @@ def _outcome(recipe: Recipe, folder: Path) -> Outcome:
 
     perplexity, zeros = last("validation_perplexity"), last("zero_fraction")
     if perplexity is None or zeros is None or not math.isfinite(perplexity):
-        raise NumericalError(f"{folder}/metrics.jsonl: holds no finite validation_perplexity and zero_fraction")
+        raise NumericalError(f"{metrics}: holds no finite validation_perplexity and zero_fraction")
     rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     return Outcome(recipe.name, folder, perplexity, zeros, last("flip_rate"), statistics.median(rates))
 

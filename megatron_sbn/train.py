@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_sbn import engines, environment
 from megatron_sbn.errors import RecipeError, SbnError
-from megatron_sbn.masking import show_anything
+from megatron_sbn.redaction import show_anything
 from megatron_sbn.stop_signals import StopSignals
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def _checked(arguments: list[str]) -> "Recipe":
 
 
 def _train(recipe: "Recipe", signals: StopSignals) -> int:
-    from megatron_sbn.experiments.mlflow_settings import configure_mlflow
+    from megatron_sbn.tracking.mlflow_settings import configure_mlflow
 
     engines.quiet_engines()
     if recipe.device == "cpu":

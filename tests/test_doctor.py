@@ -12,7 +12,7 @@ from megatron_sbn.cli import main
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.config.validation import check_world, model_ranks
 from megatron_sbn.doctor import command, layouts, report, trials
-from megatron_sbn.doctor.tiny import one_rank, tiny_recipe
+from megatron_sbn.doctor.tiny_recipe import one_rank, tiny_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 QWEN = str(RECIPES / "qwen2.5-0.5b" / "ternary-6of8.yaml")
@@ -205,7 +205,7 @@ def test_a_missing_tensor_a_loss_and_a_norm_are_differences() -> None:
 
 
 def test_replicas_that_differ_are_told(tmp_path: Path) -> None:
-    from megatron_sbn.parallel.pieces import Piece, write_pieces
+    from megatron_sbn.doctor.logical_tensors import Piece, write_pieces
     from megatron_sbn.parallel.shard import whole
 
     for rank, value in enumerate((1.0, 2.0)):

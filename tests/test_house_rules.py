@@ -19,7 +19,7 @@ NO_TORCH = tuple(
     f"megatron_sbn/{room}" for room in "cli cluster/ config/ eng env err launch plan/ stop sweep train.".split()
 )
 HEAVY = ("torch", "deepspeed", "megatron", "mlflow", "sbn_kernels")
-ONLY_IMPORTER = {"deepspeed": "megatron_sbn/parallel/zero.py", "mlflow": "megatron_sbn/experiments/tracking.py"}
+ONLY_IMPORTER = {"deepspeed": "megatron_sbn/parallel/zero.py", "mlflow": "megatron_sbn/tracking/mlflow_delivery.py"}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from megatron_sbn.errors import RecipeError
-from megatron_sbn.masking import LONGEST, excerpt, mask_secrets, one_line, show_anything
+from megatron_sbn.redaction import LONGEST, excerpt, mask_secrets, one_line, show_anything
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from megatron_sbn import quickstart
 from megatron_sbn.config import load_recipe
 from megatron_sbn.errors import NumericalError
-from megatron_sbn.experiments.metrics import MetricsFile
+from megatron_sbn.runs.metrics_file import MetricsFile
 
 GOOD = quickstart.Outcome("ternary", Path("runs/a"), 100.0, 0.346, 0.0377, 2197.4)
 DENSE = dataclasses.replace(GOOD, name="dense", perplexity=150.0, zero_fraction=0.0, flip_rate=None)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sbn.run_status import RunStatus, read_status, saved_step, write_status
+from megatron_sbn.checkpoint.directory import saved_step
+from megatron_sbn.runs.status import RunStatus, read_status, write_status
 
 GOOD = '{"state": "STOPPED", "exit_status": 75, "step": 40, "reason": "", "job": "12", "restart": 0, "time": 1}'
 

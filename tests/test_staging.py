@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sbn.atomic_files import exclusive, make_folder, partial_path, staged, write_whole
 from megatron_sbn.errors import InputError
-from megatron_sbn.staging import exclusive, make_folder, partial_path, staged, write_whole
 
 
 def _names(folder):

@@ -3,9 +3,10 @@
 import sys
 from pathlib import Path
 
-from megatron_sbn.checkpoint import folder as folders
+from megatron_sbn.checkpoint import directory as folders
 from megatron_sbn.checkpoint.manifest import MANIFEST, Manifest, State, read_manifest, read_state
 from megatron_sbn.errors import CheckpointError
+from megatron_sbn.runs.folder import CHECKPOINTS
 from megatron_sbn.text_table import aligned, size_text
 
 
@@ -42,7 +43,7 @@ def _checkpoints(path: Path) -> list[tuple[Path, str]]:
     """The checkpoint at the path, or those of the run there, newest first; each with what is to be said of it."""
     if (path / MANIFEST).exists() or folders.step_of(path) is not None:
         return [(path, "")]
-    for folder in (path, path / "checkpoints"):
+    for folder in (path, path / CHECKPOINTS):
         found = folders.saved(folder)
         if found:
             newest = folders.newest(folder)

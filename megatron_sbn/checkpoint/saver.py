@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_sbn.checkpoint import folder as folders
-from megatron_sbn.checkpoint.contents import Contents
+from megatron_sbn.atomic_files import flush_to_disk
+from megatron_sbn.checkpoint import directory as folders
+from megatron_sbn.checkpoint.collective_errors import attempt, first_problem
 from megatron_sbn.checkpoint.manifest import MANIFEST, STATE, State, manifest_text, state_text
+from megatron_sbn.checkpoint.run_state import Contents
 from megatron_sbn.checkpoint.shards import Chunk, Written, describe, merge, write_chunks
-from megatron_sbn.checkpoint.together import attempt, first_problem
 from megatron_sbn.config import Checkpoint
 from megatron_sbn.errors import CheckpointError
-from megatron_sbn.staging import flush_to_disk
 from megatron_sbn.text_table import size_text
 
 

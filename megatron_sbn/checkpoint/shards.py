@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_sbn.checkpoint.boxes import Box, Run, apart
+from megatron_sbn.atomic_files import flush_to_disk
 from megatron_sbn.checkpoint.manifest import Dtype, File, Manifest, SavedBox, SavedTensor
+from megatron_sbn.checkpoint.regions import Box, Run, apart
 from megatron_sbn.errors import CheckpointError
-from megatron_sbn.staging import flush_to_disk
 
 _DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "F32", torch.uint8: "U8"}
 _OPEN_FILES = 32

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_sbn.checkpoint.directory import saved_step
 from megatron_sbn.errors import STOPPED, CheckpointError, NumericalError, RecipeError
-from megatron_sbn.run_status import RunStatus, saved_step, slurm_attempt
+from megatron_sbn.runs.status import RunStatus, slurm_attempt
 
 FILE_NAME = "attempts.jsonl"
 FOR_GOOD = (RecipeError.status, NumericalError.status, CheckpointError.status)

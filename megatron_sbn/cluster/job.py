@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_sbn import environment
+from megatron_sbn.atomic_files import make_folder
+from megatron_sbn.checkpoint.directory import saved_step
 from megatron_sbn.cluster.attempts import Limits, decide, failures_in_a_row, read_attempts, record_attempt
 from megatron_sbn.cluster.slurm_queue import queued
 from megatron_sbn.config import Recipe, load_recipe
@@ -26,9 +28,9 @@ from megatron_sbn.config.validation import check_world, model_ranks
 from megatron_sbn.config.yaml_file import override_of
 from megatron_sbn.errors import STOPPED, InputError, RecipeError, SbnError
 from megatron_sbn.launch import Machines, launch
-from megatron_sbn.masking import show_anything
-from megatron_sbn.run_status import read_status, saved_step, slurm_attempt, switched_off, write_status
-from megatron_sbn.staging import make_folder
+from megatron_sbn.redaction import show_anything
+from megatron_sbn.runs.folder import LOGS
+from megatron_sbn.runs.status import read_status, slurm_attempt, switched_off, write_status
 from megatron_sbn.stop_signals import SIGNALS
 
 NOTHING_TO_DO = 10
@@ -81,7 +83,7 @@ def begin(task: Task) -> int:
     if switched_off(task.folder):
         print(f"{task.folder}: there is a STOP file; remove it to go on")
         return NOTHING_TO_DO
-    make_folder(task.folder / "logs")
+    make_folder(task.folder / LOGS)
     write_status(task.folder, "RUNNING", None, saved_step(task.folder))
     return 0
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sbn.errors import InputError
-from megatron_sbn.experiments.provenance import COMMIT_FILE, code_commit
+from megatron_sbn.runs.provenance import COMMIT_FILE, code_commit
 
 MOST_BYTES = 256 << 20
 

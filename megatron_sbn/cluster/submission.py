@@ -18,14 +18,15 @@ from pathlib import Path
 from shutil import rmtree, which
 from typing import Literal
 
+from megatron_sbn.atomic_files import exclusive, write_whole
 from megatron_sbn.cluster.slurm_queue import queued
 from megatron_sbn.cluster.snapshot import Snapshot, find_code
 from megatron_sbn.config import Recipe, check_no_password, load_recipe
 from megatron_sbn.config.sweep import Variant, frozen, load_sweep
 from megatron_sbn.config.validation import check_world, model_ranks
 from megatron_sbn.errors import InputError, RecipeError
-from megatron_sbn.run_status import read_status
-from megatron_sbn.staging import exclusive, write_whole
+from megatron_sbn.runs.folder import LOGS
+from megatron_sbn.runs.status import read_status
 
 SETTINGS_LINE = "SBN_CODE=${SBN_CODE:-$SLURM_SUBMIT_DIR}\n"  # of a batch script: replaced by what is known here
 TEMPLATES = {"run": "train.sbatch", "array": "train.sbatch", "series": "scaling.sbatch"}
@@ -153,7 +154,7 @@ def submit(submission: Submission, *, dry_run: bool) -> None:
 
 def _make(submission: Submission, place: Path, code: Snapshot, environment: Path) -> None:
     """Writes and starts the jobs; takes back what it wrote if none was submitted, and nothing that was there before."""
-    own = [*(run / "logs" for run in submission.runs), submission.submissions]
+    own = [*(run / LOGS for run in submission.runs), submission.submissions]
     made = [folder for folder in own if not folder.exists()]
     taken: list[str] = []
     try:
@@ -283,7 +284,7 @@ def _write(submission: Submission, place: Path, code: Snapshot, environment: Pat
         for recipe in job.recipes.values():
             _recipe_file(place, recipe).write_text(recipe.to_yaml(), encoding="utf-8")
         for run in job.folders:
-            (run / "logs").mkdir(parents=True, exist_ok=True)
+            (run / LOGS).mkdir(parents=True, exist_ok=True)
         if job.sweep is not None:
             for name, text in frozen(job.sweep).items():
                 (place / name).write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ from megatron_sbn.config import validation
 from megatron_sbn.config.schema import Recipe
 from megatron_sbn.config.yaml_file import read_recipe
 from megatron_sbn.errors import RecipeError
-from megatron_sbn.masking import excerpt, mask_secrets
+from megatron_sbn.redaction import excerpt, mask_secrets
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_sbn.atomic_files import exclusive, partial_path, staged, write_whole
 from megatron_sbn.data.encoding import Encoded, EncodingJob, encode_files, is_held_out
 from megatron_sbn.data.progress import Progress
 from megatron_sbn.data.readers import BadRecord, blocks, documents, expand_inputs
 from megatron_sbn.data.tokenizer import Tokenizer, train_model
 from megatron_sbn.errors import InputError
-from megatron_sbn.staging import exclusive, partial_path, staged, write_whole
 
 if TYPE_CHECKING:
     from megatron_sbn.data.shards import ShardWriter

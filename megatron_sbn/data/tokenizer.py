@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from megatron_sbn.atomic_files import write_whole
 from megatron_sbn.errors import InputError
-from megatron_sbn.staging import write_whole
 
 SAMPLE_CHARACTERS = 100_000_000  # what training a tokenizer looks at, at most: about 2 GB of memory
 _SEGMENT = 1 << 20

@@ -10,14 +10,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_sbn.atomic_files import write_whole
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.config.validation import check_world, model_ranks
 from megatron_sbn.doctor.engines import check_engines
 from megatron_sbn.doctor.layouts import SPREAD, candidates, reference
-from megatron_sbn.doctor.tiny import one_rank, tiny_recipe
+from megatron_sbn.doctor.tiny_recipe import one_rank, tiny_recipe
 from megatron_sbn.doctor.trials import run_trials
 from megatron_sbn.errors import RecipeError
-from megatron_sbn.staging import write_whole
 from megatron_sbn.text_table import aligned
 
 MOST_RANKS = 1 << 16  # that are tried

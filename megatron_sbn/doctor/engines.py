@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import megatron_sbn
+from megatron_sbn.atomic_files import write_whole
 from megatron_sbn.config import Recipe
 from megatron_sbn.doctor.layouts import candidates
 from megatron_sbn.doctor.trials import Start, run_trials
 from megatron_sbn.errors import RecipeError
-from megatron_sbn.staging import write_whole
 from megatron_sbn.text_table import aligned
 
 if TYPE_CHECKING:

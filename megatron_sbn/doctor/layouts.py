@@ -2,7 +2,7 @@
 
 from megatron_sbn.config import Recipe
 from megatron_sbn.config.validation import check_recipe, check_world
-from megatron_sbn.doctor.tiny import MICRO_BATCH, one_rank, tiny_recipe
+from megatron_sbn.doctor.tiny_recipe import MICRO_BATCH, one_rank, tiny_recipe
 from megatron_sbn.errors import RecipeError
 
 MAX_RANKS = 4

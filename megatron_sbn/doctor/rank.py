@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 
 from megatron_sbn import engines, environment
 from megatron_sbn.config import Recipe, load_recipe
-from megatron_sbn.doctor.tiny import batch_of
+from megatron_sbn.doctor.tiny_recipe import batch_of
 from megatron_sbn.errors import SbnError
 from megatron_sbn.stop_signals import unblock
 
 if TYPE_CHECKING:
-    from megatron_sbn.training.checkpoints import Checkpoints
+    from megatron_sbn.training.checkpoint_manager import Checkpoints
     from megatron_sbn.training.step import StepResult, Trainer
 
 
@@ -72,9 +72,9 @@ def _trainer(recipe: Recipe) -> "Iterator[Trainer]":
 
 
 def _trial(recipe: Recipe, steps: int, output: Path, save: Path | None) -> None:
-    from megatron_sbn.parallel.pieces import Pieces, write_pieces
+    from megatron_sbn.doctor.logical_tensors import Pieces, write_pieces
+    from megatron_sbn.doctor.recorder import mask_pieces, prepared_pieces, recorded_hidden_states, recorded_tokens
     from megatron_sbn.parallel.traffic import Traffic, group_names
-    from megatron_sbn.training.witness import mask_pieces, prepared_pieces, recorded_hidden_states, recorded_tokens
 
     with _trainer(recipe) as trainer:
         stages, rank = trainer.stages, trainer.parallel.rank
@@ -103,9 +103,9 @@ def _resumed(recipe: Recipe, steps: int, output: Path, saved: Path) -> None:
 
 
 def _checkpoints(trainer: "Trainer", folder: Path) -> "Checkpoints":
-    from megatron_sbn.experiments.telemetry import Telemetry
-    from megatron_sbn.training.checkpoints import Checkpoints
-    from megatron_sbn.training.run_folder import RunFolder
+    from megatron_sbn.runs.folder import RunFolder
+    from megatron_sbn.telemetry.mask_statistics import Telemetry
+    from megatron_sbn.training.checkpoint_manager import Checkpoints
 
     telemetry = Telemetry(trainer.stages.state, trainer.parallel)
     run = RunFolder(folder, continues=True)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_sbn.config import Recipe
-from megatron_sbn.parallel.pieces import fingerprint, join, read_pieces, relative
+from megatron_sbn.doctor.logical_tensors import fingerprint, join, read_pieces, relative
 
 KINDS = ("gamma", "mask", "codes", "x_q", "s_x", "hidden")
 _OF_WEIGHTS = ("gamma", "mask", "codes")

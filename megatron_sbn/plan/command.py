@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from megatron_sbn.atomic_files import write_whole
 from megatron_sbn.config import Recipe
 from megatron_sbn.errors import RecipeError
 from megatron_sbn.plan.hardware import Efficiency, find_device
 from megatron_sbn.plan.render import describe, gib, page
 from megatron_sbn.plan.search import Candidate, Choice, Machines, candidate, choose
-from megatron_sbn.staging import write_whole
 
 MOST_DEVICES = 1 << 20
 _MOST_NODES = 1024  # looked at for a way out

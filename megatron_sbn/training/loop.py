@@ -13,32 +13,35 @@ from typing import Literal
 
 import torch
 
+from megatron_sbn.atomic_files import write_whole
+from megatron_sbn.checkpoint.directory import saved_step
 from megatron_sbn.config import Recipe
 from megatron_sbn.data.dataset import batch, build_dataset
 from megatron_sbn.errors import STOPPED, CheckpointError, NumericalError
-from megatron_sbn.experiments.metrics import MetricsFile
-from megatron_sbn.experiments.provenance import batch_scripts, installed_packages
-from megatron_sbn.experiments.system_metrics import sampled
-from megatron_sbn.experiments.telemetry import Telemetry
-from megatron_sbn.experiments.tracking import Tracker, default_uri, describe_environment, describe_recipe
 from megatron_sbn.model import build_stages
 from megatron_sbn.parallel import state as parallel_state
 from megatron_sbn.parallel.cpu import without_cuda
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.parallel.traffic import Totals, Traffic, group_names, step_metrics
 from megatron_sbn.plan.flops import model_flops_per_token
-from megatron_sbn.run_status import saved_step
-from megatron_sbn.staging import write_whole
+from megatron_sbn.runs.folder import RunFolder
+from megatron_sbn.runs.metrics_file import MetricsFile
+from megatron_sbn.runs.provenance import batch_scripts, describe_environment, installed_packages
+from megatron_sbn.runs.system_metrics import sampled
 from megatron_sbn.stop_signals import StopSignals
-from megatron_sbn.training import screen
+from megatron_sbn.telemetry.mask_statistics import Telemetry
+from megatron_sbn.tracking.sqlite_file import default_uri
+from megatron_sbn.tracking.tags import describe_recipe
+from megatron_sbn.tracking.tracker import Tracker
+from megatron_sbn.training import run_summary
 from megatron_sbn.training.bad_steps import BadStepError
-from megatron_sbn.training.checkpoints import Checkpoints
+from megatron_sbn.training.checkpoint_manager import Checkpoints
 from megatron_sbn.training.console import Console
 from megatron_sbn.training.evaluate import Evaluator
 from megatron_sbn.training.heartbeat import Heartbeat, contact
-from megatron_sbn.training.run_folder import RunFolder, open_run_folder, recorded
-from megatron_sbn.training.signals import Reason, StopRequest
+from megatron_sbn.training.run_folder import open_run_folder, recorded, tell
 from megatron_sbn.training.step import StepResult, Trainer
+from megatron_sbn.training.stop_request import Reason, StopRequest
 from megatron_sbn.training.stragglers import Stragglers
 
 
@@ -75,7 +78,7 @@ def _heartbeat(recipe: Recipe, parallel: ParallelState, folder: RunFolder) -> He
         training.hang_warning,
         training.hang_timeout,
         say,
-        lambda why: folder.tell(parallel, "FAILED", 1, saved_step(folder.path), why),
+        lambda why: tell(folder, parallel, "FAILED", 1, saved_step(folder.path), why),
     )
 
 
@@ -126,9 +129,9 @@ class Loop:
         training = self.recipe.training
         console = self.console
         kernels = self.trainer.stages.state.kernels()
-        console.say("\n".join(screen.opening(self.recipe, self.parallel, self.folder, self.first, kernels)))
+        console.say("\n".join(run_summary.opening(self.recipe, self.parallel, self.folder, self.first, kernels)))
         console.begin(self.first)
-        pace = screen.Pace(self.first, training.steps)
+        pace = run_summary.Pace(self.first, training.steps)
         reason = Reason.NONE
         with self._tracked() as ending, self.traffic:
             if self.first == 0:
@@ -154,11 +157,11 @@ class Loop:
                     console.say(expected)
             else:
                 self.checkpoints.saver.finish()
-                self.folder.tell(self.parallel, "FINISHED", 0, training.steps)
+                tell(self.folder, self.parallel, "FINISHED", 0, training.steps)
         if self.metrics is not None:
             self.metrics.close()
         ended = f"stopped at a request ({reason.name})" if reason else f"done: {training.steps} steps"
-        console.say("\n".join(screen.closing(self.recipe, self.folder, ended)))
+        console.say("\n".join(run_summary.closing(self.recipe, self.folder, ended)))
         console.close()
         return reason
 
@@ -173,7 +176,7 @@ class Loop:
                 raise CheckpointError(
                     f"{self.folder.path}: asked to stop at step {done}, which cannot be saved; see the log"
                 )
-        self.folder.tell(self.parallel, "STOPPED", STOPPED, done, reason.name)
+        tell(self.folder, self.parallel, "STOPPED", STOPPED, done, reason.name)
 
     def _step(self, step: int) -> tuple[StepResult, float]:
         self.heart.enter("reading a batch", step + 1)

@@ -1,79 +1,40 @@
-"""The run folder: everything that one run leaves behind, in one place.
+"""Opens a run's folder (runs/folder.py), on all ranks together, and says in status.json how the run stands.
 
-    recipe.yaml           the resolved recipe, passwords masked
-    environment.txt       installed packages, of a tracked run
-    metrics.jsonl         one object a line (docs/metrics.md)
-    system_metrics.jsonl  samples of rank 0's machine, of a tracked run
-    checkpoints/          step-N folders and `latest`
-    logs/rank-0.log       what was printed
-    status.json           how the run stands (run_status.py)
-    STOP                  made by a person, here or beside a study's runs: the run stops at the next step, checkpointed
-
-`run_dir` names it, and then a second start continues what is there (`checkpoint.resume: auto`); without it every start
-is a new run in runs/NAME-TIME.
+`run_dir` names the folder, and then a second start continues what is there (`checkpoint.resume: auto`); without it
+every start is a new run in runs/NAME-TIME.
 """
 
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_sbn.checkpoint.folder import clean, holds_any
+from megatron_sbn.atomic_files import exclusive, write_whole
+from megatron_sbn.checkpoint.directory import clean, holds_any, saved_step
 from megatron_sbn.config import Recipe
 from megatron_sbn.errors import CheckpointError, InputError, SbnError
-from megatron_sbn.masking import mask_secrets
 from megatron_sbn.parallel.state import ParallelState
-from megatron_sbn.run_status import State, read_status, saved_step, write_status
-from megatron_sbn.staging import exclusive, write_whole
+from megatron_sbn.redaction import mask_secrets
+from megatron_sbn.runs.folder import CHECKPOINTS, LOGS, RECIPE, RunFolder
+from megatron_sbn.runs.status import State, read_status, write_status
 
 RUNS = Path("runs")
 
 
-@dataclass(frozen=True)
-class RunFolder:
-    """Paths of one run; `continues` says whether it has checkpoints, from one of which it goes on."""
-
-    path: Path
-    continues: bool
-
-    @property
-    def recipe(self) -> Path:
-        """The resolved recipe."""
-        return self.path / "recipe.yaml"
-
-    @property
-    def environment(self) -> Path:
-        """Installed packages, at the last start."""
-        return self.path / "environment.txt"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object a line."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def log(self) -> Path:
-        """What rank 0 printed."""
-        return self.path / "logs" / "rank-0.log"
-
-    def tell(self, parallel: ParallelState, state: State, exit_status: int | None, step: int, reason: str = "") -> None:
-        """Writes status.json, on rank 0."""
-        if parallel.rank == 0:
-            write_status(self.path, state, exit_status, step, reason)
+def tell(
+    folder: RunFolder, parallel: ParallelState, state: State, exit_status: int | None, step: int, reason: str = ""
+) -> None:
+    """Writes status.json, on rank 0."""
+    if parallel.rank == 0:
+        write_status(folder.path, state, exit_status, step, reason)
 
 
 @contextmanager
 def recorded(folder: RunFolder, parallel: ParallelState) -> Iterator[None]:
     """RUNNING in status.json while the body runs, and FAILED if it raises; other ends are the body's to tell."""
-    folder.tell(parallel, "RUNNING", None, saved_step(folder.path))
+    tell(folder, parallel, "RUNNING", None, saved_step(folder.path))
     reason, status = "ended without a word; see the logs", 1
     try:
         yield
@@ -86,7 +47,7 @@ def recorded(folder: RunFolder, parallel: ParallelState) -> Iterator[None]:
     finally:
         told = read_status(folder.path) if parallel.rank == 0 else None
         if told is not None and told.state == "RUNNING":
-            folder.tell(parallel, "FAILED", status, saved_step(folder.path), reason)
+            tell(folder, parallel, "FAILED", status, saved_step(folder.path), reason)
 
 
 @contextmanager
@@ -117,10 +78,10 @@ def _decide(recipe: Recipe, stack: ExitStack) -> RunFolder | CheckpointError | I
     try:
         stack.enter_context(exclusive(path / "run"))
         continues = _continues(recipe, path)
-        for folder in (path / "checkpoints", path / "logs"):
+        for folder in (path / CHECKPOINTS, path / LOGS):
             folder.mkdir(parents=True, exist_ok=True)
-        clean(path / "checkpoints")
-        write_whole(path / "recipe.yaml", mask_secrets(recipe.to_yaml()).encode())
+        clean(path / CHECKPOINTS)
+        write_whole(path / RECIPE, mask_secrets(recipe.to_yaml()).encode())
     except (CheckpointError, InputError) as error:
         return error
     except OSError as error:
@@ -129,7 +90,7 @@ def _decide(recipe: Recipe, stack: ExitStack) -> RunFolder | CheckpointError | I
 
 
 def _continues(recipe: Recipe, path: Path) -> bool:
-    found = holds_any(path / "checkpoints")
+    found = holds_any(path / CHECKPOINTS)
     mode = recipe.checkpoint.resume
     if mode == "required" and not found:
         raise CheckpointError(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sbn.checkpoint.boxes import Box, apart, piece, runs
+from megatron_sbn.checkpoint.regions import Box, apart, piece, runs
 from megatron_sbn.parallel.shard import LogicalShard, column_shard, gated_shard, row_shard, whole
 
 

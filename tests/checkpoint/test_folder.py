@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sbn.checkpoint import folder as folders
-from megatron_sbn.checkpoint.boxes import Box
+from megatron_sbn.checkpoint import directory as folders
 from megatron_sbn.checkpoint.manifest import (
     MANIFEST,
     STATE,
@@ -21,6 +20,7 @@ from megatron_sbn.checkpoint.manifest import (
     read_state,
     state_text,
 )
+from megatron_sbn.checkpoint.regions import Box
 from megatron_sbn.checkpoint.shards import Chunk, Written, describe, merge, write_chunks
 from megatron_sbn.cli import main
 from megatron_sbn.errors import CheckpointError

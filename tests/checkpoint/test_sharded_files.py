@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from megatron_sbn.checkpoint.boxes import Box, piece, runs
-from megatron_sbn.checkpoint.contents import pack_groups, packed_shard, unpack_groups
 from megatron_sbn.checkpoint.manifest import Manifest, SavedBox, SavedTensor
+from megatron_sbn.checkpoint.regions import Box, piece, runs
+from megatron_sbn.checkpoint.run_state import pack_groups, packed_shard, unpack_groups
 from megatron_sbn.checkpoint.shards import Chunk, Reader, Written, merge, write_chunks
 from megatron_sbn.errors import CheckpointError
 from megatron_sbn.parallel.shard import LogicalShard, column_shard, gated_shard, row_shard

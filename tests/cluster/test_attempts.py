@@ -14,7 +14,7 @@ from megatron_sbn.cluster.attempts import (
     read_attempts,
     record_attempt,
 )
-from megatron_sbn.run_status import RunStatus, read_status, write_status
+from megatron_sbn.runs.status import RunStatus, read_status, write_status
 
 ROOT = Path(__file__).parents[2]
 STOPPED, FAILED = ("STOPPED", 75, "SIGUSR1"), ("FAILED", 1, "node 0: status 1")

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from megatron_sbn.atomic_files import exclusive
 from megatron_sbn.cli import main
 from megatron_sbn.cluster import job, snapshot
 from megatron_sbn.cluster.submission import ranges
 from megatron_sbn.config import load_recipe
 from megatron_sbn.config.sweep import load_sweep
-from megatron_sbn.run_status import write_status
-from megatron_sbn.staging import exclusive
+from megatron_sbn.runs.status import write_status
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")

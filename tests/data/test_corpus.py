@@ -19,12 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_sbn.atomic_files import exclusive, partial_path
 from megatron_sbn.data import corpus
 from megatron_sbn.data.corpus import PrepareOptions, is_prepared, prepare
 from megatron_sbn.data.encoding import is_held_out
 from megatron_sbn.data.tokenizer import Tokenizer, train_model
 from megatron_sbn.errors import InputError, SbnError
-from megatron_sbn.staging import exclusive, partial_path
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 from unittest import mock
 
-IMPORTED_ONCE = ["pytest", "megatron_sbn.training.step", "megatron_sbn.training.checkpoints"]
+IMPORTED_ONCE = ["pytest", "megatron_sbn.training.step", "megatron_sbn.training.checkpoint_manager"]
 # Ranks are CPU ranks on every machine, one thread each.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 GRACE_SECONDS = 3.0  # for the tracebacks of ranks that fail because another one did

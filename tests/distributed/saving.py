@@ -6,12 +6,12 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from training_runs import train_step
 
-from megatron_sbn.experiments.telemetry import Telemetry
-from megatron_sbn.parallel.pieces import Piece, Pieces
-from megatron_sbn.training.checkpoints import Checkpoints
-from megatron_sbn.training.run_folder import RunFolder
+from megatron_sbn.doctor.logical_tensors import Piece, Pieces
+from megatron_sbn.doctor.recorder import weight_pieces
+from megatron_sbn.runs.folder import RunFolder
+from megatron_sbn.telemetry.mask_statistics import Telemetry
+from megatron_sbn.training.checkpoint_manager import Checkpoints
 from megatron_sbn.training.step import Trainer
-from megatron_sbn.training.witness import weight_pieces
 
 FAST = ("optimizer.lr=3e-2", "optimizer.min_lr=1e-2")
 

@@ -16,16 +16,16 @@ from test_optimizer_step import norm_of
 from test_resume import interrupted_and_not
 from training_runs import Run, run_of, small_recipe, train_step, trainer_of
 
-from megatron_sbn.checkpoint.folder import newest
+from megatron_sbn.checkpoint.directory import newest
 from megatron_sbn.checkpoint.manifest import read_manifest
+from megatron_sbn.doctor.logical_tensors import Pieces, join, relative
+from megatron_sbn.doctor.recorder import weight_pieces
 from megatron_sbn.errors import NumericalError
-from megatron_sbn.experiments.polarisation import polarisation
-from megatron_sbn.experiments.telemetry import Telemetry
 from megatron_sbn.layers.experts import average_expert_tokens
-from megatron_sbn.parallel.pieces import Pieces, join, relative
 from megatron_sbn.parallel.shard import is_expert
+from megatron_sbn.telemetry.mask_statistics import Telemetry
+from megatron_sbn.telemetry.polarization import polarisation
 from megatron_sbn.training.schedule import learning_rate, weight_decay
-from megatron_sbn.training.witness import weight_pieces
 
 EXPERTS = ("model.num_moe_experts=4", "model.moe_ffn_hidden_size=48", "model.num_layers=2")
 EXPERT2, EXPERT4, ZERO2 = "parallel.expert=2", "parallel.expert=4", "parallel.zero_stage=2"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from training_runs import Run, run_of, small_recipe
 
-from megatron_sbn.parallel.pieces import relative
+from megatron_sbn.doctor.logical_tensors import relative
 
 NO_SEQUENCE = "parallel.sequence=false"
 TENSOR2, TENSOR4, PIPELINE2 = "parallel.tensor=2", "parallel.tensor=4", "parallel.pipeline=2"

@@ -6,8 +6,8 @@ from ranks import run_ranks
 from torch import Tensor
 from training_runs import batch_of, small_recipe, trainer_of
 
-from megatron_sbn.parallel.pieces import relative
-from megatron_sbn.training.witness import gradient_pieces
+from megatron_sbn.doctor.logical_tensors import relative
+from megatron_sbn.doctor.recorder import gradient_pieces
 
 MICRO_BATCHES = 256
 TINY = (

@@ -6,9 +6,9 @@ from ranks import run_ranks
 from torch import Tensor
 from training_runs import small_recipe, train_step, trainer_of
 
+from megatron_sbn.doctor.recorder import weight_pieces
 from megatron_sbn.errors import NumericalError
 from megatron_sbn.training.step import Trainer
-from megatron_sbn.training.witness import weight_pieces
 
 TENSOR2, PIPELINE2 = "parallel.tensor=2", "parallel.pipeline=2"
 NORM = "decoder.final_layernorm.weight"

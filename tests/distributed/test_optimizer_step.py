@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from training_runs import Run, run_of, small_recipe
 
+from megatron_sbn.doctor.logical_tensors import relative
 from megatron_sbn.model import EMBEDDING
-from megatron_sbn.parallel.pieces import relative
 from megatron_sbn.training.schedule import learning_rate, weight_decay
 
 TENSOR2, PIPELINE2, ZERO2 = "parallel.tensor=2", "parallel.pipeline=2", "parallel.zero_stage=2"

@@ -11,6 +11,7 @@ from ranks import run_ranks
 from torch import Tensor
 from training_runs import small_recipe, train_step, trainer_of
 
+from megatron_sbn.doctor.logical_tensors import Piece, join, relative
 from megatron_sbn.functional import sparse_bitlinear
 from megatron_sbn.layers.experts import ExpertDown
 from megatron_sbn.layers.linear import (
@@ -24,7 +25,6 @@ from megatron_sbn.layers.ternary_state import TernaryState
 from megatron_sbn.model import transformer_config
 from megatron_sbn.parallel import state as parallel_state
 from megatron_sbn.parallel.cpu import without_cuda
-from megatron_sbn.parallel.pieces import Piece, join, relative
 from megatron_sbn.parallel.shard import LogicalShard
 
 TOKENS, BATCH, WIDTH, ROWS = 12, 2, 64, 128

@@ -13,13 +13,13 @@ from allocated import Saved, everything_else, nbytes
 from ranks import run_ranks
 from training_runs import small_recipe, train_step, trainer_of
 
-from megatron_sbn.experiments.telemetry import Telemetry
 from megatron_sbn.parallel.traffic import Traffic, group_names, step_metrics
 from megatron_sbn.plan.activations import saved
 from megatron_sbn.plan.comm_bytes import sent_by_all
 from megatron_sbn.plan.hardware import CPU
 from megatron_sbn.plan.memory import rank_memory
 from megatron_sbn.plan.shapes import Layout
+from megatron_sbn.telemetry.mask_statistics import Telemetry
 
 # Wide enough that what does not grow with the model is small beside what does.
 WIDE = (

@@ -15,10 +15,10 @@ from saving import FAST, Run, whole_state
 from torch import Tensor
 from training_runs import small_recipe, trainer_of
 
-from megatron_sbn.doctor.tiny import batch_of
-from megatron_sbn.parallel.pieces import Piece, Pieces, join
+from megatron_sbn.doctor.logical_tensors import Piece, Pieces, join
+from megatron_sbn.doctor.recorder import recorded_hidden_states
+from megatron_sbn.doctor.tiny_recipe import batch_of
 from megatron_sbn.training.step import Trainer
-from megatron_sbn.training.witness import recorded_hidden_states
 
 TENSOR2, TENSOR4, PIPELINE2 = "parallel.tensor=2", "parallel.tensor=4", "parallel.pipeline=2"
 ZERO2, ZERO3, VIRTUAL2 = "parallel.zero_stage=2", "parallel.zero_stage=3", "parallel.virtual_pipeline=2"

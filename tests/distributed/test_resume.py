@@ -12,11 +12,11 @@ from ranks import run_ranks
 from saving import FAST, Run, derived, whole_state
 from training_runs import small_recipe, trainer_of
 
-from megatron_sbn.checkpoint import folder as folders
+from megatron_sbn.checkpoint import directory as folders
 from megatron_sbn.checkpoint import saver, shards
-from megatron_sbn.checkpoint.folder import newest, verify
+from megatron_sbn.checkpoint.directory import newest, verify
+from megatron_sbn.doctor.logical_tensors import join
 from megatron_sbn.errors import CheckpointError
-from megatron_sbn.parallel.pieces import join
 
 TENSOR2, PIPELINE2 = "parallel.tensor=2", "parallel.pipeline=2"
 LAYOUTS = {

@@ -5,7 +5,7 @@ import torch
 from ranks import run_ranks
 from training_runs import run_of, small_recipe, trainer_of
 
-from megatron_sbn.parallel.pieces import relative
+from megatron_sbn.doctor.logical_tensors import relative
 
 TINY = (
     *("model.num_layers=1", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.num_attention_heads=4"),

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.config.validation import check_world
-from megatron_sbn.doctor.tiny import batch_of
+from megatron_sbn.doctor.logical_tensors import Pieces, join
+from megatron_sbn.doctor.recorder import gradient_pieces, prepared_pieces, recorded_hidden_states, weight_pieces
+from megatron_sbn.doctor.tiny_recipe import batch_of
 from megatron_sbn.model import build_stages
 from megatron_sbn.parallel import state as parallel_state
 from megatron_sbn.parallel.cpu import without_cuda
-from megatron_sbn.parallel.pieces import Pieces, join
 from megatron_sbn.parallel.replicas import check_replicas
 from megatron_sbn.parallel.shard import is_expert
 from megatron_sbn.training.step import StepResult, Trainer
-from megatron_sbn.training.witness import gradient_pieces, prepared_pieces, recorded_hidden_states, weight_pieces
 
 SMALL = Path(__file__).with_name("small.yaml")
 

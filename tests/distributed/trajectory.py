@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from training_runs import small_recipe, train_step, trainer_of
 
+from megatron_sbn.doctor.recorder import gradient_pieces, weight_pieces
 from megatron_sbn.training.step import Trainer
-from megatron_sbn.training.witness import gradient_pieces, weight_pieces
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def _server() -> multiprocessing.context.ForkServerContext:
 
 
 def _start(attempt: Attempt, rank: int, port: int, shot: Shot | None) -> Rank:
-    from megatron_sbn.experiments.mlflow_settings import configure_mlflow
+    from megatron_sbn.tracking.mlflow_settings import configure_mlflow
 
     ours, theirs = _server().Pipe()
     make_marks(_marks(attempt, rank))

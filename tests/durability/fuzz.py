@@ -100,17 +100,17 @@ def show(fuzzer: Fuzzer, number: int) -> bool:
 
 def import_everything() -> None:
     """What the commands import when they are called: once, before the forks."""
-    from megatron_sbn.experiments.mlflow_settings import configure_mlflow
+    from megatron_sbn.tracking.mlflow_settings import configure_mlflow
 
     configure_mlflow()  # before the engines import mlflow
+    import megatron_sbn.analysis.report
     import megatron_sbn.cli
     import megatron_sbn.cluster.job
     import megatron_sbn.cluster.submission
     import megatron_sbn.data.corpus
     import megatron_sbn.doctor.command
-    import megatron_sbn.experiments.report
-    import megatron_sbn.experiments.tracking
     import megatron_sbn.plan.command
+    import megatron_sbn.tracking.tracker
     import megatron_sbn.train
     import megatron_sbn.training.loop  # noqa: F401
 

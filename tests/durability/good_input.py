@@ -46,7 +46,7 @@ checkpoint: {{interval: 1, keep: 3, asynchronous: false}}
 
 def _make(folder: Path) -> int:
     from megatron_sbn import cli, train
-    from megatron_sbn.experiments.sqlite_file import ensure_tables
+    from megatron_sbn.tracking.sqlite_file import ensure_tables
 
     quiet = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(quiet, 1)

@@ -284,7 +284,7 @@ def check_finished(run_dir: Path, whole: Sequence[dict[str, float]], tolerance: 
 
 def comparable(run: Path) -> list[dict[str, float]]:
     """metrics.jsonl without what a clock decides."""
-    from megatron_sbn.experiments.metrics import read_metrics
+    from megatron_sbn.runs.metrics_file import read_metrics
 
     return [{k: v for k, v in line.items() if k not in CLOCKED} for line in read_metrics(run / "metrics.jsonl")]
 

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.model_parallel_config import ModelParallelConfig
 
-from megatron_sbn.experiments.tracking import default_uri
 from megatron_sbn.layers.linear import ColumnParallelLinear, GatedLinear, RowParallelLinear
 from megatron_sbn.parallel.state import ParallelState
+from megatron_sbn.tracking.sqlite_file import default_uri
 
 
 @pytest.fixture(scope="session")

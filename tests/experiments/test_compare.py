@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sbn.analysis.compare import Reading, at_equal, differences, report
 from megatron_sbn.cli import main
 from megatron_sbn.config import load_recipe
-from megatron_sbn.experiments.compare import Reading, at_equal, differences, read_run, report
-from megatron_sbn.experiments.metrics import MetricsFile
 from megatron_sbn.plan.flops import model_flops_per_token
+from megatron_sbn.runs.finished_run import read_run
+from megatron_sbn.runs.metrics_file import MetricsFile
 
 TINY = Path(__file__).parents[2] / "recipes" / "tiny" / "ternary-6of8.yaml"
 

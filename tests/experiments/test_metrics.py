@@ -11,7 +11,7 @@ import time
 import pytest
 
 from megatron_sbn.errors import InputError
-from megatron_sbn.experiments.metrics import MetricsFile, read_metrics, read_new
+from megatron_sbn.runs.metrics_file import MetricsFile, read_metrics, read_new
 
 
 def strict(text):
@@ -81,7 +81,7 @@ def test_opening_after_a_kill_drops_the_torn_line(tmp_path):
 def test_a_killed_writer_leaves_whole_lines(tmp_path):
     path = tmp_path / "m.jsonl"
     code = (
-        "import pathlib, sys\nfrom megatron_sbn.experiments.metrics import MetricsFile\n"
+        "import pathlib, sys\nfrom megatron_sbn.runs.metrics_file import MetricsFile\n"
         "file, step = MetricsFile(pathlib.Path(sys.argv[1])), 0\n"
         "while True:\n    step += 1\n    file.append(step, {'loss': 1 / step})\n"
     )

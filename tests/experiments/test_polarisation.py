@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from megatron_sbn.config import Linear
-from megatron_sbn.experiments.polarisation import polarisation
 from megatron_sbn.layers.ternary_state import TernaryState
+from megatron_sbn.telemetry.polarization import polarisation
 
 
 def histogram(values, edges):

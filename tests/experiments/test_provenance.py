@@ -5,8 +5,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from megatron_sbn.experiments import provenance
-from megatron_sbn.experiments.provenance import describe_environment
+from megatron_sbn.runs import provenance
+from megatron_sbn.runs.provenance import describe_environment
 
 
 def test_environment(monkeypatch):

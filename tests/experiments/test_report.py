@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sbn.analysis.figures import Curve, Scaling
+from megatron_sbn.analysis.report import collapse_point, curves, read_study, scalings
 from megatron_sbn.cli import main
 from megatron_sbn.config import load_recipe
-from megatron_sbn.experiments.figures import Curve, Scaling
-from megatron_sbn.experiments.metrics import MetricsFile
-from megatron_sbn.experiments.report import collapse_point, curves, read_study, scalings
-from megatron_sbn.experiments.run_record import FILE_NAME, RunRecord, RunRecordFile, new_key
+from megatron_sbn.runs.folder import TRACKING
+from megatron_sbn.runs.metrics_file import MetricsFile
+from megatron_sbn.runs.tracking_record import RunRecord, RunRecordFile, new_key
 
 TINY = Path(__file__).parents[2] / "recipes" / "tiny" / "base.yaml"
 STEPS = 4
@@ -173,7 +174,7 @@ def test_formats_are_not_averaged_into_one_speed(tmp_path: Path) -> None:
         file.append(1, {"tokens_per_second": speed})
         file.close()
         record = RunRecord(new_key(), folder.name, "e", "sqlite:///x.db", 0.0, {}, {"ranks": str(ranks)}, [])
-        RunRecordFile(folder / FILE_NAME, record).update(status="FINISHED")
+        RunRecordFile(folder / TRACKING, record).update(status="FINISHED")
     layout = "tensor 1 x pipeline 1, ZeRO-1, linear.weight_format"
     assert scalings(read_study(tmp_path)) == [
         Scaling(f"{layout} dense", (1, 2), (110.0, 200.0)),
@@ -193,7 +194,7 @@ def test_speed_over_ranks(tmp_path: Path) -> None:
         file.append(2, {"loss": 7.0, "tokens_per_second": speed})
         file.close()
         record = RunRecord(new_key(), folder.name, "e", "sqlite:///x.db", 0.0, {}, {"ranks": str(ranks)}, [])
-        RunRecordFile(folder / FILE_NAME, record).update(status="FINISHED")
+        RunRecordFile(folder / TRACKING, record).update(status="FINISHED")
     (scaling,) = scalings(read_study(study))  # tensor 2 ran on one number of ranks: no curve
     assert scaling == Scaling("tensor 1 x pipeline 1, ZeRO-1", (1, 2, 4), (100.0, 180.0, 300.0))
     assert scaling.efficiency == (1.0, 0.9, 0.75)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sbn.errors import InputError
-from megatron_sbn.experiments.run_record import RunRecord, artifact_files, read_record
+from megatron_sbn.runs.tracking_record import RunRecord, artifact_files, read_record
 
 GOOD = {
     "key": "k", "name": "run", "experiment": "e", "uri": "sqlite:///x.db", "started": 1, "params": {"a": "1"},

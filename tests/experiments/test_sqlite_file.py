@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sbn.experiments.metrics import MetricsFile
-from megatron_sbn.experiments.sqlite_file import artifact_location, database_file, ensure_tables
-from megatron_sbn.experiments.tracking import Tracker
+from megatron_sbn.runs.metrics_file import MetricsFile
+from megatron_sbn.tracking.sqlite_file import artifact_location, database_file, ensure_tables
+from megatron_sbn.tracking.tracker import Tracker
 
 
 def make(uri: str) -> None:

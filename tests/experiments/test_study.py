@@ -12,10 +12,12 @@ from mlflow import MlflowClient
 from megatron_sbn.cli import main
 from megatron_sbn.config import load_recipe
 from megatron_sbn.config.sweep import load_sweep
-from megatron_sbn.experiments.metrics import MetricsFile
-from megatron_sbn.experiments.provenance import describe_recipe
-from megatron_sbn.experiments.study import KIND_TAG, PARENT_TAG, STUDY_TAG, Study, standing
-from megatron_sbn.experiments.tracking import Tracker, default_uri, delivered_study, sync
+from megatron_sbn.runs.metrics_file import MetricsFile
+from megatron_sbn.tracking.mlflow_delivery import delivered_study
+from megatron_sbn.tracking.sqlite_file import default_uri
+from megatron_sbn.tracking.study import KIND_TAG, PARENT_TAG, STUDY_TAG, Study, standing
+from megatron_sbn.tracking.tags import describe_recipe
+from megatron_sbn.tracking.tracker import Tracker, sync
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

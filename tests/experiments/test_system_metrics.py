@@ -10,9 +10,10 @@ import pytest
 from mlflow import MlflowClient
 
 from megatron_sbn.cli import main
-from megatron_sbn.experiments.metrics import MetricsFile, read_metrics
-from megatron_sbn.experiments.system_metrics import FILE_NAME, Machine, sampled
-from megatron_sbn.experiments.tracking import Tracker
+from megatron_sbn.runs.folder import SYSTEM_METRICS
+from megatron_sbn.runs.metrics_file import MetricsFile, read_metrics
+from megatron_sbn.runs.system_metrics import Machine, sampled
+from megatron_sbn.tracking.tracker import Tracker
 
 CPU = "system/cpu_utilization_percentage"
 
@@ -36,7 +37,7 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> 
 
 def samples(run_dir: Path, name: str = CPU) -> list[tuple[float, float, float]]:
     """(step, timestamp in ms, value) of the file."""
-    lines = read_metrics(run_dir / FILE_NAME)
+    lines = read_metrics(run_dir / SYSTEM_METRICS)
     return [(line["step"], int(line["time"] * 1000), line[name]) for line in lines if name in line]
 
 
@@ -57,7 +58,7 @@ def test_samples_are_of_this_machine(run_dir: Path) -> None:
         deadline = time.monotonic() + 0.5
         while time.monotonic() < deadline:
             pass
-    lines = read_metrics(run_dir / FILE_NAME)
+    lines = read_metrics(run_dir / SYSTEM_METRICS)
     assert [line["step"] for line in lines] == list(range(len(lines)))
     assert len(lines) >= 3
     assert all(0 < line[CPU] <= 100 for line in lines)
@@ -70,7 +71,7 @@ def test_samples_are_of_this_machine(run_dir: Path) -> None:
 def test_switched_off(run_dir: Path) -> None:
     with sampled(run_dir, 0.0):
         pass
-    assert not (run_dir / FILE_NAME).exists()
+    assert not (run_dir / SYSTEM_METRICS).exists()
 
 
 def test_a_run_that_ends_before_the_first_interval_has_a_sample_and_a_new_start_counts_on(run_dir: Path) -> None:
@@ -113,13 +114,13 @@ def test_what_cannot_be_written_is_a_warning(
     run_dir: Path, content: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     if content is None:
-        (run_dir / FILE_NAME).mkdir()
+        (run_dir / SYSTEM_METRICS).mkdir()
     else:
-        (run_dir / FILE_NAME).write_text(content)
+        (run_dir / SYSTEM_METRICS).write_text(content)
     with caplog.at_level(logging.WARNING), sampled(run_dir, 3600.0):
         pass
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"no more system metrics of this start: {run_dir / FILE_NAME}")
+    assert record.getMessage().startswith(f"no more system metrics of this start: {run_dir / SYSTEM_METRICS}")
 
 
 def test_mlflow_has_every_sample_once_after_a_new_start(run_dir: Path, uri: str) -> None:

@@ -6,8 +6,8 @@ import torch
 
 from megatron_sbn.config import Linear, Phase
 from megatron_sbn.errors import CheckpointError
-from megatron_sbn.experiments.telemetry import Telemetry
 from megatron_sbn.layers.ternary_state import TernaryState
+from megatron_sbn.telemetry.mask_statistics import Telemetry
 
 
 def made(layers, parallel, **linear):

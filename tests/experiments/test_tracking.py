@@ -15,10 +15,12 @@ import urllib.request
 import pytest
 
 from megatron_sbn.errors import DeliveryError, InputError
-from megatron_sbn.experiments import tracking
-from megatron_sbn.experiments.metrics import MetricsFile, read_metrics
-from megatron_sbn.experiments.run_record import read_record
-from megatron_sbn.experiments.tracking import Tracker, default_uri, sync
+from megatron_sbn.runs.metrics_file import MetricsFile, read_metrics
+from megatron_sbn.runs.tracking_record import read_record
+from megatron_sbn.tracking import mlflow_delivery
+from megatron_sbn.tracking import tracker as following
+from megatron_sbn.tracking.sqlite_file import default_uri
+from megatron_sbn.tracking.tracker import Tracker, sync
 
 PARAMS = {"optimizer.lr": "0.0003", "linear.sparsity": "6:8"}
 TAGS = {"git_commit": "abc", "layout": "tensor 2"}
@@ -196,8 +198,8 @@ def test_a_failed_batch_is_sent_again_once(run_dir, uri, monkeypatch, caplog):
         return result
 
     monkeypatch.setattr(MlflowClient, "log_batch", lossy)
-    monkeypatch.setattr(tracking, "METRICS_PER_BATCH", 7)
-    monkeypatch.setattr(tracking, "FIRST_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(mlflow_delivery, "METRICS_PER_BATCH", 7)
+    monkeypatch.setattr(following, "FIRST_RETRY_SECONDS", 0.01)
     file = MetricsFile(run_dir / "metrics.jsonl")
     for step in range(30):
         file.append(step, {"loss": float(step), "lr": 1.0})
@@ -214,7 +216,7 @@ def test_a_server_that_lost_the_run_gets_all_of_it_again(run_dir, uri, monkeypat
     from mlflow import MlflowClient
     from mlflow.exceptions import RESOURCE_DOES_NOT_EXIST, MlflowException
 
-    monkeypatch.setattr(tracking, "FIRST_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(following, "FIRST_RETRY_SECONDS", 0.01)
     file = MetricsFile(run_dir / "metrics.jsonl")
     for step in (1, 2, 3):
         file.append(step, {"loss": float(step)})
@@ -299,12 +301,12 @@ def answers(url):
 
 def test_an_outage_warns_once_and_is_made_up_for(run_dir, uri, tmp_path, caplog, monkeypatch):
     """No server during the run; one on that port afterwards. Then a resumed job goes on there."""
-    monkeypatch.setattr(tracking, "FIRST_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(following, "FIRST_RETRY_SECONDS", 0.01)
     port = closed_port()
     server_uri = f"http://user:hush-hush@127.0.0.1:{port}"
     file = MetricsFile(run_dir / "metrics.jsonl")
     with caplog.at_level(logging.INFO):
-        tracker = start(run_dir, server_uri, tags=TAGS | {"command": f"train tracking.uri={server_uri}"})
+        tracker = start(run_dir, server_uri, tags=TAGS | {"command": f"train tracker.uri={server_uri}"})
         for step in range(1, 6):
             file.append(step, {"loss": math.nan if step == 5 else float(step)})
         wait_for(lambda: caplog.records)
@@ -337,7 +339,7 @@ def test_an_outage_warns_once_and_is_made_up_for(run_dir, uri, tmp_path, caplog,
         assert len(history(uri, "loss")) == 5
         run = only_run(uri)
         assert (run.info.run_id, run.info.status) == (run_id, "FAILED")
-        assert run.data.tags["command"] == f"train tracking.uri=http://***@127.0.0.1:{port}"
+        assert run.data.tags["command"] == f"train tracker.uri=http://***@127.0.0.1:{port}"
         (recipe,) = (tmp_path / "artifacts").rglob("recipe.yaml")
         assert "hush" not in recipe.read_text()
 
@@ -354,7 +356,7 @@ def test_an_outage_warns_once_and_is_made_up_for(run_dir, uri, tmp_path, caplog,
 
 
 def test_importing_tracking_does_not_import_mlflow():
-    code = "import sys, megatron_sbn.experiments.tracking as t; assert not {'mlflow', 'torch'} & set(sys.modules)"
+    code = "import sys, megatron_sbn.tracking.tracker as t; assert not {'mlflow', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -11,8 +11,8 @@ from jobs import ROOT, STEPS, write_recipe
 from tiny_run import at_import
 
 from megatron_sbn.cluster.attempts import read_attempts
-from megatron_sbn.experiments.metrics import read_metrics
-from megatron_sbn.run_status import RunStatus, read_status
+from megatron_sbn.runs.metrics_file import read_metrics
+from megatron_sbn.runs.status import RunStatus, read_status
 
 pytestmark = pytest.mark.slurm
 

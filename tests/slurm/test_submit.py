@@ -10,9 +10,9 @@ import pytest
 from cluster import Cluster
 from jobs import write_recipe
 
-from megatron_sbn.experiments.metrics import read_metrics
-from megatron_sbn.experiments.report import finished, read_study
-from megatron_sbn.run_status import read_status
+from megatron_sbn.analysis.report import finished, read_study
+from megatron_sbn.runs.metrics_file import read_metrics
+from megatron_sbn.runs.status import read_status
 
 pytestmark = pytest.mark.slurm
 STEPS = 30

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from test_signals import recipe  # noqa: F401 - a fixture
 
-from megatron_sbn.experiments.metrics import read_metrics
-from megatron_sbn.run_status import read_status
+from megatron_sbn.runs.metrics_file import read_metrics
+from megatron_sbn.runs.status import read_status
 from megatron_sbn.training import heartbeat
 from megatron_sbn.training.heartbeat import Beat, Heartbeat, blame, locate, read_beats
 from megatron_sbn.training.stragglers import slow

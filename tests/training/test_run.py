@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sbn.experiments.metrics import read_metrics
+from megatron_sbn.runs.metrics_file import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS, INTERVAL = 9, 3

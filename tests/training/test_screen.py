@@ -7,8 +7,8 @@ import torch
 
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.parallel.state import ParallelState
-from megatron_sbn.training.run_folder import RunFolder
-from megatron_sbn.training.screen import TIMED_STEPS, Pace, closing, opening
+from megatron_sbn.runs.folder import RunFolder
+from megatron_sbn.training.run_summary import TIMED_STEPS, Pace, closing, opening
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 KERNELS = {f"linear_{name} 8 x 8": "cpu: forward" for name in ("qkv", "proj", "fc1", "fc2")}

@@ -12,10 +12,10 @@ from mlflow import MlflowClient
 from tiny_run import at_import, write_tiny_recipe
 
 from megatron_sbn.errors import STOPPED
-from megatron_sbn.experiments.metrics import read_metrics
-from megatron_sbn.experiments.run_record import read_record
 from megatron_sbn.launch import launch
-from megatron_sbn.run_status import read_status
+from megatron_sbn.runs.metrics_file import read_metrics
+from megatron_sbn.runs.status import read_status
+from megatron_sbn.runs.tracking_record import read_record
 
 STEPS = 150
 

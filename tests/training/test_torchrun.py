@@ -11,8 +11,8 @@ import pytest
 from tiny_run import at_import
 
 from megatron_sbn.data.shards import ShardWriter
-from megatron_sbn.experiments.metrics import read_metrics
-from megatron_sbn.run_status import read_status
+from megatron_sbn.runs.metrics_file import read_metrics
+from megatron_sbn.runs.status import read_status
 
 STEPS = 3
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]

@@ -16,11 +16,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from megatron_sbn.atomic_files import write_whole
 from megatron_sbn.errors import InputError
-from megatron_sbn.experiments.metrics import replace_file
-from megatron_sbn.masking import excerpt, mask_secrets
+from megatron_sbn.redaction import excerpt, mask_secrets
 
-FILE_NAME = "tracking.json"
 Time = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
 
 
@@ -68,7 +67,7 @@ class RunRecordFile:
         """Changes fields and puts the file in the place of the old one."""
         with self._lock:
             self.record = replace(self.record, **changes)
-            replace_file(self.path, json.dumps(asdict(self.record), indent=1).encode("ascii") + b"\n")
+            write_whole(self.path, json.dumps(asdict(self.record), indent=1).encode("ascii") + b"\n")
 
 
 def new_key() -> str:

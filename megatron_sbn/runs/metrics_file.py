@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_sbn.atomic_files import write_whole
 from megatron_sbn.errors import InputError
-from megatron_sbn.masking import excerpt
+from megatron_sbn.redaction import excerpt
 
 Line = dict[str, float]
 RESERVED = ("step", "time")
@@ -58,7 +59,7 @@ class MetricsFile:
         data = self.path.read_bytes()
         lines = _parse(data, self.path, 1)
         kept = [text for text, line in zip(data.splitlines(keepends=True), lines, strict=False) if line["step"] <= step]
-        replace_file(self.path, b"".join(kept))
+        write_whole(self.path, b"".join(kept))
         self._file = self.path.open("ab")
 
     def flush_to_disk(self) -> None:
@@ -88,21 +89,6 @@ def read_new(path: Path, offset: int) -> tuple[list[Line], int]:
     except OSError as error:
         raise InputError(f"{path}: cannot read this metrics file: {error.strerror}") from None
     return _parse(data, path, first_line), offset + data.rfind(b"\n") + 1
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Puts `data` in the place of the file at once: a reader or a crash sees the old content or the new, never half."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _whole_lines_end(path: Path) -> int:

@@ -7,7 +7,7 @@ database is made under another name and renamed. Whoever comes first makes it; t
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_sbn.staging import in_turn, partial_path
+from megatron_sbn.atomic_files import in_turn, partial_path
 
 _SCHEME = "sqlite:///"
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_sbn.experiments.metrics import RESERVED, read_new
+from megatron_sbn.runs.metrics_file import RESERVED, read_new
 
 
 class Point(NamedTuple):
@@ -20,7 +20,7 @@ class Point(NamedTuple):
     step: int
 
 
-class Undelivered:
+class PendingPoints:
     """Reads a metrics file once from its beginning after every connection; a file that is not there is empty."""
 
     def __init__(self, path: Path) -> None:

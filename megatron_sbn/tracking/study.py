@@ -17,13 +17,13 @@ from typing import Any
 
 from megatron_sbn.config import load_recipe
 from megatron_sbn.errors import InputError
-from megatron_sbn.experiments.compare import Run
-from megatron_sbn.experiments.metrics import Line
-from megatron_sbn.experiments.system_metrics import PREFIX
+from megatron_sbn.runs.finished_run import Run
+from megatron_sbn.runs.folder import RECIPE
+from megatron_sbn.runs.metrics_file import Line
+from megatron_sbn.runs.system_metrics import PREFIX
 
 PARENT_TAG, STUDY_TAG, KIND_TAG = "mlflow.parentRunId", "study", "run_kind"
 REPORT_FOLDER = "report"  # of the parent's artifacts
-RECIPE = "recipe.yaml"  # of a run's
 _PAGE = 1000
 
 

@@ -1,205 +1,34 @@
-"""MLflow: runs to compare in its UI, delivered beside training and never in its way. The only importer of mlflow.
+"""All that is said to MLflow, and its failures in one line. The only importer of mlflow.
 
-    metrics.jsonl, system_metrics.jsonl, tracking.json  ->  one daemon thread  ->  MLflow
-
-The training loop writes the run folder's files; a thread of rank 0 follows them. A metric line is sent when its step
-is above the last step that MLflow itself reports for that metric (undelivered.py). So a repeated batch, a resumed job
-that writes steps anew, or a run folder that is delivered a second time adds nothing: each (metric, step) is there
-once, as it was first delivered. Only MLflow is asked what it has, when a connection is made and after every failure.
-Timestamps are the line's own, so even a batch whose answer was lost is the same rows again.
-
-While MLflow cannot be reached one warning is logged, attempts grow rarer, and nothing is lost: the files are complete
-and `sync` delivers them later. mlflow takes seconds to import, so that happens in the thread.
+A metric line is sent when its step is above the last step that MLflow itself reports for that metric
+(pending_points.py). So a repeated batch, a resumed job that writes steps anew, or a run folder that is delivered a
+second time adds nothing: each (metric, step) is there once, as it was first delivered. Only MLflow is asked what it
+has, when a connection is made and after every failure. Timestamps are the line's own, so even a batch whose answer was
+lost is the same rows again. mlflow takes seconds to import, so that happens at the first call.
 """
 
-import logging
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from megatron_sbn.errors import DeliveryError, InputError, SbnError
-from megatron_sbn.experiments.compare import Run
-from megatron_sbn.experiments.mlflow_settings import configure_mlflow
-from megatron_sbn.experiments.provenance import describe_environment, describe_recipe
-from megatron_sbn.experiments.run_record import (
-    FILE_NAME,
-    RunRecord,
-    RunRecordFile,
-    artifact_files,
-    masked,
-    new_key,
-    read_record,
-)
-from megatron_sbn.experiments.sqlite_file import artifact_location, database_file, default_uri, ensure_tables
-from megatron_sbn.experiments.study import STUDY_TAG, Study, attach, delivered
-from megatron_sbn.experiments.system_metrics import FILE_NAME as SYSTEM_METRICS_NAME
-from megatron_sbn.experiments.undelivered import Undelivered
-from megatron_sbn.masking import mask_secrets
+from megatron_sbn.errors import DeliveryError
+from megatron_sbn.redaction import mask_secrets
+from megatron_sbn.runs.finished_run import Run
+from megatron_sbn.runs.folder import METRICS, SYSTEM_METRICS
+from megatron_sbn.runs.tracking_record import RunRecordFile, artifact_files
+from megatron_sbn.tracking.mlflow_settings import configure_mlflow
+from megatron_sbn.tracking.pending_points import PendingPoints
+from megatron_sbn.tracking.sqlite_file import artifact_location, database_file, ensure_tables
+from megatron_sbn.tracking.study import STUDY_TAG, Study, attach, delivered
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
 
-__all__ = [
-    "Tracker",
-    "attach_report",
-    "default_uri",
-    "delivered_study",
-    "describe_environment",
-    "describe_recipe",
-    "sync",
-]
-
-METRICS_NAME = "metrics.jsonl"
 KEY_TAG = "run_key"
-FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 2.0, 300.0
-CLOSING_ATTEMPTS = 3
 # MLflow's limits on one request and on one value.
 METRICS_PER_BATCH, ENTRIES_PER_BATCH, PARAM_LENGTH, TAG_LENGTH = 1000, 100, 6000, 8000
-_log = logging.getLogger("megatron_sbn")
-
-
-def sync(run_dir: Path, uri: str | None = None) -> str:
-    """Delivers what MLflow lacks of a run folder, and the status of a run that ended; returns MLflow's run id.
-
-    Args:
-        run_dir: has tracking.json and metrics.jsonl.
-        uri: where to; None means where the run was to be tracked.
-
-    Raises:
-        InputError: no such files, or not as they should be; or `uri` is needed because it holds a password.
-        DeliveryError: MLflow cannot be reached.
-    """
-    record = read_record(run_dir / FILE_NAME)
-    if not (run_dir / METRICS_NAME).is_file():
-        raise InputError(f"{run_dir / METRICS_NAME}: no such file; there is nothing to deliver")
-    if uri is None and "***" in record.uri:
-        raise InputError(f"{run_dir / FILE_NAME}: uri = {record.uri} lacks its password; give the tracking URI")
-    uri = uri or record.uri
-    file = RunRecordFile(run_dir / FILE_NAME, _at_destination(record, record.experiment, mask_secrets(uri)))
-    delivery = _Delivery(run_dir, file, uri)
-    delivery.push()
-    if file.record.status != "RUNNING":
-        delivery.finish()
-    assert file.record.run_id is not None
-    return file.record.run_id
-
-
-class Tracker:
-    """Follows a run folder's metrics.jsonl and keeps MLflow up to date with it. Made on rank 0 only.
-
-    Args:
-        run_dir: the run folder. If it has a tracking.json, that MLflow run is continued.
-        name, experiment: as they are to appear in MLflow.
-        uri: MLflow tracking URI (sqlite:///..., http://...). Credentials in it stay in memory.
-        params: logged once; MLflow keeps the first value, a later one becomes the tag `changed.NAME`.
-        tags: set at every start.
-        artifacts: text files, such as the resolved recipe.
-        run_id: MLflow's id of this run as its checkpoint knows it, for a run folder without a tracking.json.
-        poll_seconds: how often new lines are looked for.
-    """
-
-    def __init__(
-        self,
-        run_dir: Path,
-        name: str,
-        experiment: str,
-        uri: str,
-        params: Mapping[str, str],
-        tags: Mapping[str, str],
-        artifacts: Sequence[Path],
-        *,
-        run_id: str | None = None,
-        poll_seconds: float = 2.0,
-    ) -> None:
-        self._poll_seconds = poll_seconds
-        self._closing = threading.Event()
-        self._delivered = False
-        self._warned = False
-        self._file = RunRecordFile(run_dir / FILE_NAME, _record(run_dir, name, experiment, mask_secrets(uri), run_id))
-        self._file.update(
-            name=name,
-            params=masked(params),
-            tags=masked(tags),
-            artifacts=[str(path.absolute()) for path in artifacts],
-            status="RUNNING",
-            ended=None,
-        )
-        self._delivery = _Delivery(run_dir, self._file, uri)
-        self._thread = threading.Thread(target=self._follow, name="mlflow", daemon=True)
-        self._thread.start()
-
-    @property
-    def run_id(self) -> str | None:
-        """MLflow's id of this run; None until MLflow has been reached."""
-        return self._file.record.run_id
-
-    def rewind(self, why: str) -> None:
-        """metrics.jsonl was cut back to an earlier step. MLflow keeps what it has, and the reason as a tag."""
-        self._file.update(tags=self._file.record.tags | {"rollback": why})
-        self._delivery.rewound = True
-
-    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"], timeout: float = 30.0) -> bool:
-        """Delivers the rest with the run's status, for at most `timeout` seconds. Returns whether MLflow has it all.
-
-        If not, a warning says how to deliver it later.
-        """
-        self._file.update(status=status, ended=time.time())
-        self._closing.set()
-        self._thread.join(timeout)
-        if not self._delivered:
-            folder = self._file.path.parent
-            _log.warning("MLflow lacks some of this run; %s has all of it: run `sbn sync %s` later", folder, folder)
-        return self._delivered
-
-    def _follow(self) -> None:
-        """The thread: delivers until closed, then a last time."""
-        delay = FIRST_RETRY_SECONDS
-        while not self._closing.is_set():
-            if self._attempt():
-                delay = FIRST_RETRY_SECONDS
-                self._closing.wait(self._poll_seconds)
-            else:
-                self._closing.wait(delay)
-                delay = min(2 * delay, LAST_RETRY_SECONDS)
-        for attempt in range(CLOSING_ATTEMPTS):
-            time.sleep(min(attempt, 1))
-            if self._attempt(last=True):
-                self._delivered = True
-                return
-
-    def _attempt(self, last: bool = False) -> bool:
-        try:
-            self._delivery.push()
-            if last:
-                self._delivery.finish()
-        except SbnError as error:
-            if not self._warned:
-                self._warned = True
-                _log.warning("%s; training goes on, and metrics.jsonl is complete", error)
-            return False
-        return True
-
-
-def _record(run_dir: Path, name: str, experiment: str, uri: str, run_id: str | None) -> RunRecord:
-    """The run folder's record, if it has one, for this destination; else a new one, of the run of that id."""
-    path = run_dir / FILE_NAME
-    try:
-        return _at_destination(read_record(path), experiment, uri)
-    except InputError as error:
-        if path.exists():
-            _log.warning("%s; this run starts anew in MLflow", error)
-        return RunRecord(new_key(), name, experiment, uri, time.time(), {}, {}, [], run_id=run_id)
-
-
-def _at_destination(record: RunRecord, experiment: str, uri: str) -> RunRecord:
-    """The record, without the run id if that is of another place."""
-    if (record.experiment, record.uri) == (experiment, uri):
-        return record
-    return replace(record, experiment=experiment, uri=uri, run_id=None, delivered_step=None)
 
 
 def delivered_study(uri: str, name: str) -> list[Run]:
@@ -239,12 +68,12 @@ def _conversation(uri: str) -> Iterator[None]:
         raise DeliveryError(f"MLflow at {mask_secrets(uri)} cannot be reached: {reason}") from None
 
 
-class _Delivery:
+class Delivery:
     """All that is said to MLflow about one run. Every method may be repeated after any failure."""
 
     def __init__(self, run_dir: Path, file: RunRecordFile, uri: str) -> None:
-        self._metrics = Undelivered(run_dir / METRICS_NAME)
-        self._system_metrics = Undelivered(run_dir / SYSTEM_METRICS_NAME)
+        self._metrics = PendingPoints(run_dir / METRICS)
+        self._system_metrics = PendingPoints(run_dir / SYSTEM_METRICS)
         self._file = file
         self._uri = uri
         self.rewound = False  # whether the file has to be read from its start again
@@ -375,7 +204,7 @@ class _Delivery:
         if record.status == "RUNNING" != run.info.status:
             self._client.update_run(run.info.run_id, status="RUNNING")
 
-    def _send_points(self, source: Undelivered) -> int | None:
+    def _send_points(self, source: PendingPoints) -> int | None:
         """Sends what is missing; returns its last step, None for nothing."""
         from mlflow.entities import Metric
 

@@ -16,10 +16,9 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_sbn.staging import write_whole
+from megatron_sbn.atomic_files import write_whole
+from megatron_sbn.runs.folder import STATUS, STOP
 
-FILE_NAME = "status.json"
-STOP_FILE = "STOP"  # the kill switch, made by a person
 State = Literal["RUNNING", "FINISHED", "STOPPED", "FAILED"]
 
 
@@ -51,7 +50,7 @@ _ADAPTER = TypeAdapter(RunStatus)
 def read_status(folder: Path) -> RunStatus | None:
     """The run's status; None where there is none, or none that can be read."""
     try:
-        return _ADAPTER.validate_json((folder / FILE_NAME).read_bytes(), strict=True)
+        return _ADAPTER.validate_json((folder / STATUS).read_bytes(), strict=True)
     except (OSError, ValidationError):
         return None
 
@@ -60,21 +59,12 @@ def write_status(folder: Path, state: State, exit_status: int | None, step: int,
     """Replaces the run's status. Raises InputError where it cannot be written."""
     job, restart = slurm_attempt()
     status = RunStatus(state, exit_status, step, reason, job, restart, round(time.time(), 3))
-    write_whole(folder / FILE_NAME, json.dumps(asdict(status)).encode() + b"\n")
-
-
-def saved_step(folder: Path) -> int:
-    """The step of the newest checkpoint; 0 where there is none."""
-    try:
-        name = (folder / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
-        return int(name.removeprefix("step-"))
-    except (OSError, ValueError):
-        return 0
+    write_whole(folder / STATUS, json.dumps(asdict(status)).encode() + b"\n")
 
 
 def switched_off(folder: Path) -> bool:
     """Whether there is a STOP file, in the run folder or beside all runs of a study."""
-    return any((place / STOP_FILE).exists() for place in (folder, folder.absolute().parent))
+    return any((place / STOP).exists() for place in (folder, folder.absolute().parent))
 
 
 def slurm_attempt() -> tuple[str, int]:

@@ -16,9 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 
-from megatron_sbn.errors import InputError
-from megatron_sbn.experiments.compare import Run, read_run
-from megatron_sbn.experiments.figures import (
+from megatron_sbn.analysis.figures import (
     COLLAPSE,
     Curve,
     Scaling,
@@ -27,10 +25,13 @@ from megatron_sbn.experiments.figures import (
     perplexity_over_sparsity,
     speed_over_ranks,
 )
-from megatron_sbn.experiments.run_record import FILE_NAME, read_record
-from megatron_sbn.experiments.study import STUDY_TAG
-from megatron_sbn.masking import one_line
-from megatron_sbn.staging import make_folder, write_whole
+from megatron_sbn.atomic_files import make_folder, write_whole
+from megatron_sbn.errors import InputError
+from megatron_sbn.redaction import one_line
+from megatron_sbn.runs.finished_run import Run, read_run
+from megatron_sbn.runs.folder import METRICS, TRACKING
+from megatron_sbn.runs.tracking_record import read_record
+from megatron_sbn.tracking.study import STUDY_TAG
 
 COLUMNS = (
     *("run", "weight_format", "sparsity", "seed", "steps", "tokens", "finished", "loss", "validation_perplexity"),
@@ -48,7 +49,7 @@ _OF_PERPLEXITY = re.compile(
 def read_study(folder: Path) -> list[Run]:
     """Runs of a folder, by name. Raises InputError where there is none."""
     found = [path.parent for path in sorted(folder.glob("*/recipe.yaml"))]
-    runs = [read_run(path) for path in found if (path / "metrics.jsonl").is_file()]
+    runs = [read_run(path) for path in found if (path / METRICS).is_file()]
     if not runs:
         raise InputError(f"{folder}: holds no run folders (recipe.yaml and metrics.jsonl); name the folder of a study")
     return runs
@@ -56,7 +57,7 @@ def read_study(folder: Path) -> list[Run]:
 
 def tracked_as(folder: Path) -> tuple[str, str]:
     """(tracking URI, name of the study) of a folder's runs, as their tracking.json has them. Raises InputError."""
-    records = [read_record(path) for path in sorted(folder.glob(f"*/{FILE_NAME}"))]
+    records = [read_record(path) for path in sorted(folder.glob(f"*/{TRACKING}"))]
     found = {(record.uri, record.tags[STUDY_TAG]) for record in records if STUDY_TAG in record.tags}
     way_out = "give the study's name, and --uri"
     if not found:

@@ -23,9 +23,9 @@ from shutil import which
 import psutil
 
 from megatron_sbn.errors import InputError
-from megatron_sbn.experiments.metrics import MetricsFile, read_metrics
+from megatron_sbn.runs.folder import SYSTEM_METRICS
+from megatron_sbn.runs.metrics_file import MetricsFile, read_metrics
 
-FILE_NAME = "system_metrics.jsonl"
 PREFIX = "system/"
 QUERY = ("index", "utilization.gpu", "memory.used", "memory.total", "power.draw", "power.limit")
 GPU_SECONDS, END_SECONDS = 5.0, 10.0
@@ -39,7 +39,7 @@ def sampled(folder: Path, interval: float) -> Iterator[None]:
         yield
         return
     ended = threading.Event()
-    arguments = (folder / FILE_NAME, interval, ended)
+    arguments = (folder / SYSTEM_METRICS, interval, ended)
     thread = threading.Thread(target=_sample_until, args=arguments, name="system metrics", daemon=True)
     thread.start()
     try:

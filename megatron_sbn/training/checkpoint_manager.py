@@ -9,17 +9,17 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from megatron_sbn import __version__
-from megatron_sbn.checkpoint.contents import Contents, parameter_names
+from megatron_sbn.checkpoint.collective_errors import attempt, first_problem
+from megatron_sbn.checkpoint.loading import Opened, open_newest
 from megatron_sbn.checkpoint.manifest import DataPosition, Layout, State, TelemetryState
-from megatron_sbn.checkpoint.opening import Opened, open_newest
+from megatron_sbn.checkpoint.run_state import Contents, parameter_names
 from megatron_sbn.checkpoint.saver import Saver
 from megatron_sbn.checkpoint.shards import Reader
-from megatron_sbn.checkpoint.together import attempt, first_problem
 from megatron_sbn.config import Recipe
 from megatron_sbn.errors import CheckpointError
-from megatron_sbn.experiments.telemetry import Telemetry
 from megatron_sbn.parallel.state import ParallelState
-from megatron_sbn.training.run_folder import RunFolder
+from megatron_sbn.runs.folder import RunFolder
+from megatron_sbn.telemetry.mask_statistics import Telemetry
 from megatron_sbn.training.step import Trainer
 
 

@@ -14,9 +14,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
-from megatron_sbn.config import Recipe
-from megatron_sbn.masking import mask_secrets
-from megatron_sbn.plan.shapes import model_parameters
+from megatron_sbn.redaction import mask_secrets
 
 PACKAGES = ("megatron_sbn", "torch", "megatron-core", "deepspeed", "triton", "mlflow")
 SLURM = {"SLURM_JOB_ID": "slurm_job_id", "SLURM_ARRAY_TASK_ID": "slurm_array_task_id"}
@@ -41,29 +39,6 @@ def describe_environment() -> dict[str, str]:
     tags |= {tag: os.environ[name] for name, tag in SLURM.items() if name in os.environ}
     if "SLURM_JOB_ID" in os.environ:
         tags["slurm_restart_count"] = os.environ.get("SLURM_RESTART_COUNT", "0")
-    return tags
-
-
-def describe_recipe(recipe: Recipe, ranks: int) -> dict[str, str]:
-    """Tags to filter and group runs by: run_kind, study, size, weight_format, sparsity, layout, tokens, seed."""
-    training, parallel = recipe.training, recipe.parallel
-    tags = {
-        "run_kind": "run",
-        "parameters": str(sum(model_parameters(recipe).values())),
-        "weight_format": recipe.linear.weight_format,
-        "sparsity": "{}:{}".format(*recipe.linear.sparsity),
-        "backward": recipe.linear.backward,
-        "activation_dtype": "bf16" if recipe.model.bf16 else "fp32",
-        "parameter_dtype": recipe.optimizer.parameter_dtype,
-        "ranks": str(ranks),
-        "tensor": str(parallel.tensor),
-        "pipeline": str(parallel.pipeline),
-        "zero_stage": str(parallel.zero_stage),
-        "tokens": str(training.steps * training.global_batch_size * recipe.model.seq_length),
-        "seed": str(training.seed),
-    }
-    if recipe.tracking.study is not None:
-        tags["study"] = recipe.tracking.study
     return tags
 
 

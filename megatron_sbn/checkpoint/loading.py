@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_sbn.checkpoint import folder as folders
+from megatron_sbn.checkpoint import directory as folders
+from megatron_sbn.checkpoint.collective_errors import attempt, first_problem
 from megatron_sbn.checkpoint.manifest import Manifest, State, read_manifest, read_state
-from megatron_sbn.checkpoint.together import attempt, first_problem
 from megatron_sbn.errors import CheckpointError
 from megatron_sbn.parallel.state import ParallelState
 

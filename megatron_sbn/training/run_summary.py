@@ -6,16 +6,16 @@ Passwords in URIs are masked.
 
 from pathlib import Path
 
-from megatron_sbn.checkpoint.folder import newest
+from megatron_sbn.checkpoint.directory import newest
 from megatron_sbn.config import Recipe
-from megatron_sbn.experiments.tracking import default_uri
-from megatron_sbn.masking import mask_secrets
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.plan.hardware import CPU, ON_CUDA
 from megatron_sbn.plan.memory import worst_rank
 from megatron_sbn.plan.shapes import Layout, model_parameters
+from megatron_sbn.redaction import mask_secrets
+from megatron_sbn.runs.folder import RunFolder
 from megatron_sbn.text_table import size_text
-from megatron_sbn.training.run_folder import RunFolder
+from megatron_sbn.tracking.sqlite_file import default_uri
 
 TIMED_STEPS = 5  # of this job, the first of them left out: it makes and measures what later ones use
 

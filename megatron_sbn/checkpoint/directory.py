@@ -16,9 +16,10 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_sbn.atomic_files import write_whole
 from megatron_sbn.checkpoint.manifest import Manifest, read_manifest, read_state
 from megatron_sbn.errors import CheckpointError
-from megatron_sbn.staging import write_whole
+from megatron_sbn.runs.folder import CHECKPOINTS
 
 LATEST = "latest"
 PARTIAL, REMOVED = ".partial", ".removed"
@@ -74,6 +75,12 @@ def holds_any(folder: Path) -> bool:
 def newest(folder: Path) -> Path | None:
     """The checkpoint in force, by its name; None where there is none."""
     return next(iter(candidates(folder)), None)
+
+
+def saved_step(run: Path) -> int:
+    """The step of the checkpoint that a run folder's `latest` names; 0 where there is none."""
+    latest = pointed(run / CHECKPOINTS)
+    return (step_of(latest) or 0) if latest is not None else 0
 
 
 def check_files(path: Path, manifest: Manifest, names: Iterable[str]) -> None:

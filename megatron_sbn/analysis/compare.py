@@ -1,78 +1,22 @@
 """Runs side by side: what differs in their recipes, and their metrics at equal tokens and at equal FLOPs.
 
-    tokens(step) = step * global_batch_size * seq_length
-    FLOPs(step)  = tokens' model FLOPs up to that step, dense-equivalent or sparse-effective (flops.py)
-
 "At equal tokens" is at the largest number at which every run has measured a metric or gone past; runs that measured
 before and after it, but not there, are read off the line between the two (marked ~). The same for FLOPs. Reads run
 folders; imports no torch.
 """
 
 import bisect
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
-from megatron_sbn.config import Recipe, load_recipe
-from megatron_sbn.errors import InputError, RecipeError
-from megatron_sbn.experiments.metrics import Line, read_metrics
-from megatron_sbn.experiments.run_record import FILE_NAME, read_record
-from megatron_sbn.masking import one_line
-from megatron_sbn.plan.flops import model_flops_per_token
+from megatron_sbn.redaction import one_line
+from megatron_sbn.runs.finished_run import Run
 from megatron_sbn.text_table import aligned
 
 METRICS = ("loss", "validation_loss", "validation_perplexity", "grad_norm", "flip_rate", "zero_fraction")
 _OF_NO_INTEREST = ("name", "run_dir")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run: its folder or name, its resolved recipe and its metrics; on how many ranks, if that was recorded."""
-
-    folder: Path
-    recipe: Recipe
-    lines: list[Line]
-    ranks: int | None = None
-
-    @property
-    def name(self) -> str:
-        """The folder's name, of `.` too."""
-        return self.folder.absolute().name
-
-    def points(self, metric: str) -> list[tuple[int, float]]:
-        """(step, value) of every measurement, in order."""
-        return [(int(line["step"]), line[metric]) for line in self.lines if metric in line]
-
-    def tokens(self, step: int) -> float:
-        """Tokens trained on after `step` steps."""
-        return float(step * self.recipe.training.global_batch_size * self.recipe.model.seq_length)
-
-    def flops(self, step: int, sparse: bool) -> float:
-        """Model FLOPs of the first `step` steps; phases change those of a token."""
-        starts = sorted({0, step, *(phase.step for phase in self.recipe.linear.phases if phase.step < step)})
-        spans = itertools.pairwise(starts)
-        return sum(
-            (self.tokens(end) - self.tokens(start)) * model_flops_per_token(self.recipe, start)[int(sparse)]
-            for start, end in spans
-        )
-
-
-def read_run(folder: Path) -> Run:
-    """A run folder. Raises InputError, naming the file, where recipe or metrics cannot be read."""
-    try:
-        recipe = load_recipe(folder / "recipe.yaml")
-    except RecipeError as error:
-        raise InputError(f"{folder}: is no run folder: {error}") from None
-    return Run(folder, recipe, read_metrics(folder / "metrics.jsonl"), _ranks(folder / FILE_NAME))
-
-
-def _ranks(path: Path) -> int | None:
-    """Of a tracked run's record."""
-    tags = read_record(path).tags if path.exists() else {}
-    return int(tags["ranks"]) if "ranks" in tags else None
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

@@ -1,0 +1,1 @@
+"""Finished runs side by side: comparisons, the report of a study, its figures. Imports no torch."""

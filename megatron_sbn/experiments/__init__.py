@@ -1,1 +1,0 @@
-"""What is measured and where it is written: telemetry, tracking, progress."""

@@ -1,0 +1,53 @@
+"""The run folder: everything that one run leaves behind, in one place. The only place that names its files.
+
+recipe.yaml           the resolved recipe, passwords masked
+environment.txt       installed packages, of a tracked run
+metrics.jsonl         one object a line (metrics_file.py, docs/metrics.md)
+system_metrics.jsonl  samples of rank 0's machine, of a tracked run (system_metrics.py)
+tracking.json         what MLflow is given of the run (tracking_record.py)
+checkpoints/          step-N folders and `latest` (checkpoint/directory.py)
+logs/rank-0.log       what was printed
+status.json           how the run stands (status.py)
+STOP                  made by a person, here or beside a study's runs: the run stops at the next step, checkpointed
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+RECIPE, ENVIRONMENT = "recipe.yaml", "environment.txt"
+METRICS, SYSTEM_METRICS, TRACKING = "metrics.jsonl", "system_metrics.jsonl", "tracking.json"
+CHECKPOINTS, LOGS = "checkpoints", "logs"
+STATUS, STOP = "status.json", "STOP"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run; `continues` says whether it has checkpoints, from one of which it goes on."""
+
+    path: Path
+    continues: bool
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / RECIPE
+
+    @property
+    def environment(self) -> Path:
+        """Installed packages, at the last start."""
+        return self.path / ENVIRONMENT
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / METRICS
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def log(self) -> Path:
+        """What rank 0 printed."""
+        return self.path / LOGS / "rank-0.log"
