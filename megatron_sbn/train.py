@@ -9,10 +9,11 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from megatron_sbn import engines, environment
+from megatron_sbn import engines
 from megatron_sbn.errors import RecipeError, SbnError
+from megatron_sbn.launch import environment
+from megatron_sbn.launch.stop_signals import StopSignals
 from megatron_sbn.redaction import show_anything
-from megatron_sbn.stop_signals import StopSignals
 
 if TYPE_CHECKING:
     from megatron_sbn.config import Recipe

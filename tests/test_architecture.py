@@ -9,14 +9,14 @@ from house_map import PACKAGE, ROOT, arrows, circles, floors, imported
 
 # The lowest first. docs/architecture.md says what each room is for.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("masking", "settings", "stop_signals", "text_table", "token_layout", "weight_store"),
+    ("redaction", "settings", "text_table", "token_layout", "weight_store"),
     ("errors", "producers"),
-    ("config", "engines", "environment", "functional", "staging"),
-    ("data", "launch", "parallel", "plan", "run_status"),
-    ("layers",),
-    ("experiments", "model"),
-    ("checkpoint", "cluster", "quickstart"),
-    ("training",),
+    ("atomic_files", "config", "engines", "functional", "launch"),
+    ("data", "parallel", "plan"),
+    ("layers", "runs"),
+    ("model", "quickstart", "telemetry", "tracking"),
+    ("analysis", "checkpoint"),
+    ("cluster", "training"),
     ("doctor", "train"),
     ("cli",),
 )

@@ -17,7 +17,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_sbn import environment
 from megatron_sbn.atomic_files import make_folder
 from megatron_sbn.checkpoint.directory import saved_step
 from megatron_sbn.cluster.attempts import Limits, decide, failures_in_a_row, read_attempts, record_attempt
@@ -27,11 +26,11 @@ from megatron_sbn.config.sweep import load_sweep
 from megatron_sbn.config.validation import check_world, model_ranks
 from megatron_sbn.config.yaml_file import override_of
 from megatron_sbn.errors import STOPPED, InputError, RecipeError, SbnError
-from megatron_sbn.launch import Machines, launch
+from megatron_sbn.launch import Machines, environment, launch
+from megatron_sbn.launch.stop_signals import SIGNALS
 from megatron_sbn.redaction import show_anything
 from megatron_sbn.runs.folder import LOGS
 from megatron_sbn.runs.status import read_status, slurm_attempt, switched_off, write_status
-from megatron_sbn.stop_signals import SIGNALS
 
 NOTHING_TO_DO = 10
 # srun's status when a signal met it, or its tasks, before there were ranks that listen.

@@ -1,4 +1,4 @@
-"""`sbn submit` and `sbn sweep --submit`: what a Slurm job needs, written where it will be found again, and sbatch.
+"""`sbn submit` and `sbn sweep submit`: what a Slurm job needs, written where it will be found again, and sbatch.
 
     FOLDER/submissions/K/   code/ (snapshot.py)  env.sh  recipes/NAME.yaml (resolved)  NAME.sbatch  NAME.job (its id)
 

@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sbn import engines, environment
+from megatron_sbn import engines
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.doctor.tiny_recipe import batch_of
 from megatron_sbn.errors import SbnError
-from megatron_sbn.stop_signals import unblock
+from megatron_sbn.launch import environment
+from megatron_sbn.launch.stop_signals import unblock
 
 if TYPE_CHECKING:
     from megatron_sbn.training.checkpoint_manager import Checkpoints

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state as megatron_state
 from megatron.core import tensor_parallel
 
-from megatron_sbn import environment
 from megatron_sbn.config import Recipe
 from megatron_sbn.errors import RankLostError, RecipeError
+from megatron_sbn.launch import environment
 
 TIMEOUT = datetime.timedelta(minutes=30)
 _CONNECTING = datetime.timedelta(seconds=5)

@@ -18,6 +18,7 @@ from megatron_sbn.checkpoint.directory import saved_step
 from megatron_sbn.config import Recipe
 from megatron_sbn.data.dataset import batch, build_dataset
 from megatron_sbn.errors import STOPPED, CheckpointError, NumericalError
+from megatron_sbn.launch.stop_signals import StopSignals
 from megatron_sbn.model import build_stages
 from megatron_sbn.parallel import state as parallel_state
 from megatron_sbn.parallel.cpu import without_cuda
@@ -28,7 +29,6 @@ from megatron_sbn.runs.folder import RunFolder
 from megatron_sbn.runs.metrics_file import MetricsFile
 from megatron_sbn.runs.provenance import batch_scripts, describe_environment, installed_packages
 from megatron_sbn.runs.system_metrics import sampled
-from megatron_sbn.stop_signals import StopSignals
 from megatron_sbn.telemetry.mask_statistics import Telemetry
 from megatron_sbn.tracking.sqlite_file import default_uri
 from megatron_sbn.tracking.tags import describe_recipe

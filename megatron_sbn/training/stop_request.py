@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_sbn.launch.stop_signals import StopSignals
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.runs.status import switched_off
-from megatron_sbn.stop_signals import StopSignals
 
 FILE_SECONDS = 2.0  # how often rank 0 looks for the file
 

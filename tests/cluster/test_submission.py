@@ -1,4 +1,4 @@
-"""What `sbn submit` and `sbn sweep --submit` write and refuse, with stand-ins for sbatch and squeue."""
+"""What `sbn submit` and `sbn sweep submit` write and refuse, with stand-ins for sbatch and squeue."""
 
 import errno
 import os
@@ -88,7 +88,7 @@ def test_a_dry_run_says_all_and_writes_nothing(here: Path, capsys: pytest.Captur
 
 
 def test_it_works_where_no_engine_is_installed(here: Path) -> None:
-    for words in (["submit", QUICKSTART, "--dry-run"], ["sweep", WEAK_SCALING, "--submit", "--dry-run"]):
+    for words in (["submit", QUICKSTART, "--dry-run"], ["sweep", "submit", WEAK_SCALING, "--dry-run"]):
         done = subprocess.run(
             [sys.executable, "-c", WITHOUT_ENGINES, *words], capture_output=True, text=True, timeout=60, check=False
         )
@@ -163,7 +163,7 @@ def test_a_path_means_the_same_to_sbatch_srun_and_the_ranks(
 def test_a_sweep_is_an_array_for_each_number_of_ranks(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stand_in(here, "sbatch", 'echo "$2" >> scripts; wc -l < scripts')
     stand_in(here, "wc", "exec /usr/bin/wc -l")
-    assert main(["sweep", WEAK_SCALING, "--submit", "--at-most", "3"]) == 0
+    assert main(["sweep", "submit", WEAK_SCALING, "--at-most", "3"]) == 0
     study = here / "runs" / "weak-scaling-qwen2.5-0.5b"
     sizes = {8: ("0-3", 1), 16: ("4-7", 2), 32: ("8-11", 4), 64: ("12-15", 8)}
     scripts = [Path(line) for line in (here / "scripts").read_text().splitlines()]
@@ -183,7 +183,7 @@ def test_a_series_is_one_job_that_goes_by_a_copy_of_the_sweep(here: Path, capsys
     shutil.copytree(ROOT / "recipes", here / "recipes")
     path = str(Path(WEAK_SCALING).relative_to(ROOT))
     stand_in(here, "sbatch", 'echo "$2" >> scripts; echo 17')
-    assert main(["sweep", path, "--submit", "--one-job", "--time", "8:00:00"]) == 0
+    assert main(["sweep", "submit", path, "--one-job", "--time", "8:00:00"]) == 0
     assert "submitted job 17: 16 runs in turn, up to 8 nodes x 8 ranks" in capsys.readouterr().out
     place = study / "submissions" / "1"
     (script,) = [Path(line) for line in (here / "scripts").read_text().splitlines()]
@@ -217,14 +217,14 @@ def test_what_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "PYTHONPATH, which has no place for a path with ':'" in refusal(capsys, *submit[:2], "run_dir=a:b")
     message = refusal(capsys, *submit, "tracking.uri=http://me:hush@host:5000", "--dry-run")
     assert "tracking.uri = http://***@host:5000 holds a password" in message
-    assert "cannot be spread evenly" in refusal(capsys, "sweep", WEAK_SCALING, "--submit", "--nproc-per-node", "3")
+    assert "cannot be spread evenly" in refusal(capsys, "sweep", "submit", WEAK_SCALING, "--nproc-per-node", "3")
     assert "cannot be spread evenly" in refusal(
-        capsys, "sweep", WEAK_SCALING, "--submit", "--one-job", "--nproc-per-node", "7"
+        capsys, "sweep", "submit", WEAK_SCALING, "--one-job", "--nproc-per-node", "7"
     )
-    for option in ("--dry-run", "--one-job"):
-        assert "go with --submit" in refusal(capsys, "sweep", WEAK_SCALING, "--run", "0", option)
-    words = ("--submit", "--one-job", "--at-most", "2")
-    assert "--one-job runs one recipe at a time" in refusal(capsys, "sweep", WEAK_SCALING, *words)
+    alone = ("sweep", "run", WEAK_SCALING, "--number", "0", "--at-most", "2")
+    assert "--at-most 2 goes with --all" in refusal(capsys, *alone)
+    words = ("--one-job", "--at-most", "2")
+    assert "--one-job runs one recipe at a time" in refusal(capsys, "sweep", "submit", WEAK_SCALING, *words)
     assert files(here) == set()
     run.mkdir(parents=True)
     write_status(run, "FINISHED", 0, 90)
@@ -263,7 +263,7 @@ def test_what_sbatch_refuses_leaves_no_submission(here: Path, capsys: pytest.Cap
     (here / "runs" / "x" / "logs" / "rank-0.log").touch()
     refusal(capsys, "submit", QUICKSTART, "run_dir=runs/x")
     assert files(here / "runs" / "x") == {"logs", "logs/rank-0.log"}
-    refusal(capsys, "sweep", WEAK_SCALING, "--submit")
+    refusal(capsys, "sweep", "submit", WEAK_SCALING)
     assert files(here / "runs") == {"x", "x/logs", "x/logs/rank-0.log"}
 
 
@@ -293,7 +293,7 @@ def test_arrays_that_were_taken_stay_when_a_later_one_is_refused(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stand_in(here, "sbatch", 'case "$2" in *-64-ranks.sbatch) echo "too large" >&2; exit 1 ;; esac; echo 17')
-    assert "too large" in refusal(capsys, "sweep", WEAK_SCALING, "--submit")
+    assert "too large" in refusal(capsys, "sweep", "submit", WEAK_SCALING)
     study = here / "runs" / "weak-scaling-qwen2.5-0.5b"
     assert len(list((study / "submissions" / "1").glob("*.job"))) == 3
     assert len(list(study.glob("*/logs"))) == 16
@@ -302,7 +302,7 @@ def test_arrays_that_were_taken_stay_when_a_later_one_is_refused(
 def test_a_run_of_a_study_whose_job_waits_is_not_submitted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stand_in(here, "sbatch", "echo 17")
     stand_in(here, "squeue", 'case "$*" in *--jobs=17*) echo "17 18" ;; esac')
-    assert main(["sweep", WEAK_SCALING, "--submit"]) == 0
+    assert main(["sweep", "submit", WEAK_SCALING]) == 0
     capsys.readouterr()
     study = here / "runs" / "weak-scaling-qwen2.5-0.5b"
     of_study = str(study / "weak-scaling-qwen2.5-0.5b-8-ranks-tp1-zero1")
@@ -316,7 +316,7 @@ def test_a_run_is_not_submitted_while_its_study_is(here: Path, capsys: pytest.Ca
     run = here / "runs" / "weak-scaling-qwen2.5-0.5b" / "weak-scaling-qwen2.5-0.5b-8-ranks-tp1-zero1"
     again = f'"{sys.executable}" -m megatron_sbn.cli submit "{QUICKSTART}" "run_dir={run}" >said 2>&1'
     stand_in(here, "sbatch", f'case "$2" in *ranks.sbatch) {again}; echo "too large" >&2; exit 1 ;; esac; echo 18')
-    assert "too large" in refusal(capsys, "sweep", WEAK_SCALING, "--submit")
+    assert "too large" in refusal(capsys, "sweep", "submit", WEAK_SCALING)
     # Accepted, its job would wait for a folder of logs that goes with the study's submission.
     assert "another process is writing this output" in (here / "said").read_text()
     assert not (here / "runs" / "weak-scaling-qwen2.5-0.5b").exists()

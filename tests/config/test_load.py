@@ -282,8 +282,8 @@ def run(*arguments: str, **environment: str) -> tuple[int, str, float]:
 
 
 def test_configuration_imports_no_torch() -> None:
-    modules = "megatron_sbn.config, megatron_sbn.config.validation, megatron_sbn.errors, megatron_sbn.environment"
-    entries = "megatron_sbn.launch, megatron_sbn.train"
+    modules = "megatron_sbn.config, megatron_sbn.config.validation, megatron_sbn.errors"
+    entries = "megatron_sbn.launch, megatron_sbn.launch.environment, megatron_sbn.train, megatron_sbn.cli"
     check = f"import {modules}, {entries}, sys; sys.exit(len({{'torch', 'deepspeed', 'megatron'}} & set(sys.modules)))"
     status, told, _ = run("-c", check)
     assert status == 0, told

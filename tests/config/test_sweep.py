@@ -10,6 +10,8 @@ from megatron_sbn.config import load_recipe
 from megatron_sbn.config.sweep import frozen, load_sweep
 from megatron_sbn.config.validation import check_world, model_ranks
 from megatron_sbn.errors import RecipeError
+from megatron_sbn.launch import many
+from megatron_sbn.runs.status import write_status
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SIZES = ("tiny", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b")
@@ -157,18 +159,18 @@ BASE = f"name: s\nrecipe: {RECIPES / 'tiny' / 'base.yaml'}\n"
 def test_mistakes_are_one_line_and_2(text: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text(text)
-    assert main(["sweep", str(file), "--list"]) == 2
+    assert main(["sweep", "list", str(file)]) == 2
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1
 
 
 def test_list_and_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sweep", str(TINY), "--list"]) == 0
+    assert main(["sweep", "list", str(TINY)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 28
     assert lines[2].split()[:4] == ["2", "n-of-8-tiny-ternary-7of8-seed-1234", "1", "rank"]
-    assert main(["sweep", str(TINY), "--write", str(tmp_path / "made")]) == 0
+    assert main(["sweep", "write", str(TINY), "--output", str(tmp_path / "made")]) == 0
     written = sorted((tmp_path / "made").glob("*.yaml"))
     assert len(written) == 28
     variants = {variant.name: variant.recipe for variant in load_sweep(TINY).variants}
@@ -179,7 +181,7 @@ def test_list_and_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_no_recipe_with_a_password_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text(BASE + "set: {tracking.uri: 'http://me:hush@host'}\naxes: {training.seed: [1]}\n")
-    assert main(["sweep", str(sweep), "--write", str(tmp_path / "made")]) == 2
+    assert main(["sweep", "write", str(sweep), "--output", str(tmp_path / "made")]) == 2
     told = capsys.readouterr().err
     assert f"tracking.uri = http://***@host holds a password, which would be kept in {tmp_path / 'made'}" in told
     assert not (tmp_path / "made").exists()
@@ -194,7 +196,7 @@ def test_run_trains_one_recipe_in_its_own_folder(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(launch, "launch", start)
     runs = tmp_path / "a: b #2"  # in YAML a mapping, and a comment
-    assert main(["sweep", str(TINY), "--run", "5", "--folder", str(runs)]) == 0
+    assert main(["sweep", "run", str(TINY), "--number", "5", "--folder", str(runs)]) == 0
     ((arguments, ranks),) = started
     variant = load_sweep(TINY).variants[5]
     assert ranks == 1
@@ -202,8 +204,34 @@ def test_run_trains_one_recipe_in_its_own_folder(monkeypatch: pytest.MonkeyPatch
     assert load_recipe(arguments[0], arguments[1:]) == variant.recipe.model_copy(update={"run_dir": str(folder)})
 
 
+def test_all_that_are_not_finished_are_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, *_ = load_sweep(TINY).variants
+    done, shorter = tmp_path / "n-of-8-tiny" / first.name, tmp_path / "n-of-8-tiny" / second.name
+    for folder, step in ((done, first.recipe.training.steps), (shorter, 1)):
+        folder.mkdir(parents=True)
+        write_status(folder, "FINISHED", 0, step)
+    given = {}
+
+    def run_all(commands: dict[str, list[str]], at_most: int) -> dict[str, int]:
+        given.update(commands)
+        assert at_most == 3
+        return dict.fromkeys(commands, 0) | {second.name: 3}
+
+    monkeypatch.setattr(many, "run_all", run_all)
+    assert main(["sweep", "run", str(TINY), "--all", "--at-most", "3", "--folder", str(tmp_path)]) == 3
+    assert len(given) == 27
+    assert first.name not in given
+    assert given[second.name][3:] == ["sweep", "run", str(TINY), "--number", "1", "--folder", str(tmp_path)]
+    out = capsys.readouterr().out
+    assert f"finished already: {first.name}" in out
+    assert "28 recipes: 27 finished, 1 not" in out
+    assert f"{second.name}: status 3; see {shorter}/logs" in out
+
+
 def test_a_number_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sweep", str(TINY), "--run", "28"]) == 2
+    assert main(["sweep", "run", str(TINY), "--number", "28"]) == 2
     assert "has recipes 0 to 27" in capsys.readouterr().err
     with pytest.raises(RecipeError):
         load_sweep("nowhere.yaml")

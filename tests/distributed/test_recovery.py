@@ -13,9 +13,9 @@ from training_runs import small_recipe, train_step, trainer_of
 
 from megatron_sbn.data.corpus import PrepareOptions, prepare
 from megatron_sbn.errors import SbnError
+from megatron_sbn.launch.stop_signals import StopSignals
 from megatron_sbn.runs.metrics_file import read_metrics
 from megatron_sbn.runs.status import read_status
-from megatron_sbn.stop_signals import StopSignals
 from megatron_sbn.training import loop
 from megatron_sbn.training.bad_steps import BadStepError
 from megatron_sbn.training.step import Trainer

@@ -201,6 +201,7 @@ def sweep_case(draw: Draw, folder: Path) -> Case:
         text = text[: draw.randrange(len(text))]
     path = write(folder / "sweep.yaml", text)
     number = draw.choice(("0", "-1", "3", "99", "9" * 30, "x", ""))
-    written = ["--write", odd_output(draw, folder)]
-    words = draw.choice((["--list"], ["--list"], written, ["--run", number], ["--submit", "--dry-run"], []))
-    return Case("sweep", "cli", ("sweep", path, *words), alone="--run" not in words)
+    written = ["write", path, "--output", odd_output(draw, folder)]
+    listed, run, submitted = ["list", path], ["run", path, "--number", number], ["submit", path, "--dry-run"]
+    words = draw.choice((listed, listed, written, run, submitted, [path]))
+    return Case("sweep", "cli", ("sweep", *words), alone=words[0] != "run")

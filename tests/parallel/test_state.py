@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_sbn import environment
 from megatron_sbn.errors import RecipeError
+from megatron_sbn.launch import environment
 from megatron_sbn.parallel import state
 
 

@@ -1,4 +1,4 @@
-"""`sbn submit` and `sbn sweep --submit` on a real Slurm."""
+"""`sbn submit` and `sbn sweep submit` on a real Slurm."""
 
 import os
 import re
@@ -67,7 +67,7 @@ def test_a_submitted_sweep_fills_a_study_and_exits_at_once_when_all_is_there(clu
         f"name: sparsities\nrecipe: tiny.yaml\nset: {{training.steps: {STEPS}}}\n"
         'axes: {linear.sparsity: ["8:8", "6:8", "2:4"]}\n'
     )
-    words = ["sweep", str(sweep), "--submit", "--at-most", "2", "--time", "10:00"]
+    words = ["sweep", "submit", str(sweep), "--at-most", "2", "--time", "10:00"]
     job = submitted(sbn(cluster, recipe, *words))
     for task in range(3):
         assert cluster.await_end(f"{job}_{task}", 240)["JobState"] == "COMPLETED", logs(recipe)
@@ -92,7 +92,7 @@ def test_a_scaling_study_in_one_job_runs_all_sizes_on_the_same_nodes(cluster: Cl
         f"set: {{training.steps: {STEPS}, parallel.tensor: 1, training.micro_batch_size: 1}}\n"
         "axes: {size: {two: {ranks: 2}, one: {ranks: 1}}}\n"
     )
-    words = ["sweep", str(sweep), "--submit", "--one-job", "--nproc-per-node", "1", "--time", "20:00"]
+    words = ["sweep", "submit", str(sweep), "--one-job", "--nproc-per-node", "1", "--time", "20:00"]
     job = submitted(sbn(cluster, recipe, *words))
     waiting = sbn(cluster, recipe, "submit", str(recipe), "run_dir=runs/scaling/scaling-two")
     assert f"job {job} of its study is still in the queue" in waiting.stderr

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 
-from megatron_sbn import environment
+from megatron_sbn.launch import environment
 from megatron_sbn.train import main
 
 

@@ -114,7 +114,7 @@ def test_a_signal_while_the_engines_are_imported_is_remembered(recipe: Path, tmp
 EARLIEST = """
 import os, signal, sys
 os.kill(os.getpid(), signal.SIGTERM)
-from megatron_sbn.stop_signals import StopSignals
+from megatron_sbn.launch.stop_signals import StopSignals
 with StopSignals() as signals:
     sys.exit(75 if signals.noted == {signal.SIGTERM} else 1)
 """
@@ -128,7 +128,7 @@ def test_a_signal_before_a_rank_listens_waits_for_it(tmp_path: Path, monkeypatch
 
 DELIVERING = """
 import os, pathlib, sys, time
-from megatron_sbn.stop_signals import unblock
+from megatron_sbn.launch.stop_signals import unblock
 unblock()
 if os.environ["RANK"] == "0":
     time.sleep(2)
@@ -141,7 +141,7 @@ def test_rank_0_has_time_to_deliver_when_the_others_have_left(tmp_path: Path, mo
     """Longer than ranks have that were asked to end because another failed."""
     (tmp_path / "delivering_rank.py").write_text(DELIVERING)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr("megatron_sbn.launch.GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("megatron_sbn.launch.local.GRACE_SECONDS", 0.2)
     assert launch([str(tmp_path / "delivered")], 2, module="delivering_rank") == STOPPED
     assert (tmp_path / "delivered").exists()
 
@@ -162,7 +162,7 @@ def test_the_kill_switch_stops_a_run(place: str, recipe: Path, tmp_path: Path) -
 
 FROZEN = """
 import sys, time
-from megatron_sbn.stop_signals import StopSignals
+from megatron_sbn.launch.stop_signals import StopSignals
 with StopSignals() as signals:
     signals.allow(float(sys.argv[1]))
     print("ready", flush=True)

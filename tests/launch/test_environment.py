@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sbn import environment
 from megatron_sbn.errors import RecipeError
+from megatron_sbn.launch import environment
 
 # What `env` printed in each place under Slurm 22.05.
 TASK = {
@@ -93,11 +93,11 @@ def test_on_one_node_no_name_is_resolved(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_recipe_for_the_cpu_hides_gpus_before_torch_is_imported(tmp_path: Path) -> None:
     recipe = tmp_path / "cpu.yaml"
-    recipe.write_text(f"extends: {Path(__file__).parents[1]}/recipes/tiny/ternary-8of8.yaml\ndevice: cpu\n")
+    recipe.write_text(f"extends: {Path(__file__).parents[2]}/recipes/tiny/ternary-8of8.yaml\ndevice: cpu\n")
     code = (
         "import os, sys\n"
         "from megatron_sbn import train, config\n"
-        "import megatron_sbn.environment as environment\n"
+        "import megatron_sbn.launch.environment as environment\n"
         "hide = environment.hide_gpus\n"
         "def hide_and_look():\n"
         "    assert 'torch' not in sys.modules\n"

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import FrameType
 
-from megatron_sbn.environment import LAUNCHED
 from megatron_sbn.errors import STOPPED
-from megatron_sbn.stop_signals import blocked
+from megatron_sbn.launch.environment import LAUNCHED
+from megatron_sbn.launch.stop_signals import blocked
 
 GRACE_SECONDS = 15.0
 # Of a run that stopped when asked to: rank 0 delivers to MLflow for up to 30 s more, and the last sample of its machine

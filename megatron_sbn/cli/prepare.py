@@ -1,0 +1,54 @@
+"""`sbn prepare`: text to token shards."""
+
+import argparse
+import os
+from pathlib import Path
+
+from megatron_sbn.cli.options import Commands, add_command, positive
+
+
+def prepare(options: argparse.Namespace) -> int:
+    """Text to token shards."""
+    from megatron_sbn.data import corpus
+
+    plan = corpus.PrepareOptions(
+        inputs=tuple(options.input),
+        output=Path(options.output),
+        tokenizer=Path(options.tokenizer) if options.tokenizer else None,
+        vocab_size=options.vocab_size,
+        text_field=options.text_field,
+        validation_fraction=options.validation_fraction,
+        skip_bad=options.skip_bad,
+        seed=options.seed,
+    )
+    if corpus.is_prepared(plan):
+        print(f"{options.output}: prepared already from the same text with the same settings")
+        return 0
+    report = corpus.prepare(plan, workers=options.workers)
+    for split, (documents, tokens) in report.splits.items():
+        print(f"{split}: {documents:,} documents, {tokens:,} tokens")
+    for kind, count in sorted(report.skipped.items()):
+        print(f"skipped: {count} x {kind}")
+    for example in report.examples:
+        print(f"  such as {example}")
+    print("wrote " + " ".join(str(path) for path in report.paths))
+    return 0
+
+
+def add_prepare(commands: Commands) -> None:
+    """Its options."""
+    command = add_command(commands, "prepare", prepare, "tokenise text into Megatron .bin/.idx shards")
+    command.add_argument("--input", nargs="+", required=True, metavar="FILE|GLOB", help="txt, jsonl or parquet")
+    command.add_argument("--output", required=True, metavar="PREFIX", help="where the shards go")
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--tokenizer", metavar="MODEL", help="a sentencepiece model")
+    source.add_argument("--vocab-size", type=positive, metavar="N", help="train a tokenizer of N pieces first")
+    command.add_argument("--text-field", default="text", help="field or column that holds the text (default: text)")
+    command.add_argument("--validation-fraction", type=float, default=0.0, metavar="F", help="documents held out")
+    command.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes (default: cores)")
+    command.add_argument("--skip-bad", action="store_true", help="skip and count bad documents instead of stopping")
+    command.add_argument("--seed", type=int, default=0, help="of the split and the tokenizer's sample")
+    command.epilog = (
+        "example: sbn prepare --input 'corpus/**/*.jsonl' --output data/corpus --vocab-size 32000 "
+        "--validation-fraction 0.01"
+    )

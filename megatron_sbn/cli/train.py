@@ -1,0 +1,42 @@
+"""`sbn train` and `sbn quickstart`: ranks of this machine."""
+
+import argparse
+
+from megatron_sbn.cli.options import Commands, add_command, add_overrides, positive
+
+
+def train(options: argparse.Namespace) -> int:
+    """Checks the recipe, then starts its ranks on this machine."""
+    from megatron_sbn.config import load_recipe
+    from megatron_sbn.config.validation import check_world, model_ranks
+    from megatron_sbn.launch import launch
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    ranks = options.nproc_per_node or model_ranks(recipe)
+    check_world(recipe, ranks)
+    return launch([options.recipe, *options.overrides], ranks)
+
+
+def quickstart(options: argparse.Namespace) -> int:
+    """The main job of the README."""
+    from megatron_sbn import quickstart as job
+
+    return job.run(options.overrides, prepare_only=options.prepare_only)
+
+
+def add_train(commands: Commands) -> None:
+    """Its options."""
+    command = add_command(commands, "train", train, "train a recipe on this machine (several nodes: torchrun or Slurm)")
+    command.add_argument("recipe", metavar="RECIPE", help="path of a recipe, such as recipes/quickstart.yaml")
+    add_overrides(command)
+    help_ranks = "ranks to start (default: one replica of the model)"
+    command.add_argument("--nproc-per-node", type=positive, metavar="N", help=help_ranks)
+    command.epilog = "example: sbn train recipes/quickstart.yaml training.steps=20 run_dir=runs/first"
+
+
+def add_quickstart(commands: Commands) -> None:
+    """Its options."""
+    command = add_command(commands, "quickstart", quickstart, "train ternary and dense on the Python library's text")
+    command.add_argument("--prepare-only", action="store_true", help="write the shards and stop")
+    command.epilog = "example: sbn quickstart training.steps=300"
+    add_overrides(command)
