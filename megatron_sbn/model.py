@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from megatron_sbn.config import Recipe
 from megatron_sbn.errors import InputError
-from megatron_sbn.layers.activation import silu
 from megatron_sbn.layers.experts import average_expert_tokens, globally_numbered, mixture_settings
-from megatron_sbn.layers.linear import HeadLinear, SparseBitLinear
-from megatron_sbn.layers.mlp import fuse_swiglu
+from megatron_sbn.layers.head import HeadLinear
+from megatron_sbn.layers.linear import SparseBitLinear
+from megatron_sbn.layers.mlp import fuse_swiglu, silu
 from megatron_sbn.layers.spec import block_spec
-from megatron_sbn.layers.ternary_state import TernaryState
+from megatron_sbn.layers.weight_quantizer import TernaryState
 from megatron_sbn.parallel.shard import LogicalParameter, LogicalShard, initial_normal, row_shard, whole
 from megatron_sbn.parallel.state import ParallelState
 

@@ -9,9 +9,9 @@ from house_map import PACKAGE, ROOT, arrows, circles, floors, imported
 
 # The lowest first. docs/architecture.md says what each room is for.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("redaction", "settings", "text_table", "token_layout", "weight_store"),
-    ("errors", "producers"),
-    ("atomic_files", "config", "engines", "functional", "launch"),
+    ("functional", "redaction", "text_table"),
+    ("errors",),
+    ("atomic_files", "config", "engines", "launch"),
     ("data", "parallel", "plan"),
     ("layers", "runs"),
     ("model", "quickstart", "telemetry", "tracking"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_sbn.functional import LinearSettings, apply_linear, prepare_weight, sparse_bitlinear
-from megatron_sbn.token_layout import TokenLayout
+from megatron_sbn.functional.collectives import TokenLayout
 
 VECTORS = np.load(Path(__file__).parent / "vectors" / "reference_linear.npz")
 CASES = [ast.literal_eval(str(case)) for case in VECTORS["meta"]]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_sbn.functional import LinearSettings, PreparedWeight, apply_linear, prepare_weight
-from megatron_sbn.token_layout import TokenLayout
+from megatron_sbn.functional.collectives import TokenLayout
 
 TOKENS, WIDTH, OUT = 8, 64, 24
 

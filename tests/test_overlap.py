@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sbn import functional
-from megatron_sbn.functional import LinearSettings, apply_linear, prepare_weight
-from megatron_sbn.token_layout import Pending, TokenLayout
+from megatron_sbn.functional import LinearSettings, apply_linear, linear, prepare_weight
+from megatron_sbn.functional.collectives import Pending, TokenLayout
 
 TOKENS, WIDTH, OUT = 6, 32, 16
 UNKNOWN = {torch.int8: 77, torch.float32: float("nan")}
@@ -54,16 +53,16 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return run
 
-    kernels = functional.kernels
+    kernels = linear.kernels
     monkeypatch.setattr(kernels, "input_gradient", noted("dX", kernels.input_gradient))
     monkeypatch.setattr(kernels, "weight_gradient", noted("dW", kernels.weight_gradient))
-    plain = functional._product
+    plain = linear._product
 
     def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         happened.append({(TOKENS, OUT): "Y", (TOKENS, WIDTH): "dX", (OUT, WIDTH): "dW"}[a.shape[0], b.shape[1]])
         return plain(a, b, dtype)
 
-    monkeypatch.setattr(functional, "_product", product)
+    monkeypatch.setattr(linear, "_product", product)
     return happened
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_sbn.functional import LinearSettings, PreparedWeight, apply_linear, prepare_weight, sparse_bitlinear
-from megatron_sbn.token_layout import TokenLayout
+from megatron_sbn.functional.collectives import TokenLayout
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from megatron_sbn.checkpoint.manifest import TelemetryState
 from megatron_sbn.checkpoint.regions import Run, piece, runs
 from megatron_sbn.checkpoint.shards import Chunk, Reader
 from megatron_sbn.errors import CheckpointError
-from megatron_sbn.layers.ternary_state import TernaryState
+from megatron_sbn.layers.weight_quantizer import TernaryState
 from megatron_sbn.parallel.shard import LogicalParameter, LogicalShard, is_expert
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.parallel.zero import MASTER, MOMENTS, ZeroOptimizer

@@ -62,7 +62,7 @@ def _trainer(recipe: Recipe) -> "Iterator[Trainer]":
     from megatron_sbn.config.validation import check_world
     from megatron_sbn.model import build_stages
     from megatron_sbn.parallel import state as parallel_state
-    from megatron_sbn.parallel.cpu import without_cuda
+    from megatron_sbn.parallel.cuda_shim import without_cuda
     from megatron_sbn.training.step import Trainer
 
     check_world(recipe, environment.world_size())
@@ -75,7 +75,7 @@ def _trainer(recipe: Recipe) -> "Iterator[Trainer]":
 def _trial(recipe: Recipe, steps: int, output: Path, save: Path | None) -> None:
     from megatron_sbn.doctor.logical_tensors import Pieces, write_pieces
     from megatron_sbn.doctor.recorder import mask_pieces, prepared_pieces, recorded_hidden_states, recorded_tokens
-    from megatron_sbn.parallel.traffic import Traffic, group_names
+    from megatron_sbn.parallel.comm_counter import Traffic, group_names
 
     with _trainer(recipe) as trainer:
         stages, rank = trainer.stages, trainer.parallel.rank

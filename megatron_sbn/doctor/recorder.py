@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megatron_sbn.doctor.logical_tensors import Piece, Pieces
 from megatron_sbn.layers.linear import ColumnParallelLinear, SparseBitLinear
-from megatron_sbn.layers.ternary_state import layer_mask
+from megatron_sbn.layers.weight_scales import layer_mask
 from megatron_sbn.model import Stages
 from megatron_sbn.parallel.shard import LogicalShard
 from megatron_sbn.training.step import Trainer

@@ -1,13 +1,7 @@
 """Column- and row-parallel Sparse-BitNet linear layers, built and called as Megatron-Core builds and calls its own.
 
-The arithmetic is functional.py's; what differs between one device and a shard is who talks to whom, and that is a
-`TokenLayout`:
-
-    column-parallel (rows of W cut)      forward: X_q and s_x all-gathered as int8 and fp32 (sequence parallelism)
-                                         backward: the same, during the product for dX; then dX summed, or
-                                         reduce-scattered over the tokens, during the product for dW
-    row-parallel (columns of W cut)      forward: MAX of the tokens' magnitudes, exact SUM of the accumulators
-                                         backward: dY all-gathered (sequence parallelism)
+The arithmetic is that of `functional`; what differs between one device and a shard is which tensors cross ranks
+(collectives.py).
 
 gamma, masks and codes are not made here: `TernaryState` makes those of all layers once per optimizer step and leaves
 them in `prepared`.
@@ -22,99 +16,15 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor, nn
 
 from megatron_sbn.functional import DIRECT, LinearSettings, PreparedWeight, apply_linear
-from megatron_sbn.layers.loss import linear_cross_entropy
+from megatron_sbn.functional.collectives import TokenLayout
+from megatron_sbn.functional.input_quantizers import Direct, RmsNorm, fusible
+from megatron_sbn.functional.weight_handle import ResidentWeight
+from megatron_sbn.layers.collectives import ColumnLayout, RowLayout
 from megatron_sbn.layers.norm import RMSNorm
 from megatron_sbn.parallel.shard import LogicalShard, column_shard, gated_shard, row_shard, whole
-from megatron_sbn.producers import Direct, RmsNorm, fusible
-from megatron_sbn.token_layout import Pending, TokenLayout
-from megatron_sbn.weight_store import ResidentWeight
 
 DENSE = LinearSettings(weight_format="dense", sparsity=(8, 8))
 NOT_PREPARED = PreparedWeight()
-
-
-class ColumnLayout(TokenLayout):
-    """Every rank has all input features and some outputs; under sequence parallelism, some of the tokens."""
-
-    def __init__(self, group: dist.ProcessGroup, sequence_parallel: bool) -> None:
-        self.group, self.sequence_parallel = group, sequence_parallel
-
-    def gather_input(self, t: Tensor) -> Tensor:
-        """[tokens/tp, ...] -> [tokens, ...] under sequence parallelism."""
-        return _all_gather(t, self.group)() if self.sequence_parallel else t
-
-    def start_gather_input(self, t: Tensor) -> Pending:
-        """Begins `gather_input`."""
-        return _all_gather(t, self.group, async_op=True) if self.sequence_parallel else lambda: t
-
-    def reduce_grad_input(self, dx: Tensor) -> Tensor:
-        """Sums the partial input gradients; under sequence parallelism each rank keeps its tokens."""
-        return _reduce(dx, self.group, self.sequence_parallel)()
-
-    def start_reduce_grad_input(self, dx: Tensor) -> Pending:
-        """Begins `reduce_grad_input`."""
-        return _reduce(dx, self.group, self.sequence_parallel, async_op=True)
-
-
-class RowLayout(TokenLayout):
-    """Every rank has some input features of all tokens; outputs are partial sums."""
-
-    def __init__(self, group: dist.ProcessGroup, sequence_parallel: bool) -> None:
-        self.group, self.sequence_parallel = group, sequence_parallel
-        self.splits_input = group.size() > 1
-
-    def token_abs_max(self, a: Tensor) -> Tensor:
-        """The maximum over the full input dimension, fp32 per token."""
-        if self.group.size() > 1:
-            a = a.clone()
-            dist.all_reduce(a, dist.ReduceOp.MAX, group=self.group)
-        return a
-
-    def reduce_accumulator(self, acc: Tensor) -> Tensor:
-        """Exact sum of integer accumulators; under sequence parallelism each rank keeps its tokens."""
-        return _reduce(acc, self.group, self.sequence_parallel)()
-
-    def local_tokens(self, s_x: Tensor) -> Tensor:
-        """This rank's tokens of [tokens, ...] under sequence parallelism."""
-        return s_x.chunk(self.group.size())[self.group.rank()] if self.sequence_parallel else s_x
-
-    def gather_grad_output(self, dy: Tensor) -> Tensor:
-        """[tokens/tp, ...] -> [tokens, ...] under sequence parallelism."""
-        return _all_gather(dy, self.group)() if self.sequence_parallel else dy
-
-
-class _Started:
-    """A collective's result, for whoever calls this; what was given to it lives until then.
-
-    On CUDA it is the current stream that waits, not this process.
-    """
-
-    def __init__(self, work: dist.Work | None, result: Tensor, given: Tensor) -> None:
-        self._work, self._result, self._given = work, result, given
-
-    def __call__(self) -> Tensor:
-        if self._work is not None:
-            self._work.wait()
-        self._work, self._given = None, self._result
-        return self._result
-
-
-def _all_gather(t: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> Pending:
-    """Concatenates along dim 0 over the group."""
-    t = t.contiguous()
-    gathered = t.new_empty((t.shape[0] * group.size(), *t.shape[1:]))
-    return _Started(dist.all_gather_into_tensor(gathered, t, group=group, async_op=async_op), gathered, t)
-
-
-def _reduce(t: Tensor, group: dist.ProcessGroup, scatter: bool, async_op: bool = False) -> Pending:
-    """Sums over the group; with `scatter`, each rank keeps its share of dim 0."""
-    if group.size() == 1:
-        return lambda: t
-    t = t.contiguous()
-    if not scatter:
-        return _Started(dist.all_reduce(t, group=group, async_op=async_op), t, t)
-    share = t.new_empty((t.shape[0] // group.size(), *t.shape[1:]))
-    return _Started(dist.reduce_scatter_tensor(share, t, group=group, async_op=async_op), share, t)
 
 
 class SparseBitLinear(nn.Module):
@@ -304,18 +214,3 @@ class RowParallelLinear(SparseBitLinear):
         self.bias_shard = whole((output_size,)) if bias else None
         self._allocate((output_size, input_size // size), output_size if bias else None)
         self.weight.tensor_model_parallel = size > 1  # type: ignore[attr-defined]
-
-
-class HeadLinear(ColumnParallelLinear):
-    """The language-model head: column-parallel, always dense; a tied head is given the embedding's weight."""
-
-    def forward(  # type: ignore[override]
-        self, x: Tensor, weight: Tensor | None = None, *, labels: Tensor | None = None, **_: object
-    ) -> tuple[Tensor, Tensor | None]:
-        """(logits, None) of x [tokens, batch, hidden]; with labels [tokens, batch], (loss of every token, None)."""
-        if labels is None:
-            return super().forward(x, weight)
-        used = self.weight if weight is None else weight
-        assert isinstance(self.layout, ColumnLayout)
-        losses = linear_cross_entropy(x, used, labels, group=self.layout.group, layout=self.layout)
-        return losses.view(labels.shape), None

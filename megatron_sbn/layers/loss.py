@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_sbn.token_layout import TokenLayout
+from megatron_sbn.functional.collectives import TokenLayout
 
 IGNORED = -100
 """Label of a token whose loss is 0 and which gets no gradient; PyTorch's convention."""

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megatron_sbn.errors import CheckpointError
 from megatron_sbn.layers.linear import SparseBitLinear
-from megatron_sbn.layers.ternary_state import TernaryState, layer_mask
+from megatron_sbn.layers.weight_quantizer import TernaryState
+from megatron_sbn.layers.weight_scales import layer_mask
 from megatron_sbn.parallel.shard import is_expert
 from megatron_sbn.parallel.state import ParallelState
 

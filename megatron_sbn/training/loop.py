@@ -21,9 +21,9 @@ from megatron_sbn.errors import STOPPED, CheckpointError, NumericalError
 from megatron_sbn.launch.stop_signals import StopSignals
 from megatron_sbn.model import build_stages
 from megatron_sbn.parallel import state as parallel_state
-from megatron_sbn.parallel.cpu import without_cuda
+from megatron_sbn.parallel.comm_counter import Totals, Traffic, group_names, step_metrics
+from megatron_sbn.parallel.cuda_shim import without_cuda
 from megatron_sbn.parallel.state import ParallelState
-from megatron_sbn.parallel.traffic import Totals, Traffic, group_names, step_metrics
 from megatron_sbn.plan.flops import model_flops_per_token
 from megatron_sbn.runs.folder import RunFolder
 from megatron_sbn.runs.metrics_file import MetricsFile

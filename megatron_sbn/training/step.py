@@ -19,8 +19,8 @@ from torch import Tensor
 
 from megatron_sbn.config import Recipe
 from megatron_sbn.model import Stages, language_model_loss
-from megatron_sbn.parallel.gradients import make_finalizer
-from megatron_sbn.parallel.replicas import check_replicas
+from megatron_sbn.parallel.gradient_sync import make_finalizer
+from megatron_sbn.parallel.replica_check import check_replicas
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.parallel.zero import CutWeight, ZeroOptimizer
 from megatron_sbn.training.bad_steps import BadStepError, Judge

@@ -10,7 +10,7 @@ import pytest
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.config.validation import check_world
 from megatron_sbn.errors import RecipeError
-from megatron_sbn.layers.ternary_state import settings_at
+from megatron_sbn.layers.weight_quantizer import settings_at
 
 RECIPE = """
 name: base

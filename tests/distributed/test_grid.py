@@ -7,7 +7,7 @@ from ranks import run_ranks
 from training_runs import small_recipe
 
 from megatron_sbn.parallel import state as parallel_state
-from megatron_sbn.parallel.cpu import without_cuda
+from megatron_sbn.parallel.cuda_shim import without_cuda
 
 
 def place_and_groups(overrides: tuple[str, ...]) -> tuple[tuple[int, ...], dict[str, list[int]], bool, str]:

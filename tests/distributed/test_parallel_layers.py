@@ -21,10 +21,10 @@ from megatron_sbn.layers.linear import (
     RowParallelLinear,
     SparseBitLinear,
 )
-from megatron_sbn.layers.ternary_state import TernaryState
+from megatron_sbn.layers.weight_quantizer import TernaryState
 from megatron_sbn.model import transformer_config
 from megatron_sbn.parallel import state as parallel_state
-from megatron_sbn.parallel.cpu import without_cuda
+from megatron_sbn.parallel.cuda_shim import without_cuda
 from megatron_sbn.parallel.shard import LogicalShard
 
 TOKENS, BATCH, WIDTH, ROWS = 12, 2, 64, 128

@@ -13,7 +13,7 @@ from allocated import Saved, everything_else, nbytes
 from ranks import run_ranks
 from training_runs import small_recipe, train_step, trainer_of
 
-from megatron_sbn.parallel.traffic import Traffic, group_names, step_metrics
+from megatron_sbn.parallel.comm_counter import Traffic, group_names, step_metrics
 from megatron_sbn.plan.activations import saved
 from megatron_sbn.plan.comm_bytes import sent_by_all
 from megatron_sbn.plan.hardware import CPU

@@ -8,8 +8,8 @@ from training_runs import small_recipe
 from megatron_sbn.errors import NumericalError
 from megatron_sbn.model import build_stages
 from megatron_sbn.parallel import state as parallel_state
-from megatron_sbn.parallel.cpu import without_cuda
-from megatron_sbn.parallel.replicas import check_replicas
+from megatron_sbn.parallel.cuda_shim import without_cuda
+from megatron_sbn.parallel.replica_check import check_replicas
 
 LAYER = "decoder.layers.1.mlp.linear_fc1.weight"
 NORM = "decoder.final_layernorm.weight"

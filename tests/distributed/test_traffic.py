@@ -14,7 +14,7 @@ from ranks import run_ranks
 from training_runs import small_recipe, train_step, trainer_of
 
 from megatron_sbn.config import Recipe
-from megatron_sbn.parallel.traffic import METHODS, Totals, Traffic, group_names, step_metrics
+from megatron_sbn.parallel.comm_counter import METHODS, Totals, Traffic, group_names, step_metrics
 
 RANKS = 3
 FP32, BF16, INT64 = 4, 2, 8

@@ -7,7 +7,7 @@ from training_runs import batch_of, run_of, run_ranks, small_recipe, train_step,
 
 from megatron_sbn.doctor.logical_tensors import relative
 from megatron_sbn.doctor.recorder import prepared_pieces, weight_pieces
-from megatron_sbn.layers.ternary_state import settings_at
+from megatron_sbn.layers.weight_quantizer import settings_at
 
 TENSOR2, TENSOR4, PIPELINE2 = "parallel.tensor=2", "parallel.tensor=4", "parallel.pipeline=2"
 DENSE = "linear.weight_format=dense"

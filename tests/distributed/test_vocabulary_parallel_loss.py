@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from ranks import run_ranks
 from torch import Tensor
 
-from megatron_sbn.layers.linear import ColumnLayout
+from megatron_sbn.layers.collectives import ColumnLayout
 from megatron_sbn.layers.loss import IGNORED, linear_cross_entropy
 
 SEQUENCE, BATCH, HIDDEN, VOCABULARY = 6, 3, 16, 50

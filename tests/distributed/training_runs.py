@@ -22,8 +22,8 @@ from megatron_sbn.doctor.recorder import gradient_pieces, prepared_pieces, recor
 from megatron_sbn.doctor.tiny_recipe import batch_of
 from megatron_sbn.model import build_stages
 from megatron_sbn.parallel import state as parallel_state
-from megatron_sbn.parallel.cpu import without_cuda
-from megatron_sbn.parallel.replicas import check_replicas
+from megatron_sbn.parallel.cuda_shim import without_cuda
+from megatron_sbn.parallel.replica_check import check_replicas
 from megatron_sbn.parallel.shard import is_expert
 from megatron_sbn.training.step import StepResult, Trainer
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_sbn.config import Linear
-from megatron_sbn.layers.ternary_state import TernaryState
+from megatron_sbn.layers.weight_quantizer import TernaryState
 from megatron_sbn.telemetry.polarization import polarisation
 
 

@@ -6,7 +6,7 @@ import torch
 
 from megatron_sbn.config import Linear, Phase
 from megatron_sbn.errors import CheckpointError
-from megatron_sbn.layers.ternary_state import TernaryState
+from megatron_sbn.layers.weight_quantizer import TernaryState
 from megatron_sbn.telemetry.mask_statistics import Telemetry
 
 

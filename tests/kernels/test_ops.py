@@ -9,7 +9,7 @@ from sbn_kernels import ops
 from torch.utils.checkpoint import checkpoint
 
 from megatron_sbn.functional import sparse_bitlinear
-from megatron_sbn.settings import Backward
+from megatron_sbn.functional.settings import Backward
 
 W, X, DY = torch.randn(24, 16), torch.randn(2, 3, 16), torch.randn(2, 3, 24)
 CODES, GAMMA = kernels.ternary_codes(W, 6, 8, backend="reference")
@@ -132,7 +132,7 @@ def test_recomputation_gives_the_same_bits() -> None:
 def prepared_layer(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """A layer whose weights were prepared before, as in training."""
     from megatron_sbn.functional import LinearSettings, PreparedWeight, apply_linear
-    from megatron_sbn.token_layout import TokenLayout
+    from megatron_sbn.functional.collectives import TokenLayout
 
     return apply_linear(torch.tanh(x), w, bias, PreparedWeight(CODES, ROWS), LinearSettings(), TokenLayout()) * 2
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_sbn.layers.activation import silu
+from megatron_sbn.layers.mlp import silu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

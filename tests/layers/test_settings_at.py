@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_sbn.config import Linear
-from megatron_sbn.layers.ternary_state import settings_at
-from megatron_sbn.settings import LinearSettings
+from megatron_sbn.functional.settings import LinearSettings
+from megatron_sbn.layers.weight_quantizer import settings_at
 
 
 def linear(**values: object) -> Linear:

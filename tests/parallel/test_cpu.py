@@ -4,7 +4,7 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
 
-from megatron_sbn.parallel.cpu import without_cuda
+from megatron_sbn.parallel.cuda_shim import without_cuda
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="does nothing where there is CUDA")
 REPLACED = [

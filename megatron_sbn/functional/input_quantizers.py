@@ -15,7 +15,7 @@ import sbn_kernels as kernels
 import torch
 from torch import Tensor
 
-from megatron_sbn.settings import LinearSettings
+from megatron_sbn.functional.settings import LinearSettings
 
 ReduceMax = Callable[[Tensor], Tensor] | None
 Produced = tuple[Tensor, Tensor, tuple[Tensor, ...]]

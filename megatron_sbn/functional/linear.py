@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_sbn.producers import Direct
-from megatron_sbn.settings import (
+from megatron_sbn.functional.collectives import TokenLayout
+from megatron_sbn.functional.input_quantizers import Direct
+from megatron_sbn.functional.settings import (
     ActivationBits,
     Backward,
     LinearSettings,
@@ -38,8 +39,7 @@ from megatron_sbn.settings import (
     Order,
     WeightFormat,
 )
-from megatron_sbn.token_layout import TokenLayout
-from megatron_sbn.weight_store import ResidentWeight
+from megatron_sbn.functional.weight_handle import ResidentWeight
 
 __all__ = ["LinearSettings", "PreparedWeight", "apply_linear", "prepare_weight", "sparse_bitlinear"]
 

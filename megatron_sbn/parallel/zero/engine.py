@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO around Megatron-Core's schedules: the only importer of deepspeed.
+"""DeepSpeed ZeRO around Megatron-Core's schedules.
 
 Parameters are fp32 and so are their gradients, summed over micro-batches in place; ZeRO cuts the fp32 masters and Adam
 moments over the data-parallel group. Experts have replicas of their own (expert-data-parallel groups), so a second
@@ -7,76 +7,32 @@ which every expert counts once. DeepSpeed's own pipeline engine is not used: Meg
 model inside `coalesce_grad_reduction()`, and one reduction follows it.
 
 Under ZeRO-3 parameters are cut too. DeepSpeed's hooks gather those of embeddings, head and norms around their modules;
-a Sparse-BitNet layer works from its codes, so its weight is taken from the hooks' sight (`CutWeight`) and gathered once
+a Sparse-BitNet layer works from its codes, so its weight is hidden from the hooks (sharded_weight.py) and gathered once
 a step, for the codes.
 """
 
 import contextlib
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
+import deepspeed.ops
 import torch
 import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import safe_set_full_fp32_param
 from torch import Tensor, nn
 
 from megatron_sbn.config import Recipe
-from megatron_sbn.parallel.gradient_norm import GradientNorm
 from megatron_sbn.parallel.shard import LogicalParameter, is_expert
 from megatron_sbn.parallel.state import ParallelState
-from megatron_sbn.weight_store import ResidentWeight
+from megatron_sbn.parallel.zero.fragments import MASTER, MOMENTS, Fragment, flat_place, sharded_place
+from megatron_sbn.parallel.zero.gradient_norm import GradientNorm
 
-# Said before its import, or DeepSpeed warns that it found no GPU.
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
-import deepspeed
-import deepspeed.ops
-from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import safe_set_full_fp32_param
-
-MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 _BUCKET = 1 << 27  # elements
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """A run of a flattened parameter, from `start` on, of which this rank keeps master and moments.
-
-    `tensors` are views, fp32 [elements of the run], by the names "master", "exp_avg", "exp_avg_sq".
-    """
-
-    start: int
-    tensors: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Elements `start` to `start + length` of a flattened parameter are those from `offset` on of a flat master."""
-
-    master: Tensor
-    offset: int
-    start: int
-    length: int
-
-
-def _flat_place(zero: Any, parameter: Any) -> _Place | None:  # noqa: ANN401 - DeepSpeed's own
-    """ZeRO-1 and -2: parameters of a group lie one after the other, cut anywhere."""
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return None
-    held, own = mapping.hp_fragment_address, mapping.lp_fragment_address
-    return _Place(zero.single_partition_of_fp32_groups[mapping.param_group_index], held.start, own.start, own.numel)
-
-
-def _cut_place(zero: Any, parameter: Any) -> _Place | None:  # noqa: ANN401 - DeepSpeed's own
-    """ZeRO-3: each parameter is cut into equal parts, the last of which is padded."""
-    group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
-    start = dist.get_rank(parameter.ds_process_group) * padded
-    length = max(0, min(padded, parameter.ds_numel - start))
-    return _Place(zero.fp32_partitioned_groups_flat[group], offset, start, length) if length else None
 
 
 @dataclass(frozen=True)
@@ -124,53 +80,6 @@ class _GroupsForDeepSpeed:
     def get_data_parallel_world_size(self) -> int:
         """Size of the data-parallel group."""
         return self.state.data_size
-
-
-class CutWeight(ResidentWeight):
-    """A weight of which this rank keeps 1/dp under ZeRO-3; whole ones exist for the length of a block."""
-
-    is_cut = True
-    _parameter: Any  # an nn.Parameter with the attributes that DeepSpeed gives it
-
-    def __init__(self, weight: nn.Parameter) -> None:
-        super().__init__(weight)
-        self._parameter = weight
-        self._anchor = torch.zeros((), dtype=weight.dtype, device=weight.device, requires_grad=True)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the whole weight of this tensor-parallel rank."""
-        rows, columns = self._parameter.ds_shape
-        return rows, columns
-
-    @property
-    def anchor(self) -> Tensor:
-        """A scalar: the gradient goes past autograd, because the parameter has no elements most of the time."""
-        return self._anchor
-
-    @contextlib.contextmanager
-    def whole(self) -> Iterator[Tensor]:
-        """The weight, gathered from the data-parallel replicas, all of which take part."""
-        with deepspeed.zero.GatheredParameters([self._parameter]):
-            yield self._parameter.detach()
-
-    def fragment(self) -> tuple[int, Tensor]:
-        """This rank's run of the flattened weight; DeepSpeed pads the last one, which is cut off."""
-        kept: Tensor = self._parameter.ds_tensor
-        first = dist.get_rank(self._parameter.ds_process_group) * kept.numel()
-        return first, kept.detach()[: max(0, min(kept.numel(), self._parameter.ds_numel - first))]
-
-    def accumulate(self, dw: Tensor) -> Tensor | None:
-        """Adds to the parameter's whole gradient, which ZeRO reduces at the end of the step."""
-        parameter = self._parameter
-        if parameter.grad is not None:
-            parameter.grad.add_(dw)
-            return None
-        # A gradient is only taken in the shape of its parameter.
-        kept, parameter.data = parameter.data, dw
-        parameter.grad = dw
-        parameter.data = kept
-        return None
 
 
 class ZeroOptimizer:
@@ -253,7 +162,7 @@ class ZeroOptimizer:
         Before the first update there are no moments.
         """
         zero = self._engines["experts." if logical.is_expert else ""].optimizer
-        cut = _cut_place if self.stage == 3 else _flat_place
+        cut = sharded_place if self.stage == 3 else flat_place
         place = cut(zero, logical.parameter)
         if place is None:
             return None

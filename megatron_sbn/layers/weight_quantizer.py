@@ -1,16 +1,14 @@
 """gamma, masks and codes of all layers, once per optimizer step (docs/method.md, section 4).
 
 W changes only in the optimizer step, so what is derived from it is made right after, and serves every micro-batch,
-recomputation and evaluation until the next. All layers that are cut share one MAX and one SUM all-reduce over the ranks
-that hold pieces of them: the maxima of all parts in one vector, then their fixed-point sums in another, which makes
-every gamma independent of how its weight is cut. Those ranks are the tensor-parallel group, and under ZeRO-3 its
-data-parallel replicas too: scales come from the fragments, and whole weights are gathered one layer at a time, for
-their codes. Experts are whole on their rank and need no exchange.
+recomputation and evaluation until the next. Scales come first, of all layers together (weight_scales.py), then codes.
+The ranks that hold parts of a weight are the tensor-parallel group, and under ZeRO-3 its data-parallel replicas too:
+then whole weights are gathered one layer at a time, for their codes.
 """
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import sbn_kernels
 import torch
@@ -18,11 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_sbn.config import Linear
-from megatron_sbn.errors import InputError, NumericalError
+from megatron_sbn.errors import InputError
 from megatron_sbn.functional import LinearSettings, PreparedWeight
+from megatron_sbn.functional.weight_handle import ResidentWeight
 from megatron_sbn.layers.linear import NOT_PREPARED, SparseBitLinear
+from megatron_sbn.layers.weight_scales import layer_mask, row_scales
 from megatron_sbn.parallel.shard import is_expert
-from megatron_sbn.weight_store import ResidentWeight
 
 
 def settings_at(linear: Linear, step: int, micro_batches: int = 1) -> LinearSettings:
@@ -38,29 +37,6 @@ def settings_at(linear: Linear, step: int, micro_batches: int = 1) -> LinearSett
         values["backward"] = "exact"
     values["sr_ste_decay"] = linear.sr_ste_decay / micro_batches
     return LinearSettings(**values)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One logical matrix within a layer's weight: this rank's rows of it, and its global number of terms."""
-
-    layer: str
-    ranges: tuple[tuple[int, int], ...]  # (start, length)
-    count: int
-    cut: bool  # whether other ranks hold more of it
-
-    def views(self, t: Tensor) -> tuple[Tensor, ...]:
-        """The part's rows of a tensor [rows, ...]."""
-        return tuple(t[start : start + length] for start, length in self.ranges)
-
-    def pieces(self, first: int, flat: Tensor, columns: int) -> tuple[Tensor, ...]:
-        """The part's elements among those from `first` on of the flattened weight; maybe none, as one empty piece."""
-        cut = []
-        for start, length in self.ranges:
-            low, high = max(start * columns - first, 0), min((start + length) * columns - first, len(flat))
-            if low < high:
-                cut.append(flat[low:high])
-        return tuple(cut) or (flat[:0],)
 
 
 class TernaryState:
@@ -184,7 +160,7 @@ class TernaryState:
     def _ternary(self, settings: LinearSettings, masks: Mapping[str, Tensor]) -> dict[str, PreparedWeight]:
         """Codes of all layers, and the form that the forward product of each reads."""
         n, m = settings.sparsity
-        gammas = self._gammas(settings, masks)
+        gammas = row_scales(self.layers, settings, masks, self._holders)
         forms = {name: self._form(layer, settings, self._tokens_of(name)) for name, layer in self.layers.items()}
         made: list[sbn_kernels.Codes] = []
         for names in self._batches():
@@ -237,69 +213,6 @@ class TernaryState:
             )
         except ValueError as error:
             raise InputError(f"linear.forward_form: {error}; choose another, or 'auto'") from None
-
-    def _gammas(self, settings: LinearSettings, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """gamma of every row of every layer, fp32 [out], from one MAX and one SUM over the ranks that hold them."""
-        parts = [part for name, layer in self.layers.items() for part in _parts(name, layer)]
-        parts.sort(key=lambda part: not part.cut)  # those that take part in the sums come first
-        cut = sum(part.cut for part in parts)
-        pieces = [self._pieces(part) for part in parts]
-        maxima = sbn_kernels.abs_maxima(pieces, backend=settings.backend)
-        if cut:
-            dist.all_reduce(maxima[:cut], dist.ReduceOp.MAX, group=self._holders)
-        for part, finite in zip(parts, maxima.isfinite().tolist(), strict=True):
-            if not finite:
-                error = NumericalError(f"{part.layer}.weight holds NaN or Inf; resume from the last good checkpoint")
-                error.on_every_rank = False  # other pipeline stages do not see it, and rank 0 may be one of those
-                raise error
-        n, m = settings.sparsity
-        survivors = settings.order == "mask_then_quant" and n < m
-        counts = [part.count * n // m if survivors else part.count for part in parts]
-        count = torch.tensor(counts, dtype=torch.int64, device=maxima.device)
-        units = sbn_kernels.unit_exponent(maxima, count)
-        kept = None
-        if survivors:
-            survivors_of = {name: self._survivors(name, settings, masks) for name in self.layers}
-            kept = [self._pieces(part, survivors_of[part.layer]) for part in parts]
-        totals = sbn_kernels.fixed_point_sums(pieces, units, kept, backend=settings.backend)
-        if cut:
-            dist.all_reduce(totals[:cut], dist.ReduceOp.SUM, group=self._holders)
-        gammas = sbn_kernels.gamma_from_fixed_point(totals, units, count)
-        per_row = {name: torch.empty(layer.store.shape[0], device=maxima.device) for name, layer in self.layers.items()}
-        for part, gamma in zip(parts, gammas, strict=True):
-            for view in part.views(per_row[part.layer]):
-                view.copy_(gamma)
-        return per_row
-
-    def _pieces(self, part: _Part, whole: Tensor | None = None) -> tuple[Tensor, ...]:
-        """This rank's elements of a part: of its weight, or of a tensor [out, in] that it has whole."""
-        store = self.layers[part.layer].store
-        first, flat = store.fragment()
-        if whole is not None:
-            flat = whole.reshape(-1)[first : first + len(flat)]
-        return part.pieces(first, flat, store.shape[1])
-
-    def _survivors(self, name: str, settings: LinearSettings, masks: Mapping[str, Tensor]) -> Tensor:
-        """The mask of a layer over which its scales are taken."""
-        if name in masks:
-            return masks[name]
-        return layer_mask(self.layers[name], *settings.sparsity)
-
-
-def layer_mask(layer: SparseBitLinear, n: int, m: int) -> Tensor:
-    """The N:M mask of a layer's present weight, bool [out, in]."""
-    with layer.store.whole() as weight:
-        return sbn_kernels.nm_mask(weight, n, m, backend=layer.settings.backend)
-
-
-def _parts(name: str, layer: SparseBitLinear) -> list[_Part]:
-    """The parts of a layer. Rows or columns are cut equally, so a part's global count is its local one times tp."""
-    columns = layer.store.shape[1]
-    shares = layer.weight_shard.shares
-    return [
-        _Part(name, ranges, sum(length for _, length in ranges) * columns * shares, shares > 1 or layer.store.is_cut)
-        for ranges in layer.part_rows
-    ]
 
 
 def _bounds(layer: SparseBitLinear) -> tuple[int, ...]:

@@ -1,0 +1,22 @@
+"""The language-model head, with the loss where labels are given."""
+
+from torch import Tensor
+
+from megatron_sbn.layers.collectives import ColumnLayout
+from megatron_sbn.layers.linear import ColumnParallelLinear
+from megatron_sbn.layers.loss import linear_cross_entropy
+
+
+class HeadLinear(ColumnParallelLinear):
+    """The language-model head: column-parallel, always dense; a tied head is given the embedding's weight."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, weight: Tensor | None = None, *, labels: Tensor | None = None, **_: object
+    ) -> tuple[Tensor, Tensor | None]:
+        """(logits, None) of x [tokens, batch, hidden]; with labels [tokens, batch], (loss of every token, None)."""
+        if labels is None:
+            return super().forward(x, weight)
+        used = self.weight if weight is None else weight
+        assert isinstance(self.layout, ColumnLayout)
+        losses = linear_cross_entropy(x, used, labels, group=self.layout.group, layout=self.layout)
+        return losses.view(labels.shape), None
