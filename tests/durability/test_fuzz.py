@@ -12,13 +12,14 @@ import fuzz
 import pytest
 import sandbox
 from sandbox import CANARY, SECRET, Case, Sandbox
+from time_limit import LIMIT_SECONDS
 
 CASE = Case("none", "cli", ())
 
 
 def test_bad_input_of_every_kind_is_refused_or_works() -> None:
     command = [sys.executable, fuzz.__file__, "--cases", "150", "--processes", "1", "--seed", "7"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "wrong: 0" in done.stdout
     for kind in ("recipe", "sweep", "arguments", "run", "shard", "tokenizer", "corpus", "checkpoint"):

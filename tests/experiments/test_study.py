@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from time_limit import LIMIT_SECONDS
 
 from megatron_sbn.cli import main
 from megatron_sbn.config import load_recipe
@@ -209,14 +210,14 @@ def test_jobs_that_start_at_once_make_one_database(tmp_path: Path) -> None:
     uri = default_uri(tmp_path)
     code = (
         "import sys; from pathlib import Path; from test_study import track\n"
-        "assert track(Path(sys.argv[1]), sys.argv[2]).close('FINISHED', timeout=120)"
+        "assert track(Path(sys.argv[1]), sys.argv[2]).close('FINISHED', timeout=600)"
     )
     command = [sys.executable, "-c", code]
     jobs = [
         subprocess.Popen([*command, str(folder), uri], cwd=Path(__file__).parent, stderr=subprocess.PIPE, text=True)
         for folder in folders
     ]
-    told = [job.communicate(timeout=300)[1] for job in jobs]
+    told = [job.communicate(timeout=LIMIT_SECONDS)[1] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0, 0], told
     assert not any("cannot be reached" in text for text in told), told
     assert len(rows(uri, "study")) == 1

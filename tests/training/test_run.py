@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from time_limit import LIMIT_SECONDS
 
 from megatron_sbn.experiments.metrics import read_metrics
 
@@ -53,7 +54,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def sbn(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
 
 
 def comparable(run: Path) -> list[dict[str, float]]:
@@ -135,7 +136,7 @@ def test_a_killed_run_goes_on_bit_for_bit(recipe: Path, uninterrupted: tuple[Pat
 
 def await_end_of_ranks(run: Path) -> None:
     """The ranks of a killed launcher are killed with it; the kernel may take a moment."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + LIMIT_SECONDS
     while time.monotonic() < deadline:
         if not any(str(run).encode() in words for words in process_command_lines()):
             return

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from time_limit import LIMIT_SECONDS
 from tiny_run import at_import, write_tiny_recipe
 
 from megatron_sbn.errors import STOPPED
@@ -60,7 +61,7 @@ def test_a_signalled_run_goes_on_with_the_same_losses(recipe: Path) -> None:
         with start(recipe, run) as process:
             await_line(process, after)
             process.send_signal(number)
-            process.communicate(timeout=120)
+            process.communicate(timeout=LIMIT_SECONDS)
         assert process.returncode == STOPPED
         status = read_status(run)
         assert status is not None
@@ -70,7 +71,7 @@ def test_a_signalled_run_goes_on_with_the_same_losses(recipe: Path) -> None:
         assert read_record(run / "tracking.json").status == "KILLED"
     for folder in (run, whole):
         with start(recipe, folder) as process:
-            printed, _ = process.communicate(timeout=200)
+            printed, _ = process.communicate(timeout=LIMIT_SECONDS)
         assert process.returncode == 0, printed
     assert len(losses(whole)) == STEPS
     assert losses(run) == losses(whole)
@@ -90,20 +91,20 @@ def test_a_signal_while_the_engines_are_imported_is_remembered(recipe: Path, tmp
     path = at_import(tmp_path / "hook", "os.kill(os.getpid(), signal.SIGTERM)", ("1",))
     early = ("training.steps=3", "checkpoint.interval=2", "tracking.enabled=false")
     with start(recipe, run, *early, path=str(path)) as process:
-        said, _ = process.communicate(timeout=120)
+        said, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == STOPPED, said
     status = read_status(run)
     assert status is not None
     assert (status.state, status.reason, status.step) == ("STOPPED", "SIGTERM", 0)
     assert not (run / "checkpoints" / "latest").exists()
     with start(recipe, run, *early) as process:
-        process.communicate(timeout=120)
+        process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0
     assert [step for step, _ in losses(run)] == [1, 2, 3]
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl") if "zero_fraction" in line] == [0, 3]
     longer = ("training.steps=9", *early[1:])
     with start(recipe, run, *longer, path=str(path)) as process:
-        process.communicate(timeout=120)
+        process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == STOPPED
     status = read_status(run)
     assert status is not None
@@ -153,7 +154,7 @@ def test_the_kill_switch_stops_a_run(place: str, recipe: Path, tmp_path: Path) -
     with start(recipe, run, "training.steps=100000", "tracking.enabled=false") as process:
         await_line(process, "step 1/")
         (run / place / "STOP").touch()
-        process.communicate(timeout=120)
+        process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == STOPPED
     status = read_status(run)
     assert status is not None
@@ -180,13 +181,13 @@ def test_a_deadline_and_a_second_signal_force_the_exit(deadline: str, waits: tup
             assert process.poll() is None
             time.sleep(seconds)
             process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 128 + signal.SIGTERM
+        assert process.wait(LIMIT_SECONDS) == 128 + signal.SIGTERM
 
 
 def test_a_failure_is_told_in_the_run_folder(recipe: Path) -> None:
     run = recipe.parent / "failed"
     with start(recipe, run, "optimizer.lr=1e30", "optimizer.clip_grad=0", "tracking.enabled=false") as process:
-        process.communicate(timeout=120)
+        process.communicate(timeout=LIMIT_SECONDS)
     status = read_status(run)
     assert status is not None
     assert (process.returncode, status.state, status.exit_status) == (3, "FAILED", 3)
