@@ -32,6 +32,7 @@ def test_a_run_killed_at_every_kind_of_moment_ends_as_if_nothing_had_been(tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_at_other_layouts(tmp_path: Path) -> None:
     words = ["--kills", "3", "--seed", "3", "--change-layout", "--no-damage", "--folder", str(tmp_path / "runs")]
     done = subprocess.run(

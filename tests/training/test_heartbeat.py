@@ -132,6 +132,7 @@ def test_a_rank_that_hangs_is_named_then_the_run_ends(recipe: Path) -> None:  # 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_long_validation_is_no_hang(recipe: Path) -> None:  # noqa: F811
     run = recipe.parent / "validated"
     long = (
@@ -146,6 +147,7 @@ def test_a_long_validation_is_no_hang(recipe: Path) -> None:  # noqa: F811
     assert "validation perplexity" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_rank_that_watches_the_first_names_it(recipe: Path) -> None:  # noqa: F811
     run = recipe.parent / "first"
     done = faulty(recipe, run, "freeze:0:5", "training.hang_warning=3", "training.hang_timeout=5")
@@ -153,6 +155,7 @@ def test_the_rank_that_watches_the_first_names_it(recipe: Path) -> None:  # noqa
     assert "sbn: not heard of for 2 s; last: rank 0 on " in done.stderr
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_named_and_the_run_goes_on(recipe: Path) -> None:  # noqa: F811
     run = recipe.parent / "died"
     done = faulty(recipe, run, "kill:1:25", "checkpoint.interval=10")
@@ -168,6 +171,7 @@ def test_a_rank_that_dies_is_named_and_the_run_goes_on(recipe: Path) -> None:  #
     assert "continues after step 20" in again.stdout
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_named_and_clocks_may_jump(recipe: Path) -> None:  # noqa: F811
     run = recipe.parent / "slow"
     done = faulty(recipe, run, "slow:1:10", "training.rank_check_interval=10", "training.telemetry_interval=0")

@@ -16,6 +16,7 @@ import pytest
 from time_limit import LIMIT_SECONDS
 
 from megatron_sbn.experiments.metrics import read_metrics
+from megatron_sbn.run_status import read_status
 
 ROOT = Path(__file__).parents[2]
 STEPS, INTERVAL = 9, 3
@@ -117,6 +118,7 @@ def test_mlflow_out_of_reach_is_told_once_and_stops_nothing(uninterrupted: tuple
     assert json.loads((run / "tracking.json").read_text())["status"] == "FINISHED"
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(recipe: Path, uninterrupted: tuple[Path, str]) -> None:
     run = recipe.parent / "killed"
     start = command("train", str(recipe), f"run_dir={run}")
@@ -164,7 +166,7 @@ def process_command_lines() -> list[bytes]:
         (
             ["optimizer.lr=1e30", "optimizer.clip_grad=0", "optimizer.lr_warmup_steps=0"],
             3,
-            "step 2",
+            "step 2: gradient norm is inf",
         ),
     ],
 )
@@ -177,8 +179,14 @@ def test_a_failure_is_one_line_and_its_own_status(
     assert told
     assert all(line.startswith("sbn: ") for line in told)
     assert "Traceback" not in done.stderr
+    if status == 3:  # of a run that had begun, and tells it in its folder as well
+        ended = read_status(tmp_path / "run")
+        assert ended is not None
+        assert (ended.state, ended.exit_status) == ("FAILED", 3)
+        assert ended.reason.startswith(message)
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(recipe: Path) -> None:
     run = recipe.parent / "busy"
     start = command("train", str(recipe), f"run_dir={run}", "tracking.enabled=false", "training.steps=2000")

@@ -62,6 +62,7 @@ def test_one_machine(recipe: Path) -> None:
     trained(recipe.parent / "one")
 
 
+@pytest.mark.slow
 def test_torchrun_that_is_ended_while_its_ranks_import_the_engines(recipe: Path, tmp_path: Path) -> None:
     """torchrun passes SIGTERM on and waits; the rank's import goes on when the signal is there."""
     path = at_import(tmp_path / "hook", "os.kill(os.getppid(), signal.SIGTERM); time.sleep(2)", ("0",))
@@ -76,6 +77,7 @@ def test_torchrun_that_is_ended_while_its_ranks_import_the_engines(recipe: Path,
     assert (status.state, status.reason, status.exit_status, status.step) == ("STOPPED", "SIGTERM", 75, 0)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_run_anew_when_a_rank_dies(recipe: Path) -> None:
     """The same command, once with a rank that is killed in its third step: all steps once, the same losses."""
     words = ["parallel.tensor=2", "checkpoint.interval=1", "training.telemetry_interval=0"]
@@ -93,6 +95,7 @@ def test_torchrun_starts_a_run_anew_when_a_rank_dies(recipe: Path) -> None:
     assert losses["killed"] == losses["undisturbed"]
 
 
+@pytest.mark.slow
 def test_two_machines(recipe: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
