@@ -35,7 +35,7 @@ setup(
         "psutil>=5.9",
     ],
     extras_require={
-        "dev": ["ruff", "mypy", "types-PyYAML", "pytest", "pytest-timeout", "hypothesis"],
+        "dev": ["ruff", "mypy", "types-PyYAML", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis"],
     },
     entry_points={"console_scripts": ["sbn = megatron_sbn.cli:main"]},
 )
