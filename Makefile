@@ -13,11 +13,11 @@ CASES ?= 10000
 quickstart: $(SETUP)
 	$(BIN)/sbn quickstart
 
-# Two suites: what a newcomer runs, and the rest (exhaustive cases, whole campaigns, Slurm). CONTRIBUTING.md says how long.
+# Two suites: what a newcomer runs, and the rest (exhaustive cases, campaigns, Slurm). CONTRIBUTING.md says how long.
 # Two workers, each with one thread, share two cores; after FAILURES failures enough is known.
 WORKERS ?= 2
 FAILURES ?= 20
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --maxfail=$(FAILURES) --durations=15 \
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxfail=$(FAILURES) --durations=15 \
 	-o console_output_style=count
 QUICK := not slow and not slow_on_cpu and not slurm
 

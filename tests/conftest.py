@@ -1,12 +1,13 @@
 """Where tests run: Triton interpreted if there is no GPU, and no file of the user's is read or written.
 
-With workers (pytest-xdist, `-n 2 --dist loadgroup`) a file's tests stay together, since they share runs and fixtures;
-all that start ranks are one group, so that there are never ranks of two tests at once.
+With workers (pytest-xdist, `-n 2`) a file's tests stay together, since they share runs and fixtures; so do all that
+start ranks, and there are never ranks of two tests at once.
 """
 
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,17 +19,21 @@ os.environ.setdefault("SBN_KERNELS_CACHE", tempfile.mkdtemp(prefix="sbn-kernels-
 WITH_RANKS = "distributed/ training/ durability/ slurm/ test_doctor.py".split()
 
 
-def group_of(path: Path) -> str:
-    """What is run by one worker, in order."""
-    name = path.relative_to(Path(__file__).parent).as_posix()
-    return "ranks" if name.startswith(tuple(WITH_RANKS)) else name
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What one worker runs, in order: the tests of a file, or all that start ranks."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0].removeprefix("tests/")
+            return "ranks" if file.startswith(tuple(WITH_RANKS)) else file
+
+    return ByFile(config, log)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keeps a file's tests together; skips what needs a GPU, with the reason."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(group_of(item.path)))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs a GPU, with the reason."""
     if torch.cuda.is_available():
         return
     for item in items:
