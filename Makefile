@@ -27,7 +27,8 @@ test: $(SETUP)
 test-rest: $(SETUP)
 	$(PYTEST) -m "not ($(QUICK))"
 
-test-all: test test-rest
+test-all: test
+	$(MAKE) test-rest
 
 # Speed, as ratios to peers in one run: docs/benchmarks.md. Under five minutes on two slow cores.
 bench: $(SETUP)

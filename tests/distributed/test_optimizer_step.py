@@ -38,6 +38,14 @@ CASES = {
 }
 QUICK = "single data2-zero1 data2-zero2-unclipped pipeline2-tied tensor2-pipeline2-tied-biases single-zero3".split()
 QUICK += "data2-zero3-unclipped-tied tensor2-biases tensor2-data2-zero2".split()
+ZERO3_VARIANTS = [
+    ("linear.order=mask_then_quant",),
+    ("linear.weight_format=dense", "linear.sparsity=6:8"),
+    ("linear.backward=int8",),
+    ("linear.sr_ste_decay=0.1",),
+    ("linear.masked_gradient=masked",),
+    ("linear.activation_bits=none",),
+]
 each_case = pytest.mark.parametrize("case", cases(CASES, QUICK))
 
 
@@ -119,14 +127,7 @@ def test_many_micro_batches_are_one_big_batch(form: str, model: tuple[str, ...])
 
 @pytest.mark.parametrize(
     "variant",
-    [
-        ("linear.backward=int8",),
-        ("linear.sr_ste_decay=0.1",),
-        ("linear.masked_gradient=masked",),
-        ("linear.activation_bits=none",),
-        ("linear.order=mask_then_quant",),
-        ("linear.weight_format=dense", "linear.sparsity=6:8"),
-    ],
+    cases(ZERO3_VARIANTS, ZERO3_VARIANTS[:2]),
     ids=lambda variant: variant[0].removeprefix("linear."),
 )
 def test_zero3_trains_every_variant_as_zero1_does(variant: tuple[str, ...]) -> None:

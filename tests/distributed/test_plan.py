@@ -134,8 +134,8 @@ def planned(layout: Layout, stage: int) -> dict[str, float]:
     return held | {"saved": sum(saved(layout, stage, CPU.keeps).values())}
 
 
-QUICK = "single single-dense-bf16 single-masks-kept single-biases single-experts tensor2 tensor2-full".split()
-QUICK += "pipeline2-interleaved data2-offload data2-zero2 data2-zero3 tensor2-expert2".split()
+QUICK = "single single-dense-bf16 single-masks-kept single-biases single-experts".split()
+QUICK += "single-full tensor2 pipeline2-interleaved data2-offload data2-zero3 tensor2-expert2".split()
 
 
 @pytest.mark.parametrize("case", cases(CASES, QUICK))

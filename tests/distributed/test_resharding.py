@@ -112,8 +112,8 @@ def check_same(saved: list[Seen], resumed: list[Seen], ternary_bits: bool = True
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-# The quick ones are resumed at tensor4, at interleaved stages and at one rank.
-@pytest.mark.parametrize("source", cases(LAYOUTS, ["data2-zero2", "tensor2-data2-zero3"]))
+# The quick one is resumed at tensor4 and at interleaved stages; experts and tied embeddings, below, at the other kinds.
+@pytest.mark.parametrize("source", cases(LAYOUTS, ["data2-zero2"]))
 def test_any_layout_opens_at_any_other(source: str, tmp_path: Path) -> None:
     """Every layout once as the source, resumed at two or all others."""
     world_size, overrides = LAYOUTS[source]

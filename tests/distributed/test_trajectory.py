@@ -59,7 +59,7 @@ def followed(leader_of: Leader, layout: str, *more: str) -> Offset:
 
 
 # Other layouts' first steps, gradients and updates are in test_layouts.py and test_optimizer_step.py.
-@pytest.mark.parametrize("layout", cases(LAYOUTS, ["pipeline2-data2-zero2", "tensor2"]))
+@pytest.mark.parametrize("layout", cases(LAYOUTS, ["pipeline2-data2-zero2"]))
 def test_every_step_is_the_single_ranks(leader_of: Leader, layout: str) -> None:
     worst = followed(leader_of, layout)
     assert worst.loss < 1e-6
