@@ -1,6 +1,7 @@
 """Runs of a study are children of one parent run, whoever starts first, and the parent says how the study stands."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -213,8 +214,10 @@ def test_jobs_that_start_at_once_make_one_database(tmp_path: Path) -> None:
         "assert track(Path(sys.argv[1]), sys.argv[2]).close('FINISHED', timeout=600)"
     )
     command = [sys.executable, "-c", code]
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
     jobs = [
-        subprocess.Popen([*command, str(folder), uri], cwd=Path(__file__).parent, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, str(folder), uri], env=environment, stderr=subprocess.PIPE, text=True)
         for folder in folders
     ]
     told = [job.communicate(timeout=LIMIT_SECONDS)[1] for job in jobs]

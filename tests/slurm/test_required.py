@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from time_limit import LIMIT_SECONDS
+
+pytestmark = pytest.mark.slurm  # it needs none, but goes with those that do
 
 
 def test_without_slurm(tmp_path: Path) -> None:

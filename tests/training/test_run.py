@@ -161,8 +161,8 @@ def process_command_lines() -> list[bytes]:
     ("overrides", "status", "message"),
     [
         (["model.hiden_size=64"], 2, "did you mean model.hidden_size?"),
-        (["data.train=/nowhere/shard"], 2, "/nowhere/shard"),
-        (["checkpoint.resume=required"], 4, "there is no checkpoint"),
+        pytest.param(["data.train=/nowhere/shard"], 2, "/nowhere/shard", marks=pytest.mark.slow),
+        pytest.param(["checkpoint.resume=required"], 4, "there is no checkpoint", marks=pytest.mark.slow),
         (
             ["optimizer.lr=1e30", "optimizer.clip_grad=0", "optimizer.lr_warmup_steps=0"],
             3,
