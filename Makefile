@@ -1,4 +1,5 @@
 # Two commands for a newcomer: `make quickstart` and `make test`. Both set up .venv first, once.
+# What guards main is .ci/run: check, test and test-rest.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,15 +8,29 @@ SETUP := $(VENV)/.setup-done
 KILLS ?= 100
 CASES ?= 10000
 
-.PHONY: quickstart test bench gpu kill fuzz engines check format setup clean
+.PHONY: quickstart test test-rest test-all bench gpu kill fuzz engines check format setup clean
 
 # On the GPUs that PyTorch finds, else on the CPU; DEVICE=cpu: on the CPU anyway.
 DEVICE ?= auto
 quickstart: $(SETUP)
 	$(BIN)/sbn quickstart device=$(DEVICE)
 
+# Two suites: what a newcomer runs, and the rest (exhaustive cases, campaigns, Slurm). CONTRIBUTING.md says how long.
+# Two workers, each with one thread, share two cores; after FAILURES failures enough is known.
+WORKERS ?= 2
+FAILURES ?= 20
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxfail=$(FAILURES) --durations=15 \
+	-o console_output_style=count
+QUICK := not slow and not slow_on_cpu and not slurm
+
 test: $(SETUP)
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "$(QUICK)"
+
+test-rest: $(SETUP)
+	$(PYTEST) -m "not ($(QUICK))"
+
+test-all: test
+	$(MAKE) test-rest
 
 # Speed, as ratios to peers in one run: docs/benchmarks.md. Under five minutes on two slow cores.
 bench: $(SETUP)

@@ -36,7 +36,7 @@ setup(
         "packaging>=24.2",
     ],
     extras_require={
-        "dev": ["ruff", "mypy", "types-PyYAML", "pytest", "pytest-timeout", "hypothesis", "uv"],
+        "dev": ["ruff", "mypy", "types-PyYAML", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "uv"],
     },
     entry_points={"console_scripts": ["sbn = megatron_sbn.cli:main"]},
 )

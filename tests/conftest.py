@@ -1,8 +1,13 @@
-"""Where tests run: Triton interpreted if there is no GPU, and no file of the user's is read or written."""
+"""Where tests run: Triton interpreted if there is no GPU, and no file of the user's is read or written.
+
+With workers (pytest-xdist, `-n 2`) a file's tests stay together, since they share runs and fixtures; so do all that
+start ranks, and there are never ranks of two tests at once.
+"""
 
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +15,21 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is imported
 os.environ.setdefault("SBN_KERNELS_CACHE", tempfile.mkdtemp(prefix="sbn-kernels-"))
+# Files and folders whose tests start ranks.
+WITH_RANKS = "distributed/ training/ durability/ slurm/ test_doctor".split()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What one worker runs, in order: the tests of a file, or all that start ranks."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0].removeprefix("tests/")
+            return "ranks" if file.startswith(tuple(WITH_RANKS)) else file
+
+    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

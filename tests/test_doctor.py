@@ -144,6 +144,7 @@ def test_ranks_that_compute_something_else_are_different(
     assert "differs: hidden by" in out
 
 
+@pytest.mark.slow
 def test_a_table_of_layouts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     every = layouts.candidates
     kept = (layouts.SPREAD, "pipeline 2, 3 layers and 1", "data 2, ZeRO-3")

@@ -45,7 +45,8 @@ BYTES_PER_WEIGHT = MappingProxyType({"two_bit": 1 / 4, "trits": 1 / 5, "six_bit"
 """Format -> bytes a weight, for widths without padding."""
 
 _DOT_TOKENS = 16
-_DOT_WARPS = 8
+# Rows and warps of a program. Masks and signs of 128 rows take more registers than there are: some spilled on sm_120.
+_DOT_SHAPE = MappingProxyType({"two_bit": (128, 8), "trits": (128, 8), "six_bit": (64, 4), "triples": (128, 8)})
 _DOT_STAGES = 2
 _PROGRAMS = 264
 _UNIT_GROUP = 4
@@ -303,7 +304,8 @@ def _launch(
     (tokens, out_features), units = y.shape, weight.units
     block_tokens = triton.next_power_of_2(tokens)
     dot = block_tokens >= _DOT_TOKENS
-    rows, block = (128, 32) if dot else (8, 128 if block_tokens <= 4 else 64)
+    rows, warps = _DOT_SHAPE[weight.format] if dot else (8, 4)
+    block = 32 if dot else 128 if block_tokens <= 4 else 64
     block = 256 if INTERPRETED.value else block
     splits = splits or _splits(out_features, rows, units, block)
     chunk = triton.cdiv(units, splits * _UNIT_GROUP) * _UNIT_GROUP
@@ -319,7 +321,7 @@ def _launch(
         decode_dot_kernel[grid](
             *(words, signs, x.contiguous(), parts, out_features),
             **shared,
-            num_warps=_DOT_WARPS,
+            num_warps=warps,
             num_stages=_DOT_STAGES,
         )
     else:
@@ -329,7 +331,7 @@ def _launch(
             SPLITS=splits,
             NATIVE=not INTERPRETED.value,
             **shared,
-            num_warps=4,
+            num_warps=warps,
             enable_fp_fusion=False,
         )
     if dot or splits > 1:
@@ -358,10 +360,11 @@ def _builds() -> tuple[Build, ...]:
             constants |= {"NATIVE": True}
             signature = kinds | {"X": "*i32"}
             builds.append(Build(f"decode[{name} {tokens}]", decode_kernel, signature, constants, fusion=False))
-        constants = shape | {"TOKENS": 32, "ROWS": 128, "BLOCK": 32}
+        rows, warps = _DOT_SHAPE[name]
+        constants = shape | {"TOKENS": 32, "ROWS": rows, "BLOCK": 32}
         builds.append(
             Build(
-                *(f"decode[{name} 32]", decode_dot_kernel, kinds | {"X": "*i8"}, constants, _DOT_WARPS, _DOT_STAGES),
+                *(f"decode[{name} 32]", decode_dot_kernel, kinds | {"X": "*i8"}, constants, warps, _DOT_STAGES),
                 instruction=INT8_MMA,
             )
         )

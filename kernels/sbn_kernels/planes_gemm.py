@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbn_kernels.inspection import INT8_MMA, Build
+from sbn_kernels.inspection import INT8_MMA, TCGEN05_INT8, Build
 from sbn_kernels.planes import BLOCK_CODES, check_planes, plane_codes
 from sbn_kernels.reference import MAX_REDUCTION
 from sbn_kernels.ternary_gemm import check_scales, store_result
@@ -87,7 +87,12 @@ PLANES_TILES: Mapping[str, tuple[Tile, ...]] = MappingProxyType(
             Tile(128, 128, BLOCK_CODES, warps=4),
             *_FEW_TOKENS,
         ),
-        "blackwell": (Tile(128, 256, BLOCK_CODES), Tile(128, 128, BLOCK_CODES, stages=4), *_FEW_TOKENS),
+        # Without tcgen05 the sums are in registers, and so many of them spill.
+        "blackwell": (
+            *((Tile(128, 256, BLOCK_CODES),) if TCGEN05_INT8 else ()),
+            Tile(128, 128, BLOCK_CODES, stages=4),
+            *_FEW_TOKENS,
+        ),
         "blackwell_small": (Tile(128, 128, BLOCK_CODES), *_FEW_TOKENS),
     }
 )

@@ -25,7 +25,9 @@ from sbn_kernels.launch import check_device, row_block
 from sbn_kernels.rounding import finite_abs, quantize_block
 from sbn_kernels.tiles import round_to
 
-_LONGEST_BLOCK = 16384
+# A longer token goes by shorter blocks: 16,384 columns leave 16 warps no register to spare (two or four were spilled on
+# sm_100 and sm_120), and three blocks of 8,192 are nearer to 18,944 columns than two of 16,384.
+_LONGEST_WHOLE, _BLOCK = 16384, 8192
 
 
 @triton.jit
@@ -111,6 +113,11 @@ def swiglu_backward_kernel(dh, gate_up, d_gate_up, width, BLOCK: tl.constexpr):
     tl.store(d_gate_up + at + width, round_to(d * g * s, element), mask=inside)
 
 
+def _block(width: int) -> tuple[int, int]:
+    """Columns of a block and its warps, for tokens of `width` columns."""
+    return row_block(width if width <= _LONGEST_WHOLE else _BLOCK)
+
+
 def _rows(gate_up: Tensor) -> tuple[Tensor, int]:
     """[..., 2 ffn] as contiguous [tokens, 2 ffn], and ffn; ValueError if the last dimension is no pair of halves."""
     check_device(gate_up)
@@ -130,7 +137,7 @@ def swiglu_abs_max(gate_up: Tensor) -> Tensor:
     """
     rows, width = _rows(gate_up)
     abs_max = torch.empty(len(rows), dtype=torch.float32, device=gate_up.device)
-    block, warps = row_block(min(width, _LONGEST_BLOCK))
+    block, warps = _block(width)
     if len(rows):
         swiglu_abs_max_kernel[(len(rows),)](rows, abs_max, width, BLOCK=block, num_warps=warps)
     return abs_max.view(gate_up.shape[:-1])
@@ -159,7 +166,7 @@ def swiglu_quantize(
     s_x = torch.empty(len(rows), dtype=torch.float32, device=gate_up.device)
     h = rows.new_empty(len(rows), width) if keep_output else None
     given = None if abs_max is None else abs_max.float().contiguous()
-    block, warps = row_block(min(width, _LONGEST_BLOCK))
+    block, warps = _block(width)
     if len(rows):
         swiglu_quantize_kernel[(len(rows),)](
             rows, x_q, s_x, given, h, width, BLOCK=block, WHOLE=width <= block, num_warps=warps
@@ -195,7 +202,7 @@ _SIGNATURE = {
 
 
 def _build(name: str, function: object, width: int, **constexprs: object) -> Build:
-    block, warps = row_block(min(width, _LONGEST_BLOCK))
+    block, warps = _block(width)
     values = {"BLOCK": block, "WHOLE": width <= block, **constexprs}
     return Build(f"swiglu_quantize[{name} {width}]", function, _SIGNATURE, values, warps, aligned=("width",))
 

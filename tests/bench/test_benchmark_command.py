@@ -12,6 +12,7 @@ import run
 import torch
 from goals import Goal
 from shapes import MODELS
+from time_limit import LIMIT_SECONDS
 
 SCRIPT = Path(run.__file__)
 
@@ -20,7 +21,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)  # the script finds sbn_kernels by itself
     command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=LIMIT_SECONDS)
 
 
 def test_help_has_an_example() -> None:

@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from time_limit import LIMIT_SECONDS
 
 ROOT = Path(__file__).parents[2]
 # `$SIGNALLED` is the moment at which the batch shell, the parent of them all, is signalled.
@@ -51,7 +52,9 @@ def test_a_signal(moment: str, signal: str, expected: list[str], status: int, tm
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "FOLDER": str(tmp_path), "SBN_ENV": f"{tmp_path}/env.sh"}
     environment |= {"SIGNALLED": moment, "SIGNAL": signal, "SLURM_JOB_ID": "7"}
     script = SCRIPT.format(code=ROOT, folder=tmp_path)
-    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, timeout=60, check=False)
+    done = subprocess.run(
+        ["bash", "-c", script], env=environment, capture_output=True, timeout=LIMIT_SECONDS, check=False
+    )
     assert done.returncode == status, done.stderr
     said = []
     for line in (tmp_path / "said").read_text().splitlines():
@@ -73,6 +76,6 @@ def test_what_a_site_sets_reaches_python(tmp_path: Path) -> None:
     (tmp_path / "env.sh").write_text(f"SBN_PYTHON={tmp_path}/python\n{settings}sbn_node_environment() {{ :; }}\n")
     environment = {"PATH": "/usr/bin:/bin", "FOLDER": str(tmp_path), "SBN_ENV": f"{tmp_path}/env.sh"}
     script = SCRIPT.format(code=ROOT, folder=tmp_path)
-    subprocess.run(["bash", "-c", script], env=environment, capture_output=True, timeout=60, check=True)
+    subprocess.run(["bash", "-c", script], env=environment, capture_output=True, timeout=LIMIT_SECONDS, check=True)
     said = (tmp_path / "said").read_text().split()
     assert said == [f"{name}={number}" for number, name in enumerate(names, start=1)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from time_limit import LIMIT_SECONDS
 
 from megatron_sbn.atomic_files import exclusive
 from megatron_sbn.cli import main
@@ -90,8 +91,9 @@ def test_a_dry_run_says_all_and_writes_nothing(here: Path, capsys: pytest.Captur
 def test_it_works_where_no_engine_is_installed(here: Path) -> None:
     for words in (["submit", QUICKSTART, "--dry-run"], ["sweep", "submit", WEAK_SCALING, "--dry-run"]):
         done = subprocess.run(
-            [sys.executable, "-c", WITHOUT_ENGINES, *words], capture_output=True, text=True, timeout=60, check=False
-        )
+            [sys.executable, "-c", WITHOUT_ENGINES, *words],
+            capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert "dry run: nothing was written or submitted" in done.stdout
     assert files(here) == set()

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from time_limit import LIMIT_SECONDS
 
 from megatron_sbn.config import Linear, Recipe, load_recipe
 from megatron_sbn.errors import RecipeError
@@ -276,7 +277,7 @@ def run(*arguments: str, **environment: str) -> tuple[int, str, float]:
     inherited["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=inherited | environment, capture_output=True, text=True,
-        timeout=60, check=False,
+        timeout=LIMIT_SECONDS, check=False,
     )  # fmt: skip
     return done.returncode, done.stderr, processor_seconds() - began
 

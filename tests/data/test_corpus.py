@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from time_limit import LIMIT_SECONDS
 
 from megatron_sbn.atomic_files import exclusive, partial_path
 from megatron_sbn.data import corpus
@@ -318,7 +319,7 @@ def test_killed_in_the_middle(tmp_path, documents, tokenizer, kind):
     output = tmp_path / "o" / "c"
     process = subprocess.Popen([sys.executable, str(script), str(source), str(output), str(tokenizer.path)])
     partial = partial_path(tmp_path / "o" / "c.bin")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LIMIT_SECONDS
     while not (partial.exists() and partial.stat().st_size > 0):
         assert process.poll() is None
         assert time.monotonic() < deadline
@@ -329,7 +330,7 @@ def test_killed_in_the_middle(tmp_path, documents, tokenizer, kind):
     process.send_signal(kind)
     assert process.wait(60) == -kind
     assert len(children) >= 2
-    assert psutil.wait_procs(children, timeout=30)[1] == []  # no worker outlives its parent
+    assert psutil.wait_procs(children, timeout=LIMIT_SECONDS)[1] == []  # no worker outlives its parent
     left = set(_files(tmp_path / "o"))
     assert partial.name in left
     assert all(name.startswith(".") for name in left)
@@ -352,7 +353,7 @@ def test_dead_worker_is_told(inputs, tmp_path, tokenizer):
         f"Path({str(tokenizer.path)!r})), workers=2)\n"
         "    except SbnError as error:\n        print(error.status, error)\n"
     )
-    result = subprocess.run([sys.executable, str(bomb)], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, str(bomb)], capture_output=True, text=True, timeout=LIMIT_SECONDS)
     assert result.stdout == "1 a tokenisation worker died (out of memory?); try again with fewer --workers\n"
     assert list((tmp_path / "o").iterdir()) == []
     assert SbnError.status == 1

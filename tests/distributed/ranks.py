@@ -24,21 +24,26 @@ from types import TracebackType
 from typing import Any
 from unittest import mock
 
+from time_limit import LIMIT_SECONDS
+
 IMPORTED_ONCE = ["pytest", "megatron_sbn.training.step", "megatron_sbn.training.checkpoint_manager"]
 # Ranks are CPU ranks on every machine, one thread each.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 GRACE_SECONDS = 3.0  # for the tracebacks of ranks that fail because another one did
+STACK_SECONDS = 10.0  # for the stack of a rank that hangs
 
 
 class RankError(AssertionError):
     """A rank raised, died or hung."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: object, timeout: float = 120.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: object, timeout: float = LIMIT_SECONDS
+) -> list[Any]:
     """`function(*args)` on every rank, inside an initialised process group; results in the order of ranks.
 
-    `function` is at module level; arguments and results are pickled. Raises RankError after `timeout` seconds, or
-    when a rank raises.
+    `function` is at module level; arguments and results are pickled. Raises RankError when a rank raises, or when no
+    rank has come to another phase, or to its end, for `timeout` seconds.
     """
     job = pickle.dumps((function, args))
     with tempfile.TemporaryDirectory() as folder:
@@ -87,6 +92,8 @@ def _collect(name: str, ranks: list[Rank], folder: Path, timeout: float) -> list
             kind, value = _receive(ranks[rank])
             if kind == "phase":
                 phases[rank] = str(value)
+                if not failures:
+                    deadline = time.monotonic() + timeout
             elif kind == "done":
                 results[rank] = value
             else:
@@ -100,7 +107,7 @@ def _collect(name: str, ranks: list[Rank], folder: Path, timeout: float) -> list
         told = "\n".join(
             f"rank {rank} hung while {phases[rank]}:\n{_stack(ranks[rank], folder, rank)}" for rank in hung
         )
-        raise RankError(f"{name} did not finish within {timeout} s\n{told}")
+        raise RankError(f"{name} came no further within {timeout} s\n{told}")
     return [results[rank] for rank in range(len(ranks))]
 
 
@@ -119,8 +126,10 @@ def _stack(rank: Rank, folder: Path, number: int) -> str:
     if process.pid is None or not process.is_alive():
         return "the process is gone"
     os.kill(process.pid, signal.SIGUSR1)
-    time.sleep(0.2)
-    return (folder / f"stack-{number}").read_text()
+    deadline = time.monotonic() + STACK_SECONDS
+    while not (text := (folder / f"stack-{number}").read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return text
 
 
 class _Report:
@@ -155,7 +164,7 @@ def _rank_main(rank: int, world_size: int, job: bytes, folder: Path, timeout: fl
             store=dist.FileStore(str(folder / "store"), world_size),
             rank=rank,
             world_size=world_size,
-            timeout=datetime.timedelta(seconds=timeout),
+            timeout=datetime.timedelta(seconds=2 * timeout + 60),  # the hang is told first, with its stack
         )
         report.tell("phase", "running")
         function, args = pickle.loads(job)

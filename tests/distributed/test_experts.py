@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from cases import cases
 from ranks import run_ranks
 from test_layouts import expected_codes, expected_gamma
 from test_optimizer_step import norm_of
@@ -43,7 +44,8 @@ LAYOUTS = {
     "tensor2-data2-expert2-zero2": (4, (TENSOR2, EXPERT2, ZERO2)),
     "tensor2-data2-expert4": (4, (TENSOR2, EXPERT4)),
 }
-each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+QUICK = ("data2-expert2", "tensor2-expert2", "tensor2-data2-expert2-zero2")
+each_layout = pytest.mark.parametrize("layout", cases(LAYOUTS, QUICK))
 STEPS = 3
 # A large rate, a warm-up, decay that changes every step and a norm that is clipped: each would show.
 COMMON = ("optimizer.lr=1e-2", "optimizer.lr_warmup_steps=2", "optimizer.clip_grad=0.5", "training.steps=6")
@@ -122,7 +124,7 @@ def test_every_expert_counts_once_in_the_norm(layout: str) -> None:
     assert ours.grad_norms[0] == pytest.approx(single().grad_norms[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["single", *LAYOUTS])
+@pytest.mark.parametrize("layout", cases(["single", *LAYOUTS], ["single", *QUICK]))
 def test_updates_are_those_of_one_adamw(layout: str) -> None:
     ours = single() if layout == "single" else run(layout)
     recipe = small_recipe(EXPERTS + COMMON)
@@ -145,7 +147,7 @@ def test_updates_are_those_of_one_adamw(layout: str) -> None:
     assert min(moved) > 1e-3
 
 
-@pytest.mark.parametrize("layout", ["data2-expert2", "tensor2-expert2"])
+@pytest.mark.parametrize("layout", cases(["data2-expert2", "tensor2-expert2"], ["tensor2-expert2"]))
 @pytest.mark.parametrize(
     "variant",
     [
@@ -226,7 +228,7 @@ def measure(overrides: tuple[str, ...]) -> list[dict[str, float]]:
         return [*values, telemetry.measure(1)]
 
 
-@pytest.mark.parametrize("layout", ["data2-expert2", "tensor2", "tensor2-expert2", "pipeline2"])
+@pytest.mark.parametrize("layout", cases(["data2-expert2", "tensor2", "tensor2-expert2", "pipeline2"], QUICK))
 def test_telemetry_counts_every_expert_once(layout: str) -> None:
     world_size, overrides = LAYOUTS[layout]
     (first, second), *others = run_ranks(measure, world_size, overrides)
@@ -237,7 +239,7 @@ def test_telemetry_counts_every_expert_once(layout: str) -> None:
     assert second == pytest.approx(expected[1], rel=1e-2)
 
 
-@pytest.mark.parametrize("layout", ["data2-expert2", "tensor2-data2-expert2-zero2", "pipeline2"])
+@pytest.mark.parametrize("layout", cases(["data2-expert2", "tensor2-data2-expert2-zero2", "pipeline2"], QUICK[:1]))
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(layout: str, tmp_path) -> None:
     world_size, overrides = LAYOUTS[layout]
     kept = ("linear.mask_interval=3",)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from cases import cases
 from torch import Tensor
 from training_runs import Run, run_of, small_recipe
 
@@ -14,7 +15,7 @@ TENSOR2, PIPELINE2, ZERO2 = "parallel.tensor=2", "parallel.pipeline=2", "paralle
 ZERO3 = "parallel.zero_stage=3"
 TIED = "model.share_embeddings_and_output_weights=true"
 BIASES = ("model.add_bias_linear=true", "model.add_qkv_bias=true")
-STEPS = 5
+STEPS = 3
 # A large rate, a warm-up, decay that changes every step and a norm that is clipped: each would show.
 COMMON = ("optimizer.lr=1e-2", "optimizer.lr_warmup_steps=2", "optimizer.clip_grad=0.5", f"training.steps={2 * STEPS}")
 CASES = {
@@ -35,7 +36,17 @@ CASES = {
     "data2-zero3-unclipped-tied": (2, (ZERO3, TIED, "optimizer.clip_grad=0")),
     "tensor2-data2-zero3-biases": (4, (TENSOR2, ZERO3, *BIASES)),
 }
-each_case = pytest.mark.parametrize("case", CASES)
+QUICK = "single data2-zero1 data2-zero2-unclipped pipeline2-tied tensor2-pipeline2-tied-biases single-zero3".split()
+QUICK += "data2-zero3-unclipped-tied tensor2-biases tensor2-data2-zero2".split()
+ZERO3_VARIANTS = [
+    ("linear.order=mask_then_quant",),
+    ("linear.weight_format=dense", "linear.sparsity=6:8"),
+    ("linear.backward=int8",),
+    ("linear.sr_ste_decay=0.1",),
+    ("linear.masked_gradient=masked",),
+    ("linear.activation_bits=none",),
+]
+each_case = pytest.mark.parametrize("case", cases(CASES, QUICK))
 
 
 def run(case: str) -> tuple[tuple[str, ...], Run]:
@@ -89,7 +100,7 @@ def test_weights_are_those_of_one_adamw(case: str) -> None:
 @pytest.mark.parametrize(
     ("case", "counts"),
     [
-        ("tensor2-tied", [True, True]),
+        pytest.param("tensor2-tied", [True, True], marks=pytest.mark.slow),
         ("pipeline2-tied", [True, False]),
         ("tensor2-pipeline2-tied-biases", [True, True, False, False]),
     ],
@@ -116,14 +127,7 @@ def test_many_micro_batches_are_one_big_batch(form: str, model: tuple[str, ...])
 
 @pytest.mark.parametrize(
     "variant",
-    [
-        ("linear.backward=int8",),
-        ("linear.sr_ste_decay=0.1",),
-        ("linear.masked_gradient=masked",),
-        ("linear.activation_bits=none",),
-        ("linear.order=mask_then_quant",),
-        ("linear.weight_format=dense", "linear.sparsity=6:8"),
-    ],
+    cases(ZERO3_VARIANTS, ZERO3_VARIANTS[:2]),
     ids=lambda variant: variant[0].removeprefix("linear."),
 )
 def test_zero3_trains_every_variant_as_zero1_does(variant: tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 from allocated import Saved, everything_else, nbytes
+from cases import cases
 from ranks import run_ranks
 from training_runs import small_recipe, train_step, trainer_of
 
@@ -133,7 +134,11 @@ def planned(layout: Layout, stage: int) -> dict[str, float]:
     return held | {"saved": sum(saved(layout, stage, CPU.keeps).values())}
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = "single single-dense-bf16 single-masks-kept single-biases single-experts".split()
+QUICK += "single-full tensor2 pipeline2-interleaved data2-offload data2-zero3 tensor2-expert2".split()
+
+
+@pytest.mark.parametrize("case", cases(CASES, QUICK))
 def test_a_plan_is_what_ranks_hold_and_send(case: str) -> None:
     world, overrides = CASES[case]
     layout = Layout(small_recipe((*WIDE, *overrides)), world)

@@ -7,6 +7,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from cases import cases
 from ranks import run_ranks
 from saving import FAST, whole_state
 from training_runs import small_recipe, train_step, trainer_of
@@ -37,33 +38,37 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 
 
-def refused_then_made(overrides: tuple[str, ...], why: str) -> tuple[list[str], bool, bool]:
-    """What a refused third step says; whether it left a trace; whether the next step is that of a run without it."""
+def refused_then_made(overrides: tuple[str, ...]) -> tuple[list[str], bool, bool]:
+    """What a third step says that is refused for its loss, and then for its norm; whether that left a trace; whether
+    the next step is that of a run without them.
+    """
     recipe = small_recipe((*FAST, *overrides))
     with trainer_of(recipe) as trainer:
         for step in (0, 1):
             train_step(trainer, step)
-        before = whole_state(trainer)
-        verdict = mock.patch.object(trainer.judge, why, return_value="it is a test")
-        with verdict, pytest.raises(BadStepError) as refusal:
-            train_step(trainer, 7)  # another batch
-        after = whole_state(trainer)
-        untouched = all(torch.equal(before[name].value, piece.value) for name, piece in after.items())
+        before, said, untouched = whole_state(trainer), [], True
+        for why in ("loss", "norm"):
+            verdict = mock.patch.object(trainer.judge, why, return_value=f"its {why} is a test")
+            with verdict, pytest.raises(BadStepError) as refusal:
+                train_step(trainer, 7)  # another batch
+            said.append(str(refusal.value))
+            after = whole_state(trainer)
+            untouched &= all(torch.equal(before[name].value, piece.value) for name, piece in after.items())
         train_step(trainer, 2)
         made = whole_state(trainer)
     with trainer_of(recipe) as other:
         for step in (0, 1, 2):
             train_step(other, step)
         same = all(torch.equal(made[name].value, piece.value) for name, piece in whole_state(other).items())
-    return [str(refusal.value)], untouched, same
+    return said, untouched, same
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("why", ["loss", "norm"])
-def test_a_refused_step_leaves_no_trace(layout: str, why: str) -> None:
+@pytest.mark.parametrize("layout", cases(LAYOUTS, ["one rank", "tensor2-pipeline2", "data2-zero2-offload"]))
+def test_a_refused_step_leaves_no_trace(layout: str) -> None:
     world_size, overrides = LAYOUTS[layout]
-    for (message,), untouched, same in run_ranks(refused_then_made, world_size, overrides, why):
-        assert message.startswith("step 8: it is a test; the checkpoints are as they were")
+    for said, untouched, same in run_ranks(refused_then_made, world_size, overrides):
+        for why, message in zip(("loss", "norm"), said, strict=True):
+            assert message.startswith(f"step 8: its {why} is a test; the checkpoints are as they were")
         assert untouched
         assert same
 

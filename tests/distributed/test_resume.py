@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from cases import cases
 from ranks import run_ranks
 from saving import FAST, Run, derived, whole_state
 from training_runs import small_recipe, trainer_of
@@ -19,6 +20,7 @@ from megatron_sbn.doctor.logical_tensors import join
 from megatron_sbn.errors import CheckpointError
 
 TENSOR2, PIPELINE2 = "parallel.tensor=2", "parallel.pipeline=2"
+QUICK = ("tensor2-pipeline2", "data2-zero3", "interleaved-kept-masks", "single-dense-synchronous")
 LAYOUTS = {
     "tensor2-pipeline2": (4, (TENSOR2, PIPELINE2)),
     "tensor2-data2-zero2": (4, (TENSOR2, "parallel.zero_stage=2")),
@@ -67,7 +69,7 @@ def different(run: Run, before: tuple) -> list[str]:
     return wrong if counters == run.telemetry.counters() else [*wrong, "counters"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", cases(LAYOUTS, QUICK))
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(layout: str, tmp_path: Path) -> None:
     world_size, overrides = LAYOUTS[layout]
     at = 2 if "masks" not in layout else 4  # between two mask updates

@@ -30,7 +30,11 @@ def test_the_layers_that_follow_a_norm_or_swiglu_absorb_it() -> None:
 
 @pytest.mark.parametrize(
     ("world", "layout"),
-    [(1, ()), (2, ("parallel.tensor=2",)), (2, ("parallel.tensor=2", "parallel.sequence=false"))],
+    [
+        (1, ()),
+        (2, ("parallel.tensor=2",)),
+        pytest.param(2, ("parallel.tensor=2", "parallel.sequence=false"), marks=pytest.mark.slow),
+    ],
     ids=["1", "tp2 sp", "tp2"],
 )
 def test_losses_codes_and_gradients_are_those_of_the_cpu_backend(world: int, layout: tuple[str, ...]) -> None:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from time_limit import LIMIT_SECONDS
+
 SCRIPT = """
 from training_runs import small_recipe, train_step, trainer_of
 with trainer_of(small_recipe(("model.num_layers=1", "parallel.zero_stage=2"))) as trainer:
@@ -26,7 +28,12 @@ def test_one_process_trains_without_a_compiler_or_a_launcher(tmp_path: Path) -> 
         shutil.which(name, path=environment["PATH"]) for name in ("cc", "gcc", "g++", "c++", "clang", "ninja")
     )
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", SCRIPT],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1].startswith("loss 4.8")

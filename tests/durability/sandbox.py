@@ -29,7 +29,7 @@ SECRET = "hush-1f9c"
 """In every planted password and token."""
 CANARY = "canary-was-run"
 """Name of the file that a planted command makes in the case's folder."""
-SECONDS, PROCESSOR_SECONDS = 60, 20
+SECONDS, PROCESSOR_SECONDS = 600, 20  # of a clock, for a machine that does more; of a processor
 MEMORY = 4 << 30  # beyond what the process has when it starts
 STATUSES = (0, 1, 2, 3, 4, 75)
 TRACEBACK_STATUS = 70

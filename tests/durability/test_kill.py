@@ -8,6 +8,7 @@ from pathlib import Path
 import kill
 import pytest
 from fire import Attempt, FireError, Outcome
+from time_limit import LIMIT_SECONDS
 
 WHOLE = [{"step": step, "loss": 1.0 + 2.0**-52 * step} for step in range(1, kill.STEPS + 1)]
 
@@ -15,7 +16,7 @@ WHOLE = [{"step": step, "loss": 1.0 + 2.0**-52 * step} for step in range(1, kill
 def test_a_run_killed_at_every_kind_of_moment_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
     kills = len(kill.EACH_MOMENT)
     command = [sys.executable, kill.__file__, "--kills", str(kills), "--folder", str(tmp_path / "runs")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kills} kills in 1 runs" in done.stdout
     for moment in (
@@ -31,10 +32,11 @@ def test_a_run_killed_at_every_kind_of_moment_ends_as_if_nothing_had_been(tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_at_other_layouts(tmp_path: Path) -> None:
     words = ["--kills", "3", "--seed", "3", "--change-layout", "--no-damage", "--folder", str(tmp_path / "runs")]
     done = subprocess.run(
-        [sys.executable, kill.__file__, *words], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, kill.__file__, *words], capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 kills in 1 runs" in done.stdout

@@ -6,10 +6,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.model_parallel_config import ModelParallelConfig
+from time_limit import LIMIT_SECONDS
 
 from megatron_sbn.layers.linear import ColumnParallelLinear, GatedLinear, RowParallelLinear
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.tracking.sqlite_file import default_uri
+from megatron_sbn.tracking.tracker import Tracker
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patience():
+    """A run has half a minute to deliver what MLflow lacks; on a machine that does more beside, tests have longer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tracker.close, "__defaults__", (LIMIT_SECONDS,))
+        yield
 
 
 @pytest.fixture(scope="session")

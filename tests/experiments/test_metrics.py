@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from time_limit import LIMIT_SECONDS
 
 from megatron_sbn.errors import InputError
 from megatron_sbn.runs.metrics_file import MetricsFile, read_metrics, read_new
@@ -86,7 +87,7 @@ def test_a_killed_writer_leaves_whole_lines(tmp_path):
         "while True:\n    step += 1\n    file.append(step, {'loss': 1 / step})\n"
     )
     writer = subprocess.Popen([sys.executable, "-c", code, str(path)])
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + LIMIT_SECONDS
     while not (path.exists() and path.stat().st_size > 20_000):
         assert time.monotonic() < deadline
         time.sleep(0.01)

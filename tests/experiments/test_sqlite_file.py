@@ -4,6 +4,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from time_limit import LIMIT_SECONDS
 
 from megatron_sbn.runs.metrics_file import MetricsFile
 from megatron_sbn.tracking.sqlite_file import artifact_location, database_file, ensure_tables
@@ -64,5 +65,5 @@ def test_a_run_is_delivered_after_a_kill_in_the_middle_of_making_the_tables(tmp_
     run = tmp_path / "run"
     MetricsFile(run / "metrics.jsonl").append(1, {"loss": 1.0})
     tracker = Tracker(run, "run", "study", f"sqlite:///{tmp_path}/mlflow.db", {}, {}, [])
-    assert tracker.close("FINISHED", timeout=120.0)
+    assert tracker.close("FINISHED", timeout=LIMIT_SECONDS)
     assert {"experiments", "metrics", "mcp_servers"} <= set(tables(tmp_path / "mlflow.db"))

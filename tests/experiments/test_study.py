@@ -1,6 +1,7 @@
 """Runs of a study are children of one parent run, whoever starts first, and the parent says how the study stands."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from time_limit import LIMIT_SECONDS
 
 from megatron_sbn.cli import main
 from megatron_sbn.config import load_recipe
@@ -211,14 +213,16 @@ def test_jobs_that_start_at_once_make_one_database(tmp_path: Path) -> None:
     uri = default_uri(tmp_path)
     code = (
         "import sys; from pathlib import Path; from test_study import track\n"
-        "assert track(Path(sys.argv[1]), sys.argv[2]).close('FINISHED', timeout=120)"
+        "assert track(Path(sys.argv[1]), sys.argv[2]).close('FINISHED', timeout=600)"
     )
     command = [sys.executable, "-c", code]
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
     jobs = [
-        subprocess.Popen([*command, str(folder), uri], cwd=Path(__file__).parent, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, str(folder), uri], env=environment, stderr=subprocess.PIPE, text=True)
         for folder in folders
     ]
-    told = [job.communicate(timeout=300)[1] for job in jobs]
+    told = [job.communicate(timeout=LIMIT_SECONDS)[1] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0, 0], told
     assert not any("cannot be reached" in text for text in told), told
     assert len(rows(uri, "study")) == 1

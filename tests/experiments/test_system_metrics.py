@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 from mlflow import MlflowClient
+from time_limit import LIMIT_SECONDS
 
 from megatron_sbn.cli import main
 from megatron_sbn.runs.folder import SYSTEM_METRICS
@@ -144,7 +145,7 @@ def test_what_was_sampled_while_mlflow_was_away_is_delivered_later(
     away = start(run_dir, f"http://127.0.0.1:{port}")
     with sampled(run_dir, 0.1):
         time.sleep(0.25)
-    assert not away.close("FINISHED", timeout=60)
+    assert not away.close("FINISHED", timeout=LIMIT_SECONDS)
     for _ in range(2):
         assert main(["sync", str(run_dir), "--uri", uri]) == 0
     assert "delivered to MLflow run " in capsys.readouterr().out

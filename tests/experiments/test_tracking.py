@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+from time_limit import LIMIT_SECONDS
 
 from megatron_sbn.errors import DeliveryError, InputError
 from megatron_sbn.runs.metrics_file import MetricsFile, read_metrics
@@ -69,8 +70,8 @@ def expected(run_dir, name):
     return [(line["step"], int(line["time"] * 1000), line[name]) for line in lines]
 
 
-def wait_for(condition, seconds=30):
-    deadline = time.monotonic() + seconds
+def wait_for(condition):
+    deadline = time.monotonic() + LIMIT_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -293,7 +294,7 @@ def closed_port():
 
 def answers(url):
     try:
-        with urllib.request.urlopen(url + "/health", timeout=1) as response:
+        with urllib.request.urlopen(url + "/health", timeout=LIMIT_SECONDS) as response:
             return response.status == 200
     except (urllib.error.URLError, OSError):
         return False
@@ -332,7 +333,7 @@ def test_an_outage_warns_once_and_is_made_up_for(run_dir, uri, tmp_path, caplog,
         environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     try:
-        wait_for(lambda: answers(f"http://127.0.0.1:{port}"), seconds=90)
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}"))
         run_id = sync(run_dir, server_uri)
         assert sync(run_dir, server_uri) == run_id
         assert [value for _, _, value in history(uri, "loss")][:4] == [1.0, 2.0, 3.0, 4.0]

@@ -4,10 +4,12 @@ import itertools
 
 import pytest
 import torch
+from cases import kernel_cases
 from sbn_kernels import decode, reference, trits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = tuple(decode.BYTES_PER_WEIGHT)
+SHAPES = [(1, 1), (3, 17), (1, 11008), (9, 896), (2, 4864), (70, 64)]
 GROUPS = [g for g in itertools.product((-1, 0, 1), repeat=4) if sum(c != 0 for c in g) <= 2]
 
 
@@ -42,13 +44,13 @@ def check(
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("tokens", [0, 1, 3, 8, 9, 17])
+@pytest.mark.parametrize("tokens", kernel_cases([0, 1, 3, 8, 9, 17], [0, 1, 3, 9]))
 def test_token_counts(form: str, tokens: int) -> None:
     check(form, tokens, 10, 100)
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize(("out", "width"), [(1, 1), (3, 17), (9, 896), (2, 4864), (1, 11008), (70, 64)])
+@pytest.mark.parametrize(("out", "width"), kernel_cases(SHAPES, SHAPES[:3], several=True))
 def test_awkward_shapes(form: str, out: int, width: int) -> None:
     check(form, 1, out, width, torch.bfloat16)
     if width < 4000:
@@ -56,7 +58,7 @@ def test_awkward_shapes(form: str, out: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("splits", [2, 3])
+@pytest.mark.parametrize("splits", kernel_cases([2, 3], [3]))
 def test_splits_change_nothing(form: str, splits: int) -> None:
     check(form, 2, 11, 500, splits=splits)
     check(form, 16, 11, 500, splits=splits)

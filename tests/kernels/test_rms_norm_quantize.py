@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from cases import kernel_cases
 from sbn_kernels import reference
+from sbn_kernels import rms_norm_quantize as kernel
 from sbn_kernels.rms_norm_quantize import rms_norm_backward, rms_norm_quantize
 from torch import Tensor
 
@@ -52,7 +54,7 @@ def test_a_token_with_nan_gives_a_scale_of_nan() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [*SHAPES, (700, 8)], ids=str)
+@pytest.mark.parametrize("shape", kernel_cases([*SHAPES, (700, 8)], SHAPES), ids=str)
 def test_gradients_are_those_of_autograd(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, weight, dy = inputs(shape, dtype)
     rstd = rms_norm_quantize(x, weight)[2]
@@ -62,6 +64,17 @@ def test_gradients_are_those_of_autograd(shape: tuple[int, ...], dtype: torch.dt
     assert dx.dtype == dtype
     torch.testing.assert_close(dx.double(), x64.grad, rtol=EPSILON[dtype], atol=max(EPSILON[dtype], 1e-5))
     torch.testing.assert_close(dweight.double(), weight64.grad, rtol=1e-5, atol=1e-4)
+
+
+def test_programs_that_take_several_tokens_add_their_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above with 700 tokens, and here with few that are shared out among fewer programs."""
+    x, weight, dy = inputs((7, 17), torch.float32)
+    rstd = rms_norm_quantize(x, weight)[2]
+    dx, dweight = rms_norm_backward(dy, x, weight, rstd)
+    monkeypatch.setattr(kernel, "_PARTIAL_SUMS", 3)
+    fewer_dx, fewer_dweight = rms_norm_backward(dy, x, weight, rstd)
+    assert torch.equal(fewer_dx, dx)
+    torch.testing.assert_close(fewer_dweight, dweight, rtol=1e-6, atol=1e-6)
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:

@@ -4,10 +4,12 @@ import itertools
 
 import pytest
 import torch
+from cases import kernel_cases
 from mma_sp import mma_sp
 from sbn_kernels import reference, sparse_gemm, two_four
 
 GROUPS = [g for g in itertools.product((-1, 0, 1), repeat=4) if sum(c != 0 for c in g) <= 2]
+SHAPES = [(1, 1, 16), (17, 40, 64), (25, 33, 80), (3, 16, 896), (50, 70, 144)]
 
 
 def inputs(tokens: int, out: int, width: int) -> tuple[torch.Tensor, ...]:
@@ -49,9 +51,7 @@ def emulated(
     return y
 
 
-@pytest.mark.parametrize(
-    ("tokens", "out", "width"), [(1, 1, 16), (17, 40, 64), (25, 33, 80), (3, 16, 896), (50, 70, 144)]
-)
+@pytest.mark.parametrize(("tokens", "out", "width"), kernel_cases(SHAPES, SHAPES[:3], several=True))
 def test_formulas_and_order_give_the_layer(tokens: int, out: int, width: int) -> None:
     codes, x_q, s_x, gamma, bias = inputs(tokens, out, width)
     weight = two_four.pack_two_four(codes)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import kernel_cases
 from sbn_kernels import reference, ternary_dgrad, ternary_gemm
 from sbn_kernels.planes import pack_planes
 from sbn_kernels.tiles import Tile, gpu_family
@@ -111,7 +112,7 @@ def test_leading_dimensions_strides_and_no_tokens() -> None:
     assert run(dy[:0], codes_t).shape == (0, 10)
 
 
-@pytest.mark.parametrize("dtype", UNIT, ids=str)
+@pytest.mark.parametrize("dtype", kernel_cases(UNIT, [torch.bfloat16, torch.float32]), ids=str)
 def test_every_tile_for_this_machine(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SBN_KERNELS_CACHE", str(tmp_path))
     parts = ((0, 128, 0), (128, 192, 1))

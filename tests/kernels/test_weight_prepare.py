@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import kernel_cases
 from sbn_kernels import reference
 from sbn_kernels import weight_prepare as kernel
 from sbn_kernels.packing import flip_count, pack_mask
@@ -9,11 +10,12 @@ from sbn_kernels.planes import pack_planes
 from three_layers import DEVICE, three_layers
 
 SPARSITIES = ((6, 8), (2, 4), (5, 6), (1, 3), (8, 8), (20, 32), (1, 32), (1, 1), (3, 16))
+QUICK = ((6, 8), (5, 6), (8, 8))  # a power of two, none, and no mask at all
 
 
 @pytest.mark.parametrize("source", ["latent", "quantized"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("nm", SPARSITIES, ids=str)
+@pytest.mark.parametrize("nm", kernel_cases(SPARSITIES, QUICK), ids=str)
 def test_codes_masks_and_flips_have_the_references_bits(nm: tuple[int, int], dtype: torch.dtype, source: str) -> None:
     made = three_layers(dtype)
     generator = torch.Generator().manual_seed(3)
@@ -36,7 +38,7 @@ def test_codes_masks_and_flips_have_the_references_bits(nm: tuple[int, int], dty
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["masks made", "masks given"])
-@pytest.mark.parametrize("nm", SPARSITIES, ids=str)
+@pytest.mark.parametrize("nm", kernel_cases(SPARSITIES, QUICK[1:]), ids=str)
 def test_planes_hold_the_codes_of_the_same_pass(nm: tuple[int, int], given: bool) -> None:
     """Also of widths that are no whole blocks, beside weights without planes, with all else that the pass makes."""
     made = [

@@ -134,6 +134,7 @@ def test_results_stay_in_their_warp_and_group_of_four(tile: Tile) -> None:
     assert torch.equal(row % 8, (torch.arange(32) // 4)[None, :, None].expand_as(row))
 
 
+@pytest.mark.slow_on_cpu  # three builds; test_inspection.py inspects one of them
 def test_machine_code_keeps_products_in_flight() -> None:
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(KERNELS))))
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from time_limit import LIMIT_SECONDS
 
 from megatron_sbn.cli import main
 from megatron_sbn.config import Recipe, load_recipe
@@ -35,7 +36,9 @@ def test_it_needs_no_torch() -> None:
         "import sys; sys.modules['torch'] = None; from megatron_sbn.cli import main; "
         f"sys.exit(main(['plan', {QWEN3B!r}, '--nodes', '4', '--device', 'h200']))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "Layout TP2 PP1 DP16 ZeRO-1" in done.stdout
 

@@ -21,11 +21,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
+from time_limit import LIMIT_SECONDS
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 NODES = ("n1", "n2")
 # Seconds. CRED_EXPIRE is also what a requeued job waits before it may start again (slurm.conf(5), AuthInfo).
 CRED_EXPIRE, KILL_WAIT = 5, 20
-START_SECONDS = 30
 MOST_CRASHES = 2  # of a slurmd; Debian's 22.05 was seen to
 
 CONFIGURATION = """\
@@ -96,16 +97,17 @@ class Cluster:
     ) -> None:
         try:
             subprocess.run(
-                ["scancel", "--user=root"], env=self.environment, capture_output=True, timeout=60, check=False
-            )
+                ["scancel", "--user=root"],
+                env=self.environment, capture_output=True, timeout=LIMIT_SECONDS, check=False,
+            )  # fmt: skip
             self._wait(lambda: not self.output("squeue", "--noheader"), KILL_WAIT + 15, required=False)
         finally:
             self._stop()
 
-    def output(self, *command: str, timeout: float = 60) -> str:
+    def output(self, *command: str) -> str:
         """Standard output of a Slurm command. Raises AssertionError with its error output."""
         done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=timeout, check=False
+            command, env=self.environment, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
         )
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout.strip()
@@ -139,7 +141,7 @@ class Cluster:
         files = ("socket", "pid-file", "log-file", "seed-file")
         options = [f"--{name}={folder / name.removesuffix('-file')}" for name in files]
         self._spawn("munged", "--foreground", "--force", f"--key-file={key}", *options)
-        self._wait((folder / "socket").exists, START_SECONDS, what="munged")
+        self._wait((folder / "socket").exists, LIMIT_SECONDS, what="munged")
 
     def _start_slurm(self) -> None:
         for name in ("state", *(f"spool-{node}" for node in NODES)):
@@ -153,12 +155,12 @@ class Cluster:
         self._spawn("slurmctld", "-D")
         for node in NODES:
             self._spawn("slurmd", "-D", "-N", node)
-        self._wait(lambda: self._idle_nodes() == len(NODES), START_SECONDS, what="two idle nodes")
+        self._wait(lambda: self._idle_nodes() == len(NODES), LIMIT_SECONDS, what="two idle nodes")
 
     def _idle_nodes(self) -> int:
         done = subprocess.run(
             ["sinfo", "--noheader", "--Node", "--format=%T"],
-            env=self.environment, capture_output=True, text=True, timeout=30, check=False,
+            env=self.environment, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False,
         )  # fmt: skip
         return done.stdout.split().count("idle")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from jobs import ROOT, STEPS, write_recipe
+from time_limit import LIMIT_SECONDS
 from tiny_run import at_import
 
 from megatron_sbn.cluster.attempts import read_attempts
@@ -39,7 +40,7 @@ def losses(run: Path) -> list[tuple[float, float]]:
     return [(line["step"], line["loss"]) for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
 
 
-def await_step(run: Path, step: int, seconds: float = 180) -> None:
+def await_step(run: Path, step: int, seconds: float = LIMIT_SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if (run / "metrics.jsonl").exists() and (lines := losses(run)) and lines[-1][0] >= step:
@@ -62,9 +63,9 @@ def test_a_signalled_job_of_two_nodes_starts_again_and_ends_with_the_losses_of_o
     # Beside the job, which waits for some seconds before it starts again.
     command = [sys.executable, "-m", "megatron_sbn.cli", "train", str(recipe), f"run_dir={whole}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as undisturbed:
-        said, _ = undisturbed.communicate(timeout=240)
+        said, _ = undisturbed.communicate(timeout=LIMIT_SECONDS)
     assert undisturbed.returncode == 0, said
-    fields = cluster.await_end(job, 240)
+    fields = cluster.await_end(job, LIMIT_SECONDS)
     assert (fields["JobState"], fields["Restarts"], fields["NumNodes"]) == ("COMPLETED", "1", "2"), printed(recipe)
     states = [(attempt.state, attempt.reason) for attempt in read_attempts(run)]
     assert states == [("STOPPED", "SIGUSR1"), ("FINISHED", "")]
@@ -76,7 +77,7 @@ def test_a_signalled_job_of_two_nodes_starts_again_and_ends_with_the_losses_of_o
     assert len(losses(whole)) == STEPS
     assert losses(run) == losses(whole)
     again = submit(cluster, recipe, f"run_dir={run}")
-    assert cluster.await_end(again, 240)["JobState"] == "COMPLETED"
+    assert cluster.await_end(again, LIMIT_SECONDS)["JobState"] == "COMPLETED"
     assert "finished already" in printed(recipe)
     assert len(read_attempts(run)) == 2
 
@@ -88,14 +89,14 @@ def test_scancel_leaves_a_checkpoint_and_the_kill_switch_keeps_jobs_from_startin
     job = submit(cluster, recipe, f"run_dir={run}", "training.steps=100000")
     await_step(run, 20)
     cluster.output("scancel", job)
-    fields = cluster.await_end(job, 240)
+    fields = cluster.await_end(job, LIMIT_SECONDS)
     assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0")
     status = status_of(run)
     assert (status.state, status.reason) == ("STOPPED", "SIGTERM"), printed(recipe)
     assert (run / "checkpoints" / "latest").read_text().strip() == f"step-{status.step:08d}"
     (run / "STOP").touch()
     job = submit(cluster, recipe, f"run_dir={run}", "training.steps=100000")
-    assert cluster.await_end(job, 240)["JobState"] == "COMPLETED"
+    assert cluster.await_end(job, LIMIT_SECONDS)["JobState"] == "COMPLETED"
     assert status_of(run) == status
 
 
@@ -115,7 +116,7 @@ def given_up(cluster: Cluster, recipe: Path) -> tuple[dict[str, str], dict[str, 
     hook = at_import(recipe.parent / "hook", ASK, ("0",))
     asked = submit(cluster, recipe, *words["asked"], nodes=1, SBN_MAX_RESTARTS="1", PYTHONPATH=str(hook))
     failing = submit(cluster, recipe, *words["failing"], nodes=1, SBN_MAX_FAILURES="2")
-    return cluster.await_end(asked, 240), cluster.await_end(failing, 240)
+    return cluster.await_end(asked, LIMIT_SECONDS), cluster.await_end(failing, LIMIT_SECONDS)
 
 
 def test_a_job_that_is_asked_to_stop_at_every_start_ends_after_its_restarts(

@@ -5,6 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from time_limit import LIMIT_SECONDS
+
+pytestmark = pytest.mark.slurm  # it needs none, but goes with those that do
+
 
 def test_without_slurm(tmp_path: Path) -> None:
     tests = Path(__file__).with_name("test_batch.py")
@@ -17,7 +22,7 @@ def test_without_slurm(tmp_path: Path) -> None:
         for required in ("0", "1")
     }  # fmt: skip
     for (required, process), outcome in zip(asked.items(), ("1 skipped", "1 error"), strict=True):
-        said, _ = process.communicate(timeout=120)
+        said, _ = process.communicate(timeout=LIMIT_SECONDS)
         assert outcome in said, said
         assert "no Slurm here (sbatch, " in said
         assert process.returncode == int(required)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from jobs import write_recipe
+from time_limit import LIMIT_SECONDS
 
 from megatron_sbn.analysis.report import finished, read_study
 from megatron_sbn.runs.metrics_file import read_metrics
@@ -30,7 +31,7 @@ def sbn(cluster: Cluster, recipe: Path, *words: str) -> "subprocess.CompletedPro
     return subprocess.run(
         [sys.executable, "-m", "megatron_sbn.cli", *words],
         cwd=recipe.parent, env=os.environ | cluster.environment | site,
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False,
     )  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def test_a_submitted_run_trains_on_two_nodes_from_its_copy_of_the_code(cluster: 
     assert (waiting.returncode, waiting.stdout) == (2, "")
     assert f"its job {job} is still in the queue" in waiting.stderr
     run = recipe.parent / "runs" / "one"
-    fields = cluster.await_end(job, 240)
+    fields = cluster.await_end(job, LIMIT_SECONDS)
     said = (run / "logs" / f"slurm-{job}.out").read_text()
     assert (fields["JobState"], fields["NumNodes"], fields["JobName"]) == ("COMPLETED", "2", "tiny"), said
     assert len(read_metrics(run / "metrics.jsonl")) >= STEPS
@@ -70,7 +71,7 @@ def test_a_submitted_sweep_fills_a_study_and_exits_at_once_when_all_is_there(clu
     words = ["sweep", "submit", str(sweep), "--at-most", "2", "--time", "10:00"]
     job = submitted(sbn(cluster, recipe, *words))
     for task in range(3):
-        assert cluster.await_end(f"{job}_{task}", 240)["JobState"] == "COMPLETED", logs(recipe)
+        assert cluster.await_end(f"{job}_{task}", LIMIT_SECONDS)["JobState"] == "COMPLETED", logs(recipe)
     study = recipe.parent / "runs" / "sparsities"
     runs = read_study(study)
     assert [run.recipe.name for run in runs] == ["sparsities-2of4", "sparsities-6of8", "sparsities-8of8"]
@@ -79,7 +80,7 @@ def test_a_submitted_sweep_fills_a_study_and_exits_at_once_when_all_is_there(clu
     assert all(status is not None and status.state == "FINISHED" for status in before.values())
     again = submitted(sbn(cluster, recipe, *words))
     for task in range(3):
-        assert cluster.await_end(f"{again}_{task}", 240)["JobState"] == "COMPLETED"
+        assert cluster.await_end(f"{again}_{task}", LIMIT_SECONDS)["JobState"] == "COMPLETED"
         said = (study / "submissions" / "2" / f"slurm-{again}-{task}.out").read_text()
         assert f"finished already, {STEPS} steps" in said
     assert {name: read_status(study / name) for name in before} == before
@@ -96,7 +97,7 @@ def test_a_scaling_study_in_one_job_runs_all_sizes_on_the_same_nodes(cluster: Cl
     job = submitted(sbn(cluster, recipe, *words))
     waiting = sbn(cluster, recipe, "submit", str(recipe), "run_dir=runs/scaling/scaling-two")
     assert f"job {job} of its study is still in the queue" in waiting.stderr
-    fields = cluster.await_end(job, 240)
+    fields = cluster.await_end(job, LIMIT_SECONDS)
     assert (fields["JobState"], fields["NumNodes"]) == ("COMPLETED", "2"), logs(recipe)
     study = recipe.parent / "runs" / "scaling"
     runs = {run.recipe.name: run for run in read_study(study)}

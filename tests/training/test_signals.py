@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from time_limit import LIMIT_SECONDS
 from tiny_run import at_import, write_tiny_recipe
 
 from megatron_sbn.errors import STOPPED
@@ -60,7 +61,7 @@ def test_a_signalled_run_goes_on_with_the_same_losses(recipe: Path) -> None:
         with start(recipe, run) as process:
             await_line(process, after)
             process.send_signal(number)
-            process.communicate(timeout=120)
+            process.communicate(timeout=LIMIT_SECONDS)
         assert process.returncode == STOPPED
         status = read_status(run)
         assert status is not None
@@ -70,7 +71,7 @@ def test_a_signalled_run_goes_on_with_the_same_losses(recipe: Path) -> None:
         assert read_record(run / "tracking.json").status == "KILLED"
     for folder in (run, whole):
         with start(recipe, folder) as process:
-            printed, _ = process.communicate(timeout=200)
+            printed, _ = process.communicate(timeout=LIMIT_SECONDS)
         assert process.returncode == 0, printed
     assert len(losses(whole)) == STEPS
     assert losses(run) == losses(whole)
@@ -84,26 +85,27 @@ def test_a_signalled_run_goes_on_with_the_same_losses(recipe: Path) -> None:
     assert [point.step for point in history(run, "system/cpu_utilization_percentage")] == list(range(len(samples)))
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_engines_are_imported_is_remembered(recipe: Path, tmp_path: Path) -> None:
     """Of one rank alone, of a run that begins and of one that goes on; the third start has all steps to do, once."""
     run = recipe.parent / "early"
     path = at_import(tmp_path / "hook", "os.kill(os.getpid(), signal.SIGTERM)", ("1",))
     early = ("training.steps=3", "checkpoint.interval=2", "tracking.enabled=false")
     with start(recipe, run, *early, path=str(path)) as process:
-        said, _ = process.communicate(timeout=120)
+        said, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == STOPPED, said
     status = read_status(run)
     assert status is not None
     assert (status.state, status.reason, status.step) == ("STOPPED", "SIGTERM", 0)
     assert not (run / "checkpoints" / "latest").exists()
     with start(recipe, run, *early) as process:
-        process.communicate(timeout=120)
+        process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0
     assert [step for step, _ in losses(run)] == [1, 2, 3]
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl") if "zero_fraction" in line] == [0, 3]
     longer = ("training.steps=9", *early[1:])
     with start(recipe, run, *longer, path=str(path)) as process:
-        process.communicate(timeout=120)
+        process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == STOPPED
     status = read_status(run)
     assert status is not None
@@ -146,6 +148,7 @@ def test_rank_0_has_time_to_deliver_when_the_others_have_left(tmp_path: Path, mo
     assert (tmp_path / "delivered").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [".", ".."])
 def test_the_kill_switch_stops_a_run(place: str, recipe: Path, tmp_path: Path) -> None:
     """In its folder, or beside all runs of a study."""
@@ -153,7 +156,7 @@ def test_the_kill_switch_stops_a_run(place: str, recipe: Path, tmp_path: Path) -
     with start(recipe, run, "training.steps=100000", "tracking.enabled=false") as process:
         await_line(process, "step 1/")
         (run / place / "STOP").touch()
-        process.communicate(timeout=120)
+        process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == STOPPED
     status = read_status(run)
     assert status is not None
@@ -180,14 +183,4 @@ def test_a_deadline_and_a_second_signal_force_the_exit(deadline: str, waits: tup
             assert process.poll() is None
             time.sleep(seconds)
             process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 128 + signal.SIGTERM
-
-
-def test_a_failure_is_told_in_the_run_folder(recipe: Path) -> None:
-    run = recipe.parent / "failed"
-    with start(recipe, run, "optimizer.lr=1e30", "optimizer.clip_grad=0", "tracking.enabled=false") as process:
-        process.communicate(timeout=120)
-    status = read_status(run)
-    assert status is not None
-    assert (process.returncode, status.state, status.exit_status) == (3, "FAILED", 3)
-    assert status.reason.startswith("step 2: gradient norm is inf")
+        assert process.wait(LIMIT_SECONDS) == 128 + signal.SIGTERM
