@@ -5,18 +5,20 @@ start ranks, and there are never ranks of two tests at once.
 """
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from time_limit import LIMIT_SECONDS
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is imported
 os.environ.setdefault("SBN_KERNELS_CACHE", tempfile.mkdtemp(prefix="sbn-kernels-"))
 # Files and folders whose tests start ranks.
-WITH_RANKS = "distributed/ training/ durability/ slurm/ test_doctor".split()
+WITH_RANKS = "distributed/ training/ durability/ slurm/ doctor/".split()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -47,3 +49,27 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     path = tmp_path_factory.mktemp("recipes") / "base.yaml"
     path.write_text(request.module.RECIPE)
     return path
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables take seconds to make: once for all tests."""
+    from mlflow import MlflowClient
+
+    from megatron_sbn.tracking.sqlite_file import default_uri
+
+    folder = tmp_path_factory.mktemp("database")
+    MlflowClient(default_uri(folder)).search_experiments()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def uri(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of an MLflow database of the test's own, in its folder; a busy machine has longer than a run has to deliver."""
+    from megatron_sbn.tracking.sqlite_file import default_uri
+    from megatron_sbn.tracking.tracker import Tracker
+
+    monkeypatch.setattr(Tracker.close, "__defaults__", (LIMIT_SECONDS,))
+
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    return default_uri(tmp_path)

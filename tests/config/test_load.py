@@ -74,7 +74,7 @@ def test_a_recipe_is_frozen(minimal: Path) -> None:
         load_recipe(minimal).model.hidden_size = 8
 
 
-# Sweep files hold no recipe but expand to many: tests/test_sweep.py has the same test of each of those.
+# Sweep files hold no recipe but expand to many: tests/config/test_sweep.py has the same test of each of those.
 RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path.parent.name != "sweeps"]
 
 

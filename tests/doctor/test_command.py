@@ -14,7 +14,7 @@ from megatron_sbn.config.validation import check_world, model_ranks
 from megatron_sbn.doctor import command, layouts, report, trials
 from megatron_sbn.doctor.tiny_recipe import one_rank, tiny_recipe
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 QWEN = str(RECIPES / "qwen2.5-0.5b" / "ternary-6of8.yaml")
 QUICK = str(RECIPES / "quickstart.yaml")
 TENSOR2 = "parallel.tensor=2"

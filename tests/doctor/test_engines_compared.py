@@ -13,7 +13,7 @@ from megatron_sbn.doctor import engines, layouts
 from megatron_sbn.doctor.report import Trial
 from megatron_sbn.errors import RecipeError
 
-QUICK = str(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")
+QUICK = str(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
 
 
 def trial(hidden: torch.Tensor, losses: list[float], norms: list[float], resumed: list[float]) -> Trial:

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_sbn.functional import LinearSettings, apply_linear, prepare_weight, sparse_bitlinear
 from megatron_sbn.functional.collectives import TokenLayout
 
-VECTORS = np.load(Path(__file__).parent / "vectors" / "reference_linear.npz")
+VECTORS = np.load(Path(__file__).parents[1] / "vectors" / "reference_linear.npz")
 CASES = [ast.literal_eval(str(case)) for case in VECTORS["meta"]]
 
 

@@ -1,25 +1,12 @@
-"""A world of one gloo rank, the layers that telemetry measures, and an MLflow without runs."""
-
-import shutil
+"""A world of one gloo rank, and the layers that telemetry measures."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.model_parallel_config import ModelParallelConfig
-from time_limit import LIMIT_SECONDS
 
 from megatron_sbn.layers.linear import ColumnParallelLinear, GatedLinear, RowParallelLinear
 from megatron_sbn.parallel.state import ParallelState
-from megatron_sbn.tracking.sqlite_file import default_uri
-from megatron_sbn.tracking.tracker import Tracker
-
-
-@pytest.fixture(scope="session", autouse=True)
-def patience():
-    """A run has half a minute to deliver what MLflow lacks; on a machine that does more beside, tests have longer."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tracker.close, "__defaults__", (LIMIT_SECONDS,))
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -66,20 +53,3 @@ def layers(parallel):
     for layer in made.values():
         layer.weight.data.normal_(generator=generator).mul_(0.02)
     return made
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory):
-    """MLflow's tables take seconds to make: once for all tests."""
-    from mlflow import MlflowClient
-
-    folder = tmp_path_factory.mktemp("database")
-    MlflowClient(default_uri(folder)).search_experiments()
-    return folder / "mlflow.db"
-
-
-@pytest.fixture
-def uri(tmp_path, empty_database):
-    """Of a database of the test's own, in its folder."""
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-    return default_uri(tmp_path)
