@@ -24,7 +24,7 @@ from megatron_sbn.layers.head import HeadLinear
 from megatron_sbn.layers.linear import SparseBitLinear
 from megatron_sbn.layers.mlp import fuse_swiglu, silu
 from megatron_sbn.layers.spec import block_spec
-from megatron_sbn.layers.weight_quantizer import TernaryState
+from megatron_sbn.layers.weight_quantizer import WeightQuantizer
 from megatron_sbn.parallel.shard import LogicalParameter, LogicalShard, initial_normal, row_shard, whole
 from megatron_sbn.parallel.state import ParallelState
 
@@ -46,12 +46,12 @@ class SparseBitModel(GPTModel):
 
 
 @dataclass(frozen=True)
-class Stages:
+class ModelChunks:
     """The model chunks of this pipeline rank (one, or several under interleaved scheduling)."""
 
     chunks: nn.ModuleList
     config: TransformerConfig
-    state: TernaryState
+    state: WeightQuantizer
     parameters: tuple[LogicalParameter, ...]
 
     @property
@@ -112,7 +112,7 @@ def activation_dtype(recipe: Recipe) -> torch.dtype:
     return torch.bfloat16 if recipe.model.bf16 else torch.float32
 
 
-def build_stages(recipe: Recipe, parallel: ParallelState) -> Stages:
+def build_model_chunks(recipe: Recipe, parallel: ParallelState) -> ModelChunks:
     """This rank's chunks with their initial weights; `state.prepare(step)` comes before the first forward pass.
 
     Raises InputError if the table of measured kernels is damaged or cannot be written.
@@ -130,7 +130,7 @@ def build_stages(recipe: Recipe, parallel: ParallelState) -> Stages:
     layers = {name: layer for chunk in chunks for name, layer in _sparse_layers(chunk).items()}
     micro_batches = recipe.training.global_batch_size // (recipe.training.micro_batch_size * parallel.data_size)
     tokens = recipe.training.micro_batch_size * recipe.model.seq_length
-    state = TernaryState(
+    state = WeightQuantizer(
         layers,
         recipe.linear,
         parallel.tensor_group,
@@ -139,7 +139,7 @@ def build_stages(recipe: Recipe, parallel: ParallelState) -> Stages:
         activation_dtype(recipe),
         average_expert_tokens(recipe, tokens),
     )
-    return Stages(chunks.to(parallel.device), config, state, parameters)
+    return ModelChunks(chunks.to(parallel.device), config, state, parameters)
 
 
 def _build_chunk(
@@ -167,9 +167,9 @@ def _build_chunk(
         vp_stage=index if count > 1 else None,
     )
     for layer in chunk.decoder.layers:
-        layer.self_attention.linear_qkv.absorb(layer.input_layernorm)
+        layer.self_attention.linear_qkv.fuse_norm(layer.input_layernorm)
         if isinstance(layer.mlp, MLP):  # the router of a mixture reads what the norm returns
-            layer.mlp.linear_fc1.absorb(layer.pre_mlp_layernorm)
+            layer.mlp.linear_fc1.fuse_norm(layer.pre_mlp_layernorm)
             fuse_swiglu(layer.mlp)
     if first:
         dtype = activation_dtype(recipe)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sbn.config import Recipe, load_recipe
-from megatron_sbn.config.validation import check_world
+from megatron_sbn.config.validation import validate_world_size
 from megatron_sbn.data import corpus
 from megatron_sbn.errors import InputError, NumericalError
 from megatron_sbn.launch import launch
@@ -50,7 +50,7 @@ def run(overrides: list[str], prepare_only: bool = False) -> int:
         recipes = [load_recipe(RECIPES / f"{name}.yaml", overrides) for name in MODELS]
     ranks = recipes[0].parallel.tensor * recipes[0].parallel.pipeline
     for recipe in recipes:
-        check_world(recipe, ranks)
+        validate_world_size(recipe, ranks)
     unigram = _prepare(recipes[0])
     if prepare_only:
         return 0

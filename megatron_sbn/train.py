@@ -41,10 +41,10 @@ def main(arguments: list[str]) -> int:
 
 def _checked(arguments: list[str]) -> "Recipe":
     from megatron_sbn.config import load_recipe
-    from megatron_sbn.config.validation import check_world
+    from megatron_sbn.config.validation import validate_world_size
 
     recipe = load_recipe(arguments[0], arguments[1:])
-    check_world(recipe, environment.world_size())
+    validate_world_size(recipe, environment.world_size())
     engines.check_installed()
     return recipe
 

@@ -20,7 +20,7 @@ class Attempt:
 
 
 @contextmanager
-def attempt() -> Iterator[Attempt]:
+def capture_error() -> Iterator[Attempt]:
     """A block whose failure is kept for the other ranks to be told, instead of being raised."""
     outcome = Attempt()
     try:
@@ -31,7 +31,7 @@ def attempt() -> Iterator[Attempt]:
         outcome.problem = str(error)
 
 
-def first_problem(problem: str, parallel: ParallelState) -> str:
+def first_error_on_any_rank(problem: str, parallel: ParallelState) -> str:
     """The problem of the first rank that has one, told on every rank; nothing where there is none."""
     count = torch.tensor(int(bool(problem)), device=parallel.device)
     dist.all_reduce(count)

@@ -147,16 +147,16 @@ def publish(folder: Path, step: int, after: int | None = None) -> Path:
     if final.exists():
         _remove(final)
     partial(folder, step).rename(final)
-    point(folder, step)
+    set_latest(folder, step)
     return final
 
 
-def point(folder: Path, step: int) -> None:
+def set_latest(folder: Path, step: int) -> None:
     """Puts the checkpoint of a step in force. Raises InputError."""
     write_whole(folder / LATEST, f"{step_name(step)}\n".encode())
 
 
-def retire(folder: Path, keep: int, keep_every: int) -> None:
+def prune(folder: Path, keep: int, keep_every: int) -> None:
     """Removes all but the newest `keep`, and those whose step is a multiple of `keep_every` (0: none). Raises OSError.
 
     The one that `latest` names and those before it come first, even where a run went back and continued from an older
@@ -169,7 +169,7 @@ def retire(folder: Path, keep: int, keep_every: int) -> None:
             _remove(old)
 
 
-def abandon(folder: Path, step: int) -> None:
+def discard(folder: Path, step: int) -> None:
     """Removes what was written of a checkpoint that could not be finished."""
     shutil.rmtree(partial(folder, step), ignore_errors=True)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_sbn.checkpoint import directory as folders
-from megatron_sbn.checkpoint.collective_errors import attempt, first_problem
+from megatron_sbn.checkpoint.collective_errors import capture_error, first_error_on_any_rank
 from megatron_sbn.checkpoint.manifest import Manifest, State, read_manifest, read_state
 from megatron_sbn.errors import CheckpointError
 from megatron_sbn.parallel.state import ParallelState
@@ -31,18 +31,18 @@ def open_newest(folder: Path, parallel: ParallelState, at_most: int | None = Non
     Raises CheckpointError on every rank, naming what is wrong with each, where none is whole.
     """
     tried: list[Path] = []
-    with attempt() as listing:
+    with capture_error() as listing:
         tried = folders.candidates(folder) if parallel.rank == 0 else []
         tried = [path for path in tried if at_most is None or (folders.step_of(path) or 0) <= at_most]
-    problem = first_problem(listing.problem, parallel)
+    problem = first_error_on_any_rank(listing.problem, parallel)
     problems = [problem] if problem else []
     shared = [tried]
     dist.broadcast_object_list(shared, src=0)
     for path in shared[0]:
         opened = None
-        with attempt() as opening:
+        with capture_error() as opening:
             opened = _open(path, parallel, problems)
-        problem = first_problem(opening.problem, parallel)
+        problem = first_error_on_any_rank(opening.problem, parallel)
         if not problem:
             assert opened is not None, "nothing was wrong on any rank"
             return opened

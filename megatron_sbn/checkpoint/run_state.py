@@ -24,7 +24,7 @@ from megatron_sbn.checkpoint.manifest import TelemetryState
 from megatron_sbn.checkpoint.regions import Run, piece, runs
 from megatron_sbn.checkpoint.shards import Chunk, Reader
 from megatron_sbn.errors import CheckpointError
-from megatron_sbn.layers.weight_quantizer import TernaryState
+from megatron_sbn.layers.weight_quantizer import WeightQuantizer
 from megatron_sbn.parallel.shard import LogicalParameter, LogicalShard, is_expert
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.parallel.zero import MASTER, MOMENTS, ZeroOptimizer
@@ -39,7 +39,7 @@ class Contents:
 
     parameters: Sequence[LogicalParameter]
     zero: ZeroOptimizer
-    ternary: TernaryState
+    ternary: WeightQuantizer
     telemetry: Telemetry
     parallel: ParallelState
 
@@ -71,7 +71,7 @@ class Contents:
                     found = runs(logical.shard, fragment.start, flat.numel())
                     shifted = (Run(run.box, run.start - fragment.start) for run in found)
                     reader.fill(flat, tensor_name(key, logical.name), logical.shard.shape, shifted)
-        self.ternary.take_masks(self._read_masks(reader, MASKS, masks), masks)
+        self.ternary.load_masks(self._read_masks(reader, MASKS, masks), masks)
         if telemetry is None:
             self.telemetry.forget()
         else:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_sbn.atomic_files import flush_to_disk
 from megatron_sbn.checkpoint import directory as folders
-from megatron_sbn.checkpoint.collective_errors import attempt, first_problem
+from megatron_sbn.checkpoint.collective_errors import capture_error, first_error_on_any_rank
 from megatron_sbn.checkpoint.manifest import MANIFEST, STATE, State, manifest_text, state_text
 from megatron_sbn.checkpoint.run_state import Contents
 from megatron_sbn.checkpoint.shards import Chunk, Written, describe, merge, write_chunks
@@ -75,10 +75,10 @@ class Saver:
         self.finish()
         chunks = list(self.contents.chunks())
         size = self._total(sum(chunk.value.nbytes for chunk in chunks))
-        with attempt() as preparing:
+        with capture_error() as preparing:
             if self.parallel.rank == 0:
                 self._make_room(state.step, size)
-        if self._failed(state.step, first_problem(preparing.problem, self.parallel)):
+        if self._failed(state.step, first_error_on_any_rank(preparing.problem, self.parallel)):
             return
         self._launch(state, to_host(chunks))
         if not self.settings.asynchronous:
@@ -108,10 +108,10 @@ class Saver:
     def go_back(self, step: int) -> None:
         """Puts the checkpoint of `step` in force, from which the run goes on. Raises CheckpointError on every rank."""
         self.published = step
-        with attempt() as pointing:
+        with capture_error() as pointing:
             if self.parallel.rank == 0:
-                folders.point(self.folder, step)
-        problem = first_problem(pointing.problem, self.parallel)
+                folders.set_latest(self.folder, step)
+        problem = first_error_on_any_rank(pointing.problem, self.parallel)
         if problem:
             error = CheckpointError(problem)
             error.on_every_rank = True
@@ -121,7 +121,7 @@ class Saver:
         path, rank = folders.partial(self.folder, state.step), self.parallel.rank
 
         def write() -> None:
-            with attempt() as writing:
+            with capture_error() as writing:
                 flight.written = write_chunks(path, rank, chunks)
             flight.problem = writing.problem
 
@@ -131,15 +131,15 @@ class Saver:
 
     def _complete(self, flight: _Flight) -> None:
         step = flight.state.step
-        if self._failed(step, first_problem(flight.problem, self.parallel)):
+        if self._failed(step, first_error_on_any_rank(flight.problem, self.parallel)):
             return
         first = self.parallel.rank == 0
         parts: list[Written | None] | None = [None] * self.parallel.world_size if first else None
         dist.gather_object(flight.written, parts)
-        with attempt() as publishing:
+        with capture_error() as publishing:
             if parts is not None:
                 self._publish(flight.state, parts)
-        if self._failed(step, first_problem(publishing.problem, self.parallel)):
+        if self._failed(step, first_error_on_any_rank(publishing.problem, self.parallel)):
             return
         self.published = step
         self._say(f"step {step}: saved {self.folder / folders.step_name(step)}")
@@ -157,8 +157,8 @@ class Saver:
         folders.publish(self.folder, state.step, self.published)
 
     def _retire(self) -> None:
-        with attempt() as retiring:
-            folders.retire(self.folder, self.settings.keep, self.settings.keep_every)
+        with capture_error() as retiring:
+            folders.prune(self.folder, self.settings.keep, self.settings.keep_every)
         if retiring.problem:
             self._say(f"an old checkpoint cannot be removed: {retiring.problem}")
 
@@ -179,7 +179,7 @@ class Saver:
         if not problem:
             return False
         if self.parallel.rank == 0:
-            folders.abandon(self.folder, step)
+            folders.discard(self.folder, step)
         message = (
             f"{self.folder / folders.step_name(step)}: cannot be saved: {problem}; the older ones are as they were"
         )

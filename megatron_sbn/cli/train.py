@@ -8,12 +8,12 @@ from megatron_sbn.cli.options import Commands, add_command, add_overrides, posit
 def train(options: argparse.Namespace) -> int:
     """Checks the recipe, then starts its ranks on this machine."""
     from megatron_sbn.config import load_recipe
-    from megatron_sbn.config.validation import check_world, model_ranks
+    from megatron_sbn.config.validation import min_world_size, validate_world_size
     from megatron_sbn.launch import launch
 
     recipe = load_recipe(options.recipe, options.overrides)
-    ranks = options.nproc_per_node or model_ranks(recipe)
-    check_world(recipe, ranks)
+    ranks = options.nproc_per_node or min_world_size(recipe)
+    validate_world_size(recipe, ranks)
     return launch([options.recipe, *options.overrides], ranks)
 
 

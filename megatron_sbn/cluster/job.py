@@ -23,7 +23,7 @@ from megatron_sbn.cluster.attempts import Limits, decide, failures_in_a_row, rea
 from megatron_sbn.cluster.slurm_queue import queued
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.config.sweep import load_sweep
-from megatron_sbn.config.validation import check_world, model_ranks
+from megatron_sbn.config.validation import min_world_size, validate_world_size
 from megatron_sbn.config.yaml_file import override_of
 from megatron_sbn.errors import STOPPED, InputError, RecipeError, SbnError
 from megatron_sbn.launch import Machines, environment, launch
@@ -96,7 +96,7 @@ def node(task: Task) -> int:
     job, restart = slurm_attempt()
     print(f"job {job} restart {restart} node {machines.number} ({socket.gethostname()})", flush=True)
     ranks = _ranks_per_node(task, machines.count)
-    check_world(task.recipe, ranks * machines.count)
+    validate_world_size(task.recipe, ranks * machines.count)
     status = launch(task.words, ranks, machines=machines)
     told = read_status(task.folder)
     if status not in (0, STOPPED) and (told is None or told.state == "RUNNING"):
@@ -147,7 +147,7 @@ def _final(status: int) -> int:
 def _ranks_per_node(task: Task, nodes: int) -> int:
     per_node = task.per_node or _setting("SBN_NPROC_PER_NODE", 0) or _setting("SLURM_GPUS_ON_NODE", 0)
     if task.ranks is None:
-        return per_node or max(1, model_ranks(task.recipe) // nodes)
+        return per_node or max(1, min_world_size(task.recipe) // nodes)
     if task.ranks % nodes:
         raise RecipeError(f"{task.recipe.name}: its {task.ranks} ranks cannot be spread evenly over {nodes} nodes")
     return task.ranks // nodes

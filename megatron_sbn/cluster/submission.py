@@ -23,7 +23,7 @@ from megatron_sbn.cluster.slurm_queue import queued
 from megatron_sbn.cluster.snapshot import Snapshot, find_code
 from megatron_sbn.config import Recipe, check_no_password, load_recipe
 from megatron_sbn.config.sweep import Variant, frozen, load_sweep
-from megatron_sbn.config.validation import check_world, model_ranks
+from megatron_sbn.config.validation import min_world_size, validate_world_size
 from megatron_sbn.errors import InputError, RecipeError
 from megatron_sbn.runs.folder import LOGS
 from megatron_sbn.runs.status import read_status
@@ -78,8 +78,8 @@ class Submission:
 def plan_run(recipe_path: str, overrides: list[str], nodes: int, per_node: int | None, limit: str | None) -> Submission:
     """One run. Raises RecipeError where it cannot be trained so, or is finished."""
     recipe = load_recipe(recipe_path, overrides)
-    per_node = per_node or max(1, model_ranks(recipe) // nodes)
-    check_world(recipe, nodes * per_node)
+    per_node = per_node or max(1, min_world_size(recipe) // nodes)
+    validate_world_size(recipe, nodes * per_node)
     folder = Path(recipe.run_dir or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     status = read_status(folder)
     if status is not None and status.state == "FINISHED" and status.step >= recipe.training.steps:

@@ -24,7 +24,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(" ".join(_problem(error).split())) from None
-    validation.check_recipe(recipe)
+    validation.validate_recipe(recipe)
     return recipe
 
 

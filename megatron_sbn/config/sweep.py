@@ -26,7 +26,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from megatron_sbn.config import Name, Recipe, Section, load_recipe
-from megatron_sbn.config.validation import check_world, model_ranks
+from megatron_sbn.config.validation import min_world_size, validate_world_size
 from megatron_sbn.config.yaml_file import override_of, parse_yaml, read_recipe, read_text
 from megatron_sbn.errors import RecipeError
 
@@ -144,10 +144,10 @@ def _variant(path: Path, base: Path, name: str, labels: dict[str, str], values: 
     overrides = (f"name={name}", *(override_of(key, value) for key, value in values.items()))
     try:
         recipe = load_recipe(base, overrides)
-        fewest = model_ranks(recipe)
+        fewest = min_world_size(recipe)
         if ranks is not None and (type(ranks) is not int or ranks < 1):
             raise RecipeError(f"ranks = {ranks!r} is not a number of ranks")
-        check_world(recipe, fewest if ranks is None else ranks)
+        validate_world_size(recipe, fewest if ranks is None else ranks)
     except RecipeError as error:
         raise RecipeError(f"{path}: {name}: {error}") from None
     return Variant(name, labels, overrides, fewest if ranks is None else ranks, recipe)

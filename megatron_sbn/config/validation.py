@@ -13,7 +13,7 @@ from megatron_sbn.errors import RecipeError
 MAX_EXACT_INPUT = 131072
 
 
-def check_recipe(recipe: Recipe) -> None:
+def validate_recipe(recipe: Recipe) -> None:
     """Raises RecipeError unless the recipe can be trained on some number of ranks."""
     _check_model(recipe)
     _check_parallel(recipe)
@@ -33,13 +33,13 @@ def check_recipe(recipe: Recipe) -> None:
         )
 
 
-def model_ranks(recipe: Recipe) -> int:
+def min_world_size(recipe: Recipe) -> int:
     """The fewest ranks that fill the layout: a replica, and as many of them as its experts are spread over."""
     parallel = recipe.parallel
     return parallel.pipeline * math.lcm(parallel.tensor, parallel.expert)
 
 
-def check_world(recipe: Recipe, world_size: int) -> None:
+def validate_world_size(recipe: Recipe, world_size: int) -> None:
     """Raises RecipeError unless `world_size` ranks fill the layout exactly."""
     parallel, training = recipe.parallel, recipe.training
     model_size = parallel.tensor * parallel.pipeline

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_sbn.atomic_files import write_whole
 from megatron_sbn.config import Recipe, load_recipe
-from megatron_sbn.config.validation import check_world, model_ranks
+from megatron_sbn.config.validation import min_world_size, validate_world_size
 from megatron_sbn.doctor.engines import check_engines
 from megatron_sbn.doctor.layouts import SPREAD, candidates, reference
 from megatron_sbn.doctor.tiny_recipe import one_rank, tiny_recipe
@@ -26,9 +26,9 @@ LAYOUT_STEPS, ENGINE_STEPS = 50, 4
 
 def check(recipe: Recipe, ranks: int | None = None) -> None:
     """Prints what the recipe needs. Raises RecipeError unless `ranks` ranks, if given, fill its layout."""
-    smallest = model_ranks(recipe)
+    smallest = min_world_size(recipe)
     if ranks is not None:
-        check_world(recipe, ranks)
+        validate_world_size(recipe, ranks)
     parallel = recipe.parallel
     print(
         f"{recipe.name}: tensor {parallel.tensor} x pipeline {parallel.pipeline} x expert {parallel.expert}, "
@@ -46,12 +46,12 @@ def _counts(recipe: Recipe, smallest: int) -> str:
     most = min(smallest * recipe.training.global_batch_size, max(smallest, MOST_RANKS))
     for ranks in range(smallest, most + 1, smallest):
         try:
-            check_world(recipe, ranks)
+            validate_world_size(recipe, ranks)
         except RecipeError:
             continue
         counts.append(str(ranks))
     if not counts:
-        check_world(recipe, smallest)
+        validate_world_size(recipe, smallest)
     return ", ".join(counts[:8]) + (", ..." if len(counts) > 8 else "")
 
 
@@ -129,7 +129,7 @@ def run(
     if steps is not None and not layouts and not engines:
         raise RecipeError(f"--steps {steps} goes with --layouts or --engines; give one of them, or leave it out")
     recipe = load_recipe(path, overrides)
-    count = None if ranks is None else ranks or model_ranks(recipe)
+    count = None if ranks is None else ranks or min_world_size(recipe)
     check(recipe, count)
     equal = True
     if count is not None:

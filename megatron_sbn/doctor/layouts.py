@@ -1,7 +1,7 @@
 """The ways of cutting a tiny model over at most four ranks, for a table of all of them beside one rank."""
 
 from megatron_sbn.config import Recipe
-from megatron_sbn.config.validation import check_recipe, check_world
+from megatron_sbn.config.validation import validate_recipe, validate_world_size
 from megatron_sbn.doctor.tiny_recipe import MICRO_BATCH, one_rank, tiny_recipe
 from megatron_sbn.errors import RecipeError
 
@@ -35,8 +35,8 @@ def candidates(recipe: Recipe) -> dict[str, tuple[int, Recipe]]:
             continue
         try:
             cut = _changed(one_rank(widest), parallel, model, {})
-            check_recipe(cut)
-            check_world(cut, ranks)
+            validate_recipe(cut)
+            validate_world_size(cut, ranks)
         except RecipeError:
             continue
         found[name] = ranks, cut

@@ -24,7 +24,7 @@ from megatron_sbn.launch import environment
 from megatron_sbn.launch.stop_signals import unblock
 
 if TYPE_CHECKING:
-    from megatron_sbn.training.checkpoint_manager import Checkpoints
+    from megatron_sbn.training.checkpoint_manager import CheckpointManager
     from megatron_sbn.training.step import StepResult, Trainer
 
 
@@ -59,29 +59,29 @@ def main(arguments: list[str]) -> int:
 @contextmanager
 def _trainer(recipe: Recipe) -> "Iterator[Trainer]":
     """A trainer of the recipe on this rank; its process groups are left afterwards."""
-    from megatron_sbn.config.validation import check_world
-    from megatron_sbn.model import build_stages
+    from megatron_sbn.config.validation import validate_world_size
+    from megatron_sbn.model import build_model_chunks
     from megatron_sbn.parallel import state as parallel_state
     from megatron_sbn.parallel.cuda_shim import without_cuda
     from megatron_sbn.training.step import Trainer
 
-    check_world(recipe, environment.world_size())
+    validate_world_size(recipe, environment.world_size())
     with without_cuda():
         parallel = parallel_state.initialize(recipe)
-        yield Trainer(recipe, parallel, build_stages(recipe, parallel))
+        yield Trainer(recipe, parallel, build_model_chunks(recipe, parallel))
         parallel_state.finalize()
 
 
 def _trial(recipe: Recipe, steps: int, output: Path, save: Path | None) -> None:
     from megatron_sbn.doctor.logical_tensors import Pieces, write_pieces
     from megatron_sbn.doctor.recorder import mask_pieces, prepared_pieces, recorded_hidden_states, recorded_tokens
-    from megatron_sbn.parallel.comm_counter import Traffic, group_names
+    from megatron_sbn.parallel.comm_counter import CommCounter, group_names
 
     with _trainer(recipe) as trainer:
         stages, rank = trainer.stages, trainer.parallel.rank
         stages.state.prepare(0)
         pieces: Pieces = prepared_pieces(stages) | mask_pieces(stages)
-        traffic = Traffic(group_names(trainer.parallel))
+        traffic = CommCounter(group_names(trainer.parallel))
         with recorded_hidden_states(trainer) as hidden, recorded_tokens(trainer) as tokens, traffic:
             results = _train(trainer, 0, 1)
         results += _train(trainer, 1, steps // 2)
@@ -103,14 +103,14 @@ def _resumed(recipe: Recipe, steps: int, output: Path, saved: Path) -> None:
         (output / f"resumed-{trainer.parallel.rank}.json").write_text(json.dumps(_numbers(results)), encoding="utf-8")
 
 
-def _checkpoints(trainer: "Trainer", folder: Path) -> "Checkpoints":
+def _checkpoints(trainer: "Trainer", folder: Path) -> "CheckpointManager":
     from megatron_sbn.runs.folder import RunFolder
     from megatron_sbn.telemetry.mask_statistics import Telemetry
-    from megatron_sbn.training.checkpoint_manager import Checkpoints
+    from megatron_sbn.training.checkpoint_manager import CheckpointManager
 
     telemetry = Telemetry(trainer.stages.state, trainer.parallel)
     run = RunFolder(folder, continues=True)
-    return Checkpoints(trainer.recipe, trainer.parallel, run, trainer, telemetry, lambda line: None)
+    return CheckpointManager(trainer.recipe, trainer.parallel, run, trainer, telemetry, lambda line: None)
 
 
 def _train(trainer: "Trainer", first: int, last: int) -> "list[StepResult]":

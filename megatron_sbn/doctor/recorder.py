@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megatron_sbn.doctor.logical_tensors import Piece, Pieces
 from megatron_sbn.layers.linear import ColumnParallelLinear, SparseBitLinear
 from megatron_sbn.layers.weight_scales import layer_mask
-from megatron_sbn.model import Stages
+from megatron_sbn.model import ModelChunks
 from megatron_sbn.parallel.shard import LogicalShard
 from megatron_sbn.training.step import Trainer
 
@@ -29,7 +29,7 @@ def weight_pieces(trainer: Trainer) -> Pieces:
         return {p.name: Piece(p.shard, p.parameter.detach().clone(), p.counts) for p in parameters}
 
 
-def gradient_pieces(stages: Stages) -> Pieces:
+def gradient_pieces(stages: ModelChunks) -> Pieces:
     """Copies of this rank's whole gradients (0 where there is none), before ZeRO reduces and cuts them."""
     return {
         p.name: Piece(
@@ -39,7 +39,7 @@ def gradient_pieces(stages: Stages) -> Pieces:
     }
 
 
-def prepared_pieces(stages: Stages) -> Pieces:
+def prepared_pieces(stages: ModelChunks) -> Pieces:
     """gamma per row, codes and masks of this rank's layers."""
     pieces = {}
     for name, layer in stages.state.layers.items():
@@ -52,7 +52,7 @@ def prepared_pieces(stages: Stages) -> Pieces:
     return pieces
 
 
-def mask_pieces(stages: Stages) -> Pieces:
+def mask_pieces(stages: ModelChunks) -> Pieces:
     """The masks of the weights as they are, where N < M: most kernels keep the codes alone."""
     layers = stages.state.layers.items()
     return {

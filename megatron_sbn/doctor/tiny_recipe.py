@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sbn.config import Recipe
-from megatron_sbn.config.validation import check_recipe
+from megatron_sbn.config.validation import validate_recipe
 
 MICRO_BATCH, WIDTH = 2, 48
 _STEPS = 1 << 10
@@ -35,7 +35,7 @@ def tiny_recipe(recipe: Recipe, data_size: int = 1) -> Recipe:
     values["data"] = {"train": "unused"}
     values["run_dir"] = None
     tiny = Recipe.model_validate(values)
-    check_recipe(tiny)
+    validate_recipe(tiny)
     return tiny
 
 

@@ -1,7 +1,7 @@
 """The method on one device, with autograd: `sparse_bitlinear`, and the two halves that layers call."""
 
 from megatron_sbn.functional.linear import (
-    DIRECT,
+    PLAIN_QUANTIZER,
     PreparedWeight,
     apply_linear,
     prepare_weight,
@@ -9,4 +9,4 @@ from megatron_sbn.functional.linear import (
 )
 from megatron_sbn.functional.settings import LinearSettings
 
-__all__ = ["DIRECT", "LinearSettings", "PreparedWeight", "apply_linear", "prepare_weight", "sparse_bitlinear"]
+__all__ = ["PLAIN_QUANTIZER", "LinearSettings", "PreparedWeight", "apply_linear", "prepare_weight", "sparse_bitlinear"]

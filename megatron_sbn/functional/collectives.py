@@ -8,7 +8,7 @@ Pending = Callable[[], Tensor]
 """A tensor that is on its way: calling it waits for the collective."""
 
 
-class TokenLayout:
+class LocalCollectives:
     """How tokens and features of one layer lie over the tensor-parallel ranks. This one: all on a single device.
 
     A subclass overrides what its layout needs; tensors cross ranks here and nowhere else. `start_` methods begin what

@@ -1,8 +1,8 @@
 """What stands between the stream of activations and the int8 tokens of a linear layer.
 
-    Direct     x_q, s_x = int8 of x
-    RmsNorm    x_q, s_x = int8 of RMSNorm(x) * gain        before the column-parallel layers
-    SwiGlu     x_q, s_x = int8 of silu(gate) * up          before the down projection
+    Quantizer     x_q, s_x = int8 of x
+    RmsNormQuantizer    x_q, s_x = int8 of RMSNorm(x) * gain        before the column-parallel layers
+    SwigluQuantizer     x_q, s_x = int8 of silu(gate) * up          before the down projection
 
 The latter two are single kernels on CUDA: the floating result in between, which nothing else reads, is never stored.
 Each gives the tokens and what its backward pass needs; that pass gets the gradient of the floating result, straight
@@ -22,7 +22,7 @@ Produced = tuple[Tensor, Tensor, tuple[Tensor, ...]]
 """x_q int8 [..., in], s_x fp32 [...], and tensors to save."""
 
 
-class Direct:
+class Quantizer:
     """x as it is."""
 
     def in_features(self, x: Tensor) -> int:
@@ -43,7 +43,7 @@ class Direct:
         return dy, None
 
 
-class RmsNorm(Direct):
+class RmsNormQuantizer(Quantizer):
     """RMSNorm with a gain [in], of whole tokens."""
 
     def __init__(self, eps: float) -> None:
@@ -63,7 +63,7 @@ class RmsNorm(Direct):
         return dx, dgain.to(gain.dtype)
 
 
-class SwiGlu(Direct):
+class SwigluQuantizer(Quantizer):
     """silu(gate) * up of x [..., 2 in], the halves one after the other."""
 
     def in_features(self, x: Tensor) -> int:
@@ -82,7 +82,7 @@ class SwiGlu(Direct):
         return kernels.swiglu_backward(dy, saved[0], backend=backend), None
 
 
-def fusible(settings: LinearSettings, device: torch.device) -> bool:
+def can_fuse(settings: LinearSettings, device: torch.device) -> bool:
     """Whether the fused kernels serve a layer: int8 tokens at 8 bits on the triton backend."""
     quantized = settings.quantizes_activations and settings.activation_bits == 8
     return quantized and kernels.resolve(settings.backend, device) == "triton"

@@ -9,7 +9,7 @@ backward is X_q (1 byte an element) and s_x, which is all that forward used of X
 
 Layout: weights [out, in], activations [..., in] with dim 0 the one that sequence parallelism cuts; scales in fp32;
 fused weights (q, k, v; gate, up) have one gamma per part, given per row. One autograd.Function per arithmetic serves
-one device and every tensor-parallel layer: what differs is a `TokenLayout` that moves tokens and adds partial sums.
+one device and every tensor-parallel layer: what differs is the `LocalCollectives` that moves tokens and adds sums.
 
 Backward accumulates in fp32 and rounds dX to X's dtype, dW to the weight's. In mode "exact" each scale is folded into
 an operand or applied to the sum, whichever suits the backend, with at most one rounding to X's dtype; C and X_q are
@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_sbn.functional.collectives import TokenLayout
-from megatron_sbn.functional.input_quantizers import Direct
+from megatron_sbn.functional.collectives import LocalCollectives
+from megatron_sbn.functional.input_quantizers import Quantizer
 from megatron_sbn.functional.settings import (
     ActivationBits,
     Backward,
@@ -39,11 +39,11 @@ from megatron_sbn.functional.settings import (
     Order,
     WeightFormat,
 )
-from megatron_sbn.functional.weight_handle import ResidentWeight
+from megatron_sbn.functional.weight_handle import LocalWeight
 
 __all__ = ["LinearSettings", "PreparedWeight", "apply_linear", "prepare_weight", "sparse_bitlinear"]
 
-DIRECT = Direct()
+PLAIN_QUANTIZER = Quantizer()
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -87,7 +87,7 @@ def _tokens_by_features(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
-def _weight_gradient(dw: Tensor, store: ResidentWeight, mask: Tensor | None, settings: LinearSettings) -> Tensor | None:
+def _weight_gradient(dw: Tensor, store: LocalWeight, mask: Tensor | None, settings: LinearSettings) -> Tensor | None:
     """Apply the mask to the dense fp32 gradient, add SR-STE's decay, where asked for; hand the result over."""
     if mask is not None and settings.masked_gradient == "masked":
         dw = dw * mask
@@ -107,11 +107,11 @@ class _QuantizedLinear(torch.autograd.Function):
         _anchor: Tensor,
         bias: Tensor | None,
         gain: Tensor | None,
-        store: ResidentWeight,
+        store: LocalWeight,
         prepared: PreparedWeight,
         settings: LinearSettings,
-        layout: TokenLayout,
-        producer: Direct,
+        layout: LocalCollectives,
+        producer: Quantizer,
     ) -> Tensor:
         codes, gamma = prepared.codes, prepared.gamma_per_row
         assert codes is not None
@@ -168,10 +168,10 @@ class _FloatLinear(torch.autograd.Function):
         x: Tensor,
         _anchor: Tensor,
         bias: Tensor | None,
-        store: ResidentWeight,
+        store: LocalWeight,
         prepared: PreparedWeight,
         settings: LinearSettings,
-        layout: TokenLayout,
+        layout: LocalCollectives,
     ) -> Tensor:
         # Partial sums and biases are added before the only rounding; otherwise the product may round by itself.
         product_dtype = torch.float32 if layout.splits_input or bias is not None else x.dtype
@@ -204,7 +204,7 @@ class _FloatLinear(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def _float_weight(store: ResidentWeight, prepared: PreparedWeight, dtype: torch.dtype) -> Iterator[Tensor]:
+def _float_weight(store: LocalWeight, prepared: PreparedWeight, dtype: torch.dtype) -> Iterator[Tensor]:
     """Wf [out, in] in `dtype` for the length of the block: gamma * C, mask * W or W."""
     if prepared.codes is not None and prepared.gamma_per_row is not None:
         yield (prepared.codes * prepared.gamma_per_row.unsqueeze(-1)).to(dtype)
@@ -249,13 +249,13 @@ def prepare_weight(weight: Tensor, splits: Sequence[int] | None, settings: Linea
 
 def apply_linear(
     x: Tensor,
-    weight: Tensor | ResidentWeight,
+    weight: Tensor | LocalWeight,
     bias: Tensor | None,
     prepared: PreparedWeight,
     settings: LinearSettings,
-    layout: TokenLayout,
+    layout: LocalCollectives,
     *,
-    producer: Direct = DIRECT,
+    producer: Quantizer = PLAIN_QUANTIZER,
     gain: Tensor | None = None,
 ) -> Tensor:
     """Return Y [..., out] in x's dtype, with the gradients of the module's docstring.
@@ -274,7 +274,7 @@ def apply_linear(
     """
     if x.dtype not in COMPUTE_DTYPES:
         raise ValueError(f"x has dtype {x.dtype}: convert it to float32, bfloat16 or float16")
-    store = weight if isinstance(weight, ResidentWeight) else ResidentWeight(weight)
+    store = weight if isinstance(weight, LocalWeight) else LocalWeight(weight)
     lacks_codes = settings.weight_format == "ternary" and (prepared.codes is None or prepared.gamma_per_row is None)
     if lacks_codes or (settings.needs_mask and prepared.mask is None):
         raise ValueError("prepared lacks codes, gamma_per_row or mask: make it with the settings it is used with")
@@ -284,7 +284,7 @@ def apply_linear(
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, the weight gives [..., {out_features}]")
     if not settings.quantizes_activations:
-        if producer is not DIRECT:
+        if producer is not PLAIN_QUANTIZER:
             raise ValueError("what makes a layer's input is fused with its rounding: activations are not rounded here")
         y: Tensor = _FloatLinear.apply(x, store.anchor, bias, store, prepared, settings, layout)
         return y
@@ -336,4 +336,4 @@ def sparse_bitlinear(
         backward=backward,
         backend=backend,
     )
-    return apply_linear(x, weight, bias, prepare_weight(weight, splits, settings), settings, TokenLayout())
+    return apply_linear(x, weight, bias, prepare_weight(weight, splits, settings), settings, LocalCollectives())

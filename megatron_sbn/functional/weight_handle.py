@@ -8,7 +8,7 @@ So it works with a store:
     accumulate(dw)    hands dW over: what is returned is autograd's to add up, None if that was done here
     fragment()        what is on this rank for good: scales and telemetry need no more
 
-Under ZeRO-3 (`parallel.zero.CutWeight`) the fragment is 1/dp of W, and forward and backward of ternary layers gather
+Under ZeRO-3 (`parallel.zero.Zero3Weight`) the fragment is 1/dp of W, and forward and backward of ternary layers gather
 nothing of it.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 
-class ResidentWeight:
+class LocalWeight:
     """W as a tensor of this rank, usually a parameter; autograd adds its gradient up."""
 
     is_cut = False  # whether data-parallel replicas hold a fragment each

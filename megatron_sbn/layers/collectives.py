@@ -10,10 +10,10 @@ row-parallel (columns of W sharded)     forward: MAX of the tokens' magnitudes, 
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sbn.functional.collectives import Pending, TokenLayout
+from megatron_sbn.functional.collectives import LocalCollectives, Pending
 
 
-class ColumnLayout(TokenLayout):
+class ColumnParallelCollectives(LocalCollectives):
     """Every rank has all input features and some outputs; under sequence parallelism, some of the tokens."""
 
     def __init__(self, group: dist.ProcessGroup, sequence_parallel: bool) -> None:
@@ -36,7 +36,7 @@ class ColumnLayout(TokenLayout):
         return _reduce(dx, self.group, self.sequence_parallel, async_op=True)
 
 
-class RowLayout(TokenLayout):
+class RowParallelCollectives(LocalCollectives):
     """Every rank has some input features of all tokens; outputs are partial sums."""
 
     def __init__(self, group: dist.ProcessGroup, sequence_parallel: bool) -> None:

@@ -56,7 +56,7 @@ class ExpertDown(RowParallelLinear):
     autograd allows that in no custom function's own output.
     """
 
-    leaves_bias = True
+    returns_bias = True
 
     def forward(self, x: Tensor, weight: Tensor | None = None, **rest: Any) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401
         """[tokens, in] -> ([tokens, out], bias that the caller adds, or None)."""

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from megatron_sbn.layers.collectives import ColumnLayout
+from megatron_sbn.layers.collectives import ColumnParallelCollectives
 from megatron_sbn.layers.linear import ColumnParallelLinear
 from megatron_sbn.layers.loss import linear_cross_entropy
 
@@ -17,6 +17,6 @@ class HeadLinear(ColumnParallelLinear):
         if labels is None:
             return super().forward(x, weight)
         used = self.weight if weight is None else weight
-        assert isinstance(self.layout, ColumnLayout)
+        assert isinstance(self.layout, ColumnParallelCollectives)
         losses = linear_cross_entropy(x, used, labels, group=self.layout.group, layout=self.layout)
         return losses.view(labels.shape), None

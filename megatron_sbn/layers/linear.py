@@ -3,7 +3,7 @@
 The arithmetic is that of `functional`; what differs between one device and a shard is which tensors cross ranks
 (collectives.py).
 
-gamma, masks and codes are not made here: `TernaryState` makes those of all layers once per optimizer step and leaves
+gamma, masks and codes are not made here: `WeightQuantizer` makes those of all layers once per optimizer step and leaves
 them in `prepared`.
 """
 
@@ -15,11 +15,11 @@ import torch.distributed as dist
 from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor, nn
 
-from megatron_sbn.functional import DIRECT, LinearSettings, PreparedWeight, apply_linear
-from megatron_sbn.functional.collectives import TokenLayout
-from megatron_sbn.functional.input_quantizers import Direct, RmsNorm, fusible
-from megatron_sbn.functional.weight_handle import ResidentWeight
-from megatron_sbn.layers.collectives import ColumnLayout, RowLayout
+from megatron_sbn.functional import PLAIN_QUANTIZER, LinearSettings, PreparedWeight, apply_linear
+from megatron_sbn.functional.collectives import LocalCollectives
+from megatron_sbn.functional.input_quantizers import Quantizer, RmsNormQuantizer, can_fuse
+from megatron_sbn.functional.weight_handle import LocalWeight
+from megatron_sbn.layers.collectives import ColumnParallelCollectives, RowParallelCollectives
 from megatron_sbn.layers.norm import RMSNorm
 from megatron_sbn.parallel.shard import LogicalShard, column_shard, gated_shard, row_shard, whole
 
@@ -34,14 +34,14 @@ class SparseBitLinear(nn.Module):
         weight: latent weight, [out, in] of this rank, `config.params_dtype`.
         part_rows: rows (start, length) of every logical part of this rank's weight; part p has scale gamma_p.
         global_rows, global_columns: shape of the logical weight.
-        settings, prepared: set by `TernaryState` before the first forward and after every optimizer step.
-        leaves_bias: whether the caller adds the bias. Megatron-Core's `skip_bias_add` is not followed: the sum of a
+        settings, prepared: set by `WeightQuantizer` before the first forward and after every optimizer step.
+        returns_bias: whether the caller adds the bias. Megatron-Core's `skip_bias_add` is not followed: the sum of a
             bf16 output and an fp32 bias is fp32, and so would be all that follows. Here it is added before the only
             rounding.
     """
 
-    leaves_bias = False
-    layout: TokenLayout
+    returns_bias = False
+    layout: LocalCollectives
     weight_shard: LogicalShard
     bias_shard: LogicalShard | None
 
@@ -50,20 +50,20 @@ class SparseBitLinear(nn.Module):
         self.config = config
         self.settings = DENSE
         self.prepared = NOT_PREPARED
-        self.narrow_input = False  # whether the 4-bit activation option applies (QKV and FC1 inputs)
+        self.allows_4bit_input = False  # whether the 4-bit activation option applies (QKV and FC1 inputs)
         self.bias: nn.Parameter | None = None
-        self._entrusted: ResidentWeight | None = None
+        self._attached: LocalWeight | None = None
         self._norm: tuple[RMSNorm, ...] = ()  # a tuple, so that the norm is no part of this module
 
     @property
-    def fuses_producer(self) -> bool:
+    def fuses_input(self) -> bool:
         """Whether what makes this layer's input is done by its own kernel, as things stand at this step."""
-        return self.prepared.codes is not None and fusible(self.settings, self.prepared.codes.device)
+        return self.prepared.codes is not None and can_fuse(self.settings, self.prepared.codes.device)
 
-    def absorb(self, norm: RMSNorm) -> None:
+    def fuse_norm(self, norm: RMSNorm) -> None:
         """Lets this layer apply the norm before it, whose output nothing else reads, wherever one kernel does both."""
         self._norm = (norm,)
-        norm.consumer = lambda: self.fuses_producer
+        norm.fused = lambda: self.fuses_input
 
     def _allocate(self, weight_shape: tuple[int, int], bias_size: int | None) -> None:
         device = torch.get_default_device() if not torch.cuda.is_available() else torch.cuda.current_device()
@@ -72,19 +72,19 @@ class SparseBitLinear(nn.Module):
         if bias_size is not None:
             self.bias = nn.Parameter(torch.zeros(bias_size, **make))
 
-    def entrust(self, store: ResidentWeight) -> None:
+    def attach_weight(self, store: LocalWeight) -> None:
         """Leaves the weight to `store`, and takes it off the module's list: ZeRO-3 gathers what is on it for forward.
 
         The parameter itself stays where optimizer and checkpoints know it, and readable as `weight`.
         """
         weight = self._parameters.pop("weight")
         object.__setattr__(self, "weight", weight)
-        self._entrusted = store
+        self._attached = store
 
     @property
-    def store(self) -> ResidentWeight:
+    def store(self) -> LocalWeight:
         """The weight as its readers see it, whole or cut over data parallelism; its shape is the true one."""
-        return self._entrusted or ResidentWeight(self.weight)
+        return self._attached or LocalWeight(self.weight)
 
     @property
     def part_rows(self) -> tuple[tuple[tuple[int, int], ...], ...]:
@@ -101,16 +101,16 @@ class SparseBitLinear(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(
-        self, x: Tensor, weight: Tensor | None = None, *, producer: Direct = DIRECT, **_: object
+        self, x: Tensor, weight: Tensor | None = None, *, producer: Quantizer = PLAIN_QUANTIZER, **_: object
     ) -> tuple[Tensor, Tensor | None]:
         """[tokens, batch, in] -> ([tokens, batch, out], bias where the caller adds it, else None)."""
-        own_bias = None if self.leaves_bias else self.bias
+        own_bias = None if self.returns_bias else self.bias
         used = self.store if weight is None else weight
         gain = None
-        if self._norm and self.fuses_producer:
-            producer, gain = RmsNorm(self._norm[0].eps), self._norm[0].weight
+        if self._norm and self.fuses_input:
+            producer, gain = RmsNormQuantizer(self._norm[0].eps), self._norm[0].weight
         y = apply_linear(x, used, own_bias, self.prepared, self.settings, self.layout, producer=producer, gain=gain)
-        return y, self.bias if self.leaves_bias else None
+        return y, self.bias if self.returns_bias else None
 
 
 class ColumnParallelLinear(SparseBitLinear):
@@ -136,7 +136,7 @@ class ColumnParallelLinear(SparseBitLinear):
             raise ValueError("gather_output is not supported: outputs stay cut over the tensor-parallel group")
         rank, size = tp_group.rank(), tp_group.size()
         self.sequence_parallel = config.sequence_parallel
-        self.layout = ColumnLayout(tp_group, config.sequence_parallel)
+        self.layout = ColumnParallelCollectives(tp_group, config.sequence_parallel)
         self.weight_shard = self._cut((output_size, input_size), rank, size)
         self.bias_shard = self._cut((output_size,), rank, size) if bias else None
         if skip_weight_param_allocation:
@@ -158,7 +158,7 @@ class QkvLinear(ColumnParallelLinear):
 
     def __init__(self, input_size: int, output_size: int, *, config: Any, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(input_size, output_size, config=config, **kwargs)
-        self.narrow_input = True
+        self.allows_4bit_input = True
         self.head_dim = config.kv_channels
         self.heads_per_group = config.num_attention_heads // config.num_query_groups
 
@@ -176,7 +176,7 @@ class GatedLinear(ColumnParallelLinear):
 
     def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(input_size, output_size, **kwargs)
-        self.narrow_input = True
+        self.allows_4bit_input = True
 
     @property
     def part_rows(self) -> tuple[tuple[tuple[int, int], ...], ...]:
@@ -209,7 +209,7 @@ class RowParallelLinear(SparseBitLinear):
         if not input_is_parallel:
             raise ValueError("input_is_parallel must be true: inputs come cut from a column-parallel layer")
         rank, size = tp_group.rank(), tp_group.size()
-        self.layout = RowLayout(tp_group, config.sequence_parallel)
+        self.layout = RowParallelCollectives(tp_group, config.sequence_parallel)
         self.weight_shard = column_shard((output_size, input_size), rank, size)
         self.bias_shard = whole((output_size,)) if bias else None
         self._allocate((output_size, input_size // size), output_size if bias else None)

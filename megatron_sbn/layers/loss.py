@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_sbn.functional.collectives import TokenLayout
+from megatron_sbn.functional.collectives import LocalCollectives
 
 IGNORED = -100
 """Label of a token whose loss is 0 and which gets no gradient; PyTorch's convention."""
@@ -99,7 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         group: dist.ProcessGroup | None,
-        layout: TokenLayout,
+        layout: LocalCollectives,
         in_forward: bool,
     ) -> Tensor:
         states = layout.gather_input(hidden).flatten(0, -2)  # [tokens, hidden]
@@ -125,7 +125,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         labels, dh, dw, hidden, weight, lse = ctx.saved_tensors
-        layout: TokenLayout = ctx.layout
+        layout: LocalCollectives = ctx.layout
         if dh is not None:
             factor = _common_factor(grad, labels)
             # In fp32: rounded to bf16 first, 1/96 would make the gradients of all layers below 0.2% too large.
@@ -168,7 +168,7 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     group: dist.ProcessGroup | None = None,
-    layout: TokenLayout | None = None,
+    layout: LocalCollectives | None = None,
     uniform_gradient: bool = True,
 ) -> Tensor:
     """Return the cross-entropy of every token, fp32 [tokens]; 0 where the label is `IGNORED`.
@@ -184,7 +184,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes that do not fit; in backward, gradients that differ over tokens.
     """
-    layout = layout or TokenLayout()
+    layout = layout or LocalCollectives()
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}, the head takes [..., {weight.shape[1]}]")
     needed = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)

@@ -12,7 +12,7 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from megatron_sbn.functional.input_quantizers import SwiGlu
+from megatron_sbn.functional.input_quantizers import SwigluQuantizer
 
 
 class GatedMlp(MLP):
@@ -20,11 +20,11 @@ class GatedMlp(MLP):
 
     def forward(self, hidden_states: Tensor, **rest: Any) -> tuple[Tensor, Tensor | None]:  # noqa: ANN401
         """(output, bias where the caller adds it, else None)."""
-        if not self.linear_fc2.fuses_producer:
+        if not self.linear_fc2.fuses_input:
             output: tuple[Tensor, Tensor | None] = super().forward(hidden_states, **rest)
             return output
         gate_up, _ = self.linear_fc1(hidden_states)
-        fused: tuple[Tensor, Tensor | None] = self.linear_fc2(gate_up, producer=SwiGlu())
+        fused: tuple[Tensor, Tensor | None] = self.linear_fc2(gate_up, producer=SwigluQuantizer())
         return fused
 
 

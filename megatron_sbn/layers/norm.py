@@ -25,10 +25,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self.consumer: Callable[[], bool] | None = None  # whether the layer after this one does the norm itself
+        self.fused: Callable[[], bool] | None = None  # whether the layer after this one does the norm itself
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> [..., hidden] in x's dtype; x itself where the layer after it does the norm."""
-        if self.consumer is not None and self.consumer():
+        if self.fused is not None and self.fused():
             return x
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megatron_sbn.config import Linear
 from megatron_sbn.errors import InputError
 from megatron_sbn.functional import LinearSettings, PreparedWeight
-from megatron_sbn.functional.weight_handle import ResidentWeight
+from megatron_sbn.functional.weight_handle import LocalWeight
 from megatron_sbn.layers.linear import NOT_PREPARED, SparseBitLinear
 from megatron_sbn.layers.weight_scales import layer_mask, row_scales
 from megatron_sbn.parallel.shard import is_expert
@@ -39,7 +39,7 @@ def settings_at(linear: Linear, step: int, micro_batches: int = 1) -> LinearSett
     return LinearSettings(**values)
 
 
-class TernaryState:
+class WeightQuantizer:
     """Prepares every layer of one pipeline stage.
 
     Args:
@@ -71,10 +71,10 @@ class TernaryState:
         self._masks: dict[str, Tensor] = {}
         self._mask_sparsity: tuple[int, int] | None = None
 
-    def entrust(self, store: Callable[[nn.Parameter], ResidentWeight], holders: dist.ProcessGroup) -> None:
+    def attach_weight(self, store: Callable[[nn.Parameter], LocalWeight], holders: dist.ProcessGroup) -> None:
         """Cuts the weights further: `store` gives each its new place, `holders` together hold each weight once."""
         for layer in self.layers.values():
-            layer.entrust(store(layer.weight))
+            layer.attach_weight(store(layer.weight))
         self._holders = holders
 
     def prepare(self, step: int) -> None:
@@ -82,7 +82,7 @@ class TernaryState:
         settings = settings_at(self.linear, step, self.micro_batches)
         for layer in self.layers.values():
             # 4 bits are for the inputs of QKV and FC1 only.
-            wide = settings.activation_bits == 4 and not layer.narrow_input
+            wide = settings.activation_bits == 4 and not layer.allows_4bit_input
             layer.settings = replace(settings, activation_bits=8) if wide else settings
         n, m = settings.sparsity
         masks = self._masks_for(step, settings)
@@ -124,7 +124,7 @@ class TernaryState:
         """N and M of the kept masks; None where there are none."""
         return self._mask_sparsity if self._masks else None
 
-    def take_masks(self, masks: Mapping[str, Tensor], sparsity: tuple[int, int] | None) -> None:
+    def load_masks(self, masks: Mapping[str, Tensor], sparsity: tuple[int, int] | None) -> None:
         """Takes back what `kept_masks` and `mask_sparsity` gave; without masks the next `prepare` makes them anew."""
         self._masks = dict(masks)
         self._mask_sparsity = sparsity if masks else None

@@ -67,7 +67,7 @@ PER_STEP = ("tensor", "pipeline", "data", "expert")
 """Groups whose bytes are metrics."""
 
 
-class Traffic:
+class CommCounter:
     """Counts this process's collectives for as long as the context lasts.
 
     Args:
@@ -79,7 +79,7 @@ class Traffic:
         self._totals: Totals = {}
         self._installed = contextlib.ExitStack()
 
-    def __enter__(self) -> "Traffic":
+    def __enter__(self) -> "CommCounter":
         """Begins to count."""
         known = vars(dist.ProcessGroup)  # which of the methods exist depends on torch's version
         for method, (kind, position) in METHODS.items():

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_sbn.config import Recipe
-from megatron_sbn.config.validation import check_recipe, check_world
+from megatron_sbn.config.validation import validate_recipe, validate_world_size
 from megatron_sbn.errors import RecipeError
 from megatron_sbn.plan.hardware import Device, Efficiency
 from megatron_sbn.plan.memory import RankMemory, worst_rank
@@ -63,7 +63,7 @@ class Machines:
 
 def candidate(recipe: Recipe, machines: Machines) -> Candidate:
     """The recipe's own layout. Raises RecipeError where the devices do not fill it."""
-    check_world(recipe, machines.devices)
+    validate_world_size(recipe, machines.devices)
     layout = Layout(recipe, machines.devices)
     taken = worst_rank(layout, machines.device.keeps)
     return Candidate(layout, taken, duration(layout, machines.device, machines.per_node, machines.assumed))
@@ -80,7 +80,7 @@ def choose(recipe: Recipe, machines: Machines) -> Choice:
     too_large: dict[str, tuple[float, Candidate]] = {}
     for variant in _variants(recipe, machines):
         try:
-            check_recipe(variant)
+            validate_recipe(variant)
             found = candidate(variant, machines)
         except RecipeError:
             continue

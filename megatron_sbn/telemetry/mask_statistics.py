@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_sbn.errors import CheckpointError
 from megatron_sbn.layers.linear import SparseBitLinear
-from megatron_sbn.layers.weight_quantizer import TernaryState
+from megatron_sbn.layers.weight_quantizer import WeightQuantizer
 from megatron_sbn.layers.weight_scales import layer_mask
 from megatron_sbn.parallel.shard import is_expert
 from megatron_sbn.parallel.state import ParallelState
@@ -54,10 +54,10 @@ class _LayerCounts:
 class Telemetry:
     """Measures the prepared layers of this rank's pipeline stages, together with the replica's other ranks.
 
-    Every rank calls `measure` at the same steps, after `TernaryState.prepare`.
+    Every rank calls `measure` at the same steps, after `WeightQuantizer.prepare`.
     """
 
-    def __init__(self, state: TernaryState, parallel: ParallelState) -> None:
+    def __init__(self, state: WeightQuantizer, parallel: ParallelState) -> None:
         self.state = state
         self.parallel = parallel
         self._step = -1

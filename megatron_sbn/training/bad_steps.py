@@ -27,7 +27,7 @@ class BadStepError(NumericalError):
         )
 
 
-class Judge:
+class SpikeDetector:
     """Says what is wrong with a loss or a gradient norm; nothing, where nothing is."""
 
     def __init__(self, settings: Training) -> None:

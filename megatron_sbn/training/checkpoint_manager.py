@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from megatron_sbn import __version__
-from megatron_sbn.checkpoint.collective_errors import attempt, first_problem
+from megatron_sbn.checkpoint.collective_errors import capture_error, first_error_on_any_rank
 from megatron_sbn.checkpoint.loading import Opened, open_newest
 from megatron_sbn.checkpoint.manifest import DataPosition, Layout, State, TelemetryState
 from megatron_sbn.checkpoint.run_state import Contents, parameter_names
@@ -23,7 +23,7 @@ from megatron_sbn.telemetry.mask_statistics import Telemetry
 from megatron_sbn.training.step import Trainer
 
 
-class Checkpoints:
+class CheckpointManager:
     """Saves and restores one run, on all ranks together.
 
     Args:
@@ -94,14 +94,14 @@ class Checkpoints:
         for problem in opened.passed_over:
             self._say(f"a checkpoint is not whole: {problem}; the one before it is used")
         known = self._parameter_names()
-        with attempt() as checking:
+        with capture_error() as checking:
             self._check(opened, known)
-        problem = first_problem(checking.problem, self.parallel)
+        problem = first_error_on_any_rank(checking.problem, self.parallel)
         if not problem:
-            with attempt() as reading, Reader(opened.path, opened.manifest) as reader:
+            with capture_error() as reading, Reader(opened.path, opened.manifest) as reader:
                 state = opened.state
                 self.contents.restore(reader, state.optimizer_steps, state.masks, state.telemetry)
-            problem = first_problem(reading.problem, self.parallel)
+            problem = first_error_on_any_rank(reading.problem, self.parallel)
         if problem:
             error = CheckpointError(problem)
             error.on_every_rank = True

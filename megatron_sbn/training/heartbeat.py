@@ -76,7 +76,7 @@ def read_beats(run: Path, ranks: Sequence[int]) -> list[Beat]:
     return beats
 
 
-def blame(beats: Sequence[Beat], silent: Sequence[int]) -> list[Beat]:
+def stalled_ranks(beats: Sequence[Beat], silent: Sequence[int]) -> list[Beat]:
     """Those that keep the others waiting: the silent, else those who wait for nobody, else those behind; maybe none."""
     found = [beat for beat in beats if beat.rank in silent]
     if found:
@@ -128,9 +128,9 @@ class Heartbeat:
     def enter(self, phase: str, step: int) -> None:
         """The main thread begins a phase of a step."""
         self._told = (step, phase, time.monotonic())
-        self.get_on()
+        self.tick()
 
-    def get_on(self) -> None:
+    def tick(self) -> None:
         """The main thread gets on within its phase: a long validation is no hang."""
         self._progress = time.monotonic()
 
@@ -176,7 +176,7 @@ class Heartbeat:
 
     def _culprits(self) -> str:
         beats = [self._now(), *read_beats(self.run, self._ear.ranks)]
-        found = blame(beats, self._ear.silent)
+        found = stalled_ranks(beats, self._ear.silent)
         if found:
             return "; ".join(beat.describe() for beat in found[:4]) + ("; and others" if len(found) > 4 else "")
         return f"all ranks are there; {beats[0].describe()}"
@@ -225,7 +225,7 @@ class _Ear:
 
 
 @contextmanager
-def contact(heart: Heartbeat, ranks: int) -> Iterator[None]:
+def name_lost_rank(heart: Heartbeat, ranks: int) -> Iterator[None]:
     """What the communication library raises where another rank is gone, as one line that says which, if it is known."""
     try:
         yield

@@ -19,9 +19,9 @@ from megatron_sbn.config import Recipe
 from megatron_sbn.data.dataset import batch, build_dataset
 from megatron_sbn.errors import STOPPED, CheckpointError, NumericalError
 from megatron_sbn.launch.stop_signals import StopSignals
-from megatron_sbn.model import build_stages
+from megatron_sbn.model import build_model_chunks
 from megatron_sbn.parallel import state as parallel_state
-from megatron_sbn.parallel.comm_counter import Totals, Traffic, group_names, step_metrics
+from megatron_sbn.parallel.comm_counter import CommCounter, Totals, group_names, step_metrics
 from megatron_sbn.parallel.cuda_shim import without_cuda
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.plan.flops import model_flops_per_token
@@ -35,10 +35,10 @@ from megatron_sbn.tracking.tags import describe_recipe
 from megatron_sbn.tracking.tracker import Tracker
 from megatron_sbn.training import run_summary
 from megatron_sbn.training.bad_steps import BadStepError
-from megatron_sbn.training.checkpoint_manager import Checkpoints
+from megatron_sbn.training.checkpoint_manager import CheckpointManager
 from megatron_sbn.training.console import Console
 from megatron_sbn.training.evaluate import Evaluator
-from megatron_sbn.training.heartbeat import Heartbeat, contact
+from megatron_sbn.training.heartbeat import Heartbeat, name_lost_rank
 from megatron_sbn.training.run_folder import open_run_folder, recorded, tell
 from megatron_sbn.training.step import StepResult, Trainer
 from megatron_sbn.training.stop_request import Reason, StopRequest
@@ -55,7 +55,7 @@ def run(recipe: Recipe, signals: StopSignals) -> int:
         with open_run_folder(recipe, parallel) as folder:
             request = StopRequest(folder.path, parallel, signals, recipe.training.time_limit)
             heart = _heartbeat(recipe, parallel, folder)
-            with recorded(folder, parallel), heart, contact(heart, parallel.world_size):
+            with recorded(folder, parallel), heart, name_lost_rank(heart, parallel.world_size):
                 reason = Loop(recipe, parallel, folder, heart).run(request)
         parallel_state.finalize()
     return STOPPED if reason else 0
@@ -103,15 +103,15 @@ class Loop:
         self.dataset = build_dataset(shards, recipe.model.seq_length, recipe.training.seed)
         self.evaluator = Evaluator(recipe, parallel) if recipe.data.validation is not None else None
         self.folder = folder
-        stages = build_stages(recipe, parallel)
-        self.trainer = Trainer(recipe, parallel, stages, heart.get_on)
+        stages = build_model_chunks(recipe, parallel)
+        self.trainer = Trainer(recipe, parallel, stages, heart.tick)
         self.telemetry = Telemetry(stages.state, parallel)
-        self.traffic = Traffic(group_names(parallel))
+        self.traffic = CommCounter(group_names(parallel))
         self.sent: Totals = {}  # by the last step
         self.tracker: Tracker | None = None
         self.console = Console(folder.log, recipe.training.steps, parallel.rank == 0)
         self.stragglers = Stragglers(parallel, self.console.say)
-        self.checkpoints = Checkpoints(recipe, parallel, folder, self.trainer, self.telemetry, self.console.say)
+        self.checkpoints = CheckpointManager(recipe, parallel, folder, self.trainer, self.telemetry, self.console.say)
         self.first = self.batches = self.bad_steps = 0
         self.run_id: str | None = None  # in MLflow, as the checkpoint knows it
         if folder.continues:
@@ -129,9 +129,11 @@ class Loop:
         training = self.recipe.training
         console = self.console
         kernels = self.trainer.stages.state.kernels()
-        console.say("\n".join(run_summary.opening(self.recipe, self.parallel, self.folder, self.first, kernels)))
+        console.say(
+            "\n".join(run_summary.startup_summary(self.recipe, self.parallel, self.folder, self.first, kernels))
+        )
         console.begin(self.first)
-        pace = run_summary.Pace(self.first, training.steps)
+        pace = run_summary.EtaEstimator(self.first, training.steps)
         reason = Reason.NONE
         with self._tracked() as ending, self.traffic:
             if self.first == 0:
@@ -161,7 +163,7 @@ class Loop:
         if self.metrics is not None:
             self.metrics.close()
         ended = f"stopped at a request ({reason.name})" if reason else f"done: {training.steps} steps"
-        console.say("\n".join(run_summary.closing(self.recipe, self.folder, ended)))
+        console.say("\n".join(run_summary.shutdown_summary(self.recipe, self.folder, ended)))
         console.close()
         return reason
 

@@ -20,10 +20,10 @@ from megatron_sbn.tracking.sqlite_file import default_uri
 TIMED_STEPS = 5  # of this job, the first of them left out: it makes and measures what later ones use
 
 
-def opening(
+def startup_summary(
     recipe: Recipe, parallel: ParallelState, folder: RunFolder, first: int, kernels: dict[str, str]
 ) -> list[str]:
-    """Lines before the first step; `first` steps are done, `kernels` is `TernaryState.kernels()`."""
+    """Lines before the first step; `first` steps are done, `kernels` is `WeightQuantizer.kernels()`."""
     model, training = recipe.model, recipe.training
     begins = f"continues after step {first}" if first else "starts"
     kinds = model_parameters(recipe)
@@ -53,7 +53,7 @@ def opening(
     ]
 
 
-def closing(recipe: Recipe, folder: RunFolder, ended: str) -> list[str]:
+def shutdown_summary(recipe: Recipe, folder: RunFolder, ended: str) -> list[str]:
     """Lines after the last step: how it `ended`, and where everything is."""
     saved = newest(folder.checkpoints)
     none = "none" if recipe.checkpoint.interval else "none: checkpoint.interval = 0"
@@ -65,7 +65,7 @@ def closing(recipe: Recipe, folder: RunFolder, ended: str) -> list[str]:
     ]
 
 
-class Pace:
+class EtaEstimator:
     """Expected time from the speed of the steps after this job's first."""
 
     def __init__(self, first: int, last: int) -> None:

@@ -18,12 +18,12 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from megatron_sbn.config import Recipe
-from megatron_sbn.model import Stages, language_model_loss
+from megatron_sbn.model import ModelChunks, language_model_loss
 from megatron_sbn.parallel.gradient_sync import make_finalizer
 from megatron_sbn.parallel.replica_check import check_replicas
 from megatron_sbn.parallel.state import ParallelState
-from megatron_sbn.parallel.zero import CutWeight, ZeroOptimizer
-from megatron_sbn.training.bad_steps import BadStepError, Judge
+from megatron_sbn.parallel.zero import Zero3Weight, ZeroOptimizer
+from megatron_sbn.training.bad_steps import BadStepError, SpikeDetector
 from megatron_sbn.training.schedule import learning_rate, weight_decay
 
 
@@ -41,14 +41,14 @@ class Trainer:
     """The model, its optimizer and its ternary state, on this rank.
 
     Args:
-        get_on: is called before every micro-batch.
+        tick: is called before every micro-batch.
     """
 
     def __init__(
-        self, recipe: Recipe, parallel: ParallelState, stages: Stages, get_on: Callable[[], None] = lambda: None
+        self, recipe: Recipe, parallel: ParallelState, stages: ModelChunks, tick: Callable[[], None] = lambda: None
     ) -> None:
         self.recipe = recipe
-        self._get_on = get_on
+        self._get_on = tick
         self.parallel = parallel
         self.stages = stages
         parameters = [logical.parameter for logical in stages.parameters]
@@ -57,11 +57,11 @@ class Trainer:
         check_replicas(stages.parameters, parallel)  # while every weight is whole
         self.zero = ZeroOptimizer(stages.chunks, recipe, parallel)
         if self.zero.stage == 3:
-            stages.state.entrust(CutWeight, parallel.tensor_data_group)
+            stages.state.attach_weight(Zero3Weight, parallel.tensor_data_group)
         for chunk in stages.chunks:
             if stages.tied_embedding is not None and chunk.post_process:
                 self.zero.read_by(chunk.get_submodule("output_layer"), stages.tied_embedding)
-        self.judge = Judge(recipe.training)
+        self.judge = SpikeDetector(recipe.training)
         self._schedule = get_forward_backward_func()
 
     def rows(self) -> list[int]:

@@ -191,9 +191,9 @@ def test_what_killed_runs_left_is_removed(folder: Path) -> None:
 def test_what_was_given_up_does_not_count_among_the_newest(folder: Path) -> None:
     (folder / "latest").write_text("step-00000010\n")
     made(folder, 12, after=10)
-    folders.retire(folder, 3, 0)
+    folders.prune(folder, 3, 0)
     assert steps(folders.saved(folder)) == [30, 12, 10]
-    folders.retire(folder, 2, 0)
+    folders.prune(folder, 2, 0)
     assert steps(folders.saved(folder)) == [12, 10]
 
 
@@ -210,7 +210,7 @@ def test_a_removal_that_is_cut_short_leaves_no_checkpoint(folder: Path, monkeypa
 
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        folders.retire(folder, 1, 0)
+        folders.prune(folder, 1, 0)
     assert steps(folders.candidates(folder)) == [30, 10]
     assert (folder / ".step-00000020.removed").is_dir()
 

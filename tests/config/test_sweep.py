@@ -8,7 +8,7 @@ from megatron_sbn import launch
 from megatron_sbn.cli import main
 from megatron_sbn.config import load_recipe
 from megatron_sbn.config.sweep import frozen, load_sweep
-from megatron_sbn.config.validation import check_world, model_ranks
+from megatron_sbn.config.validation import min_world_size, validate_world_size
 from megatron_sbn.errors import RecipeError
 from megatron_sbn.launch import many
 from megatron_sbn.runs.status import write_status
@@ -35,7 +35,7 @@ def test_every_recipe_can_be_trained_on_its_own_layout() -> None:
     names = []
     for path in files:
         recipe = load_recipe(path)
-        check_world(recipe, model_ranks(recipe))
+        validate_world_size(recipe, min_world_size(recipe))
         names.append(recipe.name)
     assert len(set(names)) == len(files)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sbn.config import Recipe, load_recipe
-from megatron_sbn.config.validation import check_world
+from megatron_sbn.config.validation import validate_world_size
 from megatron_sbn.errors import RecipeError
 from megatron_sbn.layers.weight_quantizer import settings_at
 
@@ -158,7 +158,7 @@ def recipe(base: Path, overrides: str = "") -> Recipe:
 )  # fmt: skip
 def test_a_world_that_does_not_fit_is_refused(overrides: str, world: int, told: str, way_out: str, base: Path) -> None:
     with pytest.raises(RecipeError) as error:
-        check_world(recipe(base, overrides), world)
+        validate_world_size(recipe(base, overrides), world)
     assert told in str(error.value)
     assert way_out in str(error.value)
     assert "\n" not in str(error.value)
@@ -169,7 +169,7 @@ def test_a_world_that_does_not_fit_is_refused(overrides: str, world: int, told: 
     [("", 1), ("", 4), ("parallel.tensor=4", 16), ("parallel.pipeline=2 parallel.virtual_pipeline=2", 4)],
 )
 def test_a_world_that_fits_is_not_refused(overrides: str, world: int, base: Path) -> None:
-    check_world(recipe(base, overrides), world)
+    validate_world_size(recipe(base, overrides), world)
 
 
 def test_the_way_out_works(base: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sbn.config import load_recipe
-from megatron_sbn.config.validation import check_world, model_ranks
+from megatron_sbn.config.validation import min_world_size, validate_world_size
 from megatron_sbn.errors import RecipeError
 
 RECIPE = """
@@ -59,11 +59,11 @@ def test_what_cannot_be_trained_is_refused(overrides: str, told: str, way_out: s
 )
 def test_what_can_be_trained_is_not_refused(overrides: str, width: int, ranks: int, base: Path) -> None:
     recipe = load_recipe(base, overrides.split())
-    assert (recipe.model.mlp_width, model_ranks(recipe)) == (width, ranks)
-    check_world(recipe, ranks)
+    assert (recipe.model.mlp_width, min_world_size(recipe)) == (width, ranks)
+    validate_world_size(recipe, ranks)
     for fewer in range(1, ranks):
         with pytest.raises(RecipeError):
-            check_world(recipe, fewer)
+            validate_world_size(recipe, fewer)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,8 @@ def test_what_can_be_trained_is_not_refused(overrides: str, width: int, ranks: i
 def test_ranks_of_a_stage_hold_all_experts(overrides: str, ranks: int, enough: bool, base: Path) -> None:
     recipe = load_recipe(base, overrides.split())
     if enough:
-        check_world(recipe, ranks)
+        validate_world_size(recipe, ranks)
         return
     told = rf"parallel.expert = {recipe.parallel.expert} does not divide the .* ranks of a pipeline stage .*; start"
     with pytest.raises(RecipeError, match=told):
-        check_world(recipe, ranks)
+        validate_world_size(recipe, ranks)

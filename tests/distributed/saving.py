@@ -1,4 +1,4 @@
-"""Checkpoints of the small model, as the loop makes them; a run's state as DeepSpeed's own functions give it."""
+"""CheckpointManager of the small model, as the loop makes them; a run's state as DeepSpeed's own functions give it."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from megatron_sbn.doctor.logical_tensors import Piece, Pieces
 from megatron_sbn.doctor.recorder import weight_pieces
 from megatron_sbn.runs.folder import RunFolder
 from megatron_sbn.telemetry.mask_statistics import Telemetry
-from megatron_sbn.training.checkpoint_manager import Checkpoints
+from megatron_sbn.training.checkpoint_manager import CheckpointManager
 from megatron_sbn.training.step import Trainer
 
 FAST = ("optimizer.lr=3e-2", "optimizer.min_lr=1e-2")
@@ -23,7 +23,7 @@ class Run:
         self.trainer = trainer
         self.telemetry = Telemetry(trainer.stages.state, trainer.parallel)
         self.said: list[str] = []
-        self.checkpoints = Checkpoints(
+        self.checkpoints = CheckpointManager(
             trainer.recipe, trainer.parallel, RunFolder(folder, True), trainer, self.telemetry, self.said.append
         )
 

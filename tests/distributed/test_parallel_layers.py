@@ -21,7 +21,7 @@ from megatron_sbn.layers.linear import (
     RowParallelLinear,
     SparseBitLinear,
 )
-from megatron_sbn.layers.weight_quantizer import TernaryState
+from megatron_sbn.layers.weight_quantizer import WeightQuantizer
 from megatron_sbn.model import transformer_config
 from megatron_sbn.parallel import state as parallel_state
 from megatron_sbn.parallel.cuda_shim import without_cuda
@@ -74,7 +74,7 @@ def exercise(
 ) -> Outcome:
     x, w, dy = logical_tensors(ROWS)
     layer.weight.data.copy_(layer.weight_shard.take(w))
-    TernaryState({"layer": layer}, linear, parallel.tensor_group).prepare(0)
+    WeightQuantizer({"layer": layer}, linear, parallel.tensor_group).prepare(0)
     rank, size = parallel.tensor_rank, parallel.tensor_size
     tokens = (rank * (TOKENS // size), TOKENS // size) if parallel.sequence_parallel else (0, TOKENS)
     column = kind != "row"
@@ -239,7 +239,7 @@ def biases_added() -> tuple[bool, bool]:
             layer = kind(WIDTH, ROWS, **make)
             layer.weight.data.copy_(w)
             layer.bias.data.fill_(0.5)
-            TernaryState({"layer": layer}, recipe.linear, parallel.tensor_group).prepare(0)
+            WeightQuantizer({"layer": layer}, recipe.linear, parallel.tensor_group).prepare(0)
             results.append(layer(x))
         parallel_state.finalize()
     (y, bias), *added = results

@@ -14,7 +14,7 @@ from cases import cases
 from ranks import run_ranks
 from training_runs import small_recipe, train_step, trainer_of
 
-from megatron_sbn.parallel.comm_counter import Traffic, group_names, step_metrics
+from megatron_sbn.parallel.comm_counter import CommCounter, group_names, step_metrics
 from megatron_sbn.plan.activations import saved
 from megatron_sbn.plan.comm_bytes import sent_by_all
 from megatron_sbn.plan.hardware import CPU
@@ -89,7 +89,10 @@ class Measured(NamedTuple):
 
 def measure(overrides: tuple[str, ...]) -> Measured:
     """Holds of the first step's end, and what a second step keeps and sends."""
-    with trainer_of(small_recipe((*WIDE, *overrides))) as trainer, Traffic(group_names(trainer.parallel)) as traffic:
+    with (
+        trainer_of(small_recipe((*WIDE, *overrides))) as trainer,
+        CommCounter(group_names(trainer.parallel)) as traffic,
+    ):
         train_step(trainer, 0)
         stages, seen = trainer.stages, set[int]()
         parameters = [logical.parameter for logical in stages.parameters]

@@ -6,7 +6,7 @@ from ranks import run_ranks
 from training_runs import small_recipe
 
 from megatron_sbn.errors import NumericalError
-from megatron_sbn.model import build_stages
+from megatron_sbn.model import build_model_chunks
 from megatron_sbn.parallel import state as parallel_state
 from megatron_sbn.parallel.cuda_shim import without_cuda
 from megatron_sbn.parallel.replica_check import check_replicas
@@ -33,7 +33,7 @@ def told(overrides: tuple[str, ...], name: str, rank: int, element: int) -> str:
     with without_cuda():
         recipe = small_recipe(overrides)
         parallel = parallel_state.initialize(recipe)
-        parameters = build_stages(recipe, parallel).parameters
+        parameters = build_model_chunks(recipe, parallel).parameters
         if parallel.rank == rank:
             weight = next(p.parameter for p in parameters if p.name == name).data.view(-1)
             weight[element] = torch.nextafter(weight[element], torch.tensor(9.0))

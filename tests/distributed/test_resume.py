@@ -1,4 +1,4 @@
-"""Checkpoints over several ranks at one layout: bit-for-bit resumption, failed saves, how many are kept."""
+"""CheckpointManager over several ranks at one layout: bit-for-bit resumption, failed saves, how many are kept."""
 
 import json
 import resource

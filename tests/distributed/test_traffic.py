@@ -15,7 +15,7 @@ from ranks import run_ranks
 from training_runs import small_recipe, train_step, trainer_of
 
 from megatron_sbn.config import Recipe
-from megatron_sbn.parallel.comm_counter import METHODS, Totals, Traffic, group_names, step_metrics
+from megatron_sbn.parallel.comm_counter import METHODS, CommCounter, Totals, group_names, step_metrics
 
 RANKS = 3
 FP32, BF16, INT64 = 4, 2, 8
@@ -96,7 +96,7 @@ OPERATIONS: dict[str, tuple[str, Callable[[torch.Tensor], object], list[float]]]
 def count_operations() -> dict[str, Totals]:
     """Totals of every operation on the world's group, named "everybody"."""
     counted = {}
-    with Traffic({dist.group.WORLD.group_name: "everybody"}) as traffic:
+    with CommCounter({dist.group.WORLD.group_name: "everybody"}) as traffic:
         for name, (_, operation, _) in OPERATIONS.items():
             traffic.restart()
             operation(torch.ones(6))
@@ -121,7 +121,7 @@ def count_by_group() -> tuple[list[Totals], bool]:
     methods = {name: vars(dist.ProcessGroup)[name] for name in METHODS if name in vars(dist.ProcessGroup)}
     names = {first.group_name: "first", second.group_name: "second", alone.group_name: "alone"}
     totals = []
-    traffic = Traffic(names)
+    traffic = CommCounter(names)
     with traffic:
         for group in (first, second, unnamed, alone):
             dist.all_reduce(torch.ones(3, dtype=torch.int64), group=group)
@@ -207,7 +207,7 @@ class Arithmetic:
 
 def counted_step(overrides: tuple[str, ...]) -> tuple[Totals, dict[str, float], int]:
     """Totals and metrics of a second step, and the parameters of this rank."""
-    with trainer_of(small_recipe(overrides)) as trainer, Traffic(group_names(trainer.parallel)) as traffic:
+    with trainer_of(small_recipe(overrides)) as trainer, CommCounter(group_names(trainer.parallel)) as traffic:
         train_step(trainer, 0)
         traffic.restart()
         train_step(trainer, 1)
@@ -321,7 +321,7 @@ def test_a_tied_embedding_goes_over_the_pipeline_once_a_step() -> None:
 def gathered_in_forward(overrides: tuple[str, ...]) -> float:
     """Bytes that the first QKV layer gathers for one micro-batch, under sequence parallelism."""
     recipe = small_recipe((TENSOR2, HALF, *overrides))
-    with trainer_of(recipe) as trainer, Traffic(group_names(trainer.parallel)) as traffic:
+    with trainer_of(recipe) as trainer, CommCounter(group_names(trainer.parallel)) as traffic:
         layer = trainer.stages.state.layers["decoder.layers.0.self_attention.linear_qkv"]
         x = torch.ones(recipe.model.seq_length // 2, recipe.training.micro_batch_size, recipe.model.hidden_size)
         with torch.no_grad():
@@ -339,7 +339,7 @@ def test_ternary_layers_gather_half_of_what_bf16_layers_gather() -> None:
     assert ternary == dense / 2 + tokens * FP32
 
 
-class Started(Traffic):
+class Started(CommCounter):
     """Notes for every collective whether it was started without waiting for its end."""
 
     def __init__(self, names: dict[str, str]) -> None:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="ranks of this
 
 def fused_layers() -> dict[str, bool]:
     with trainer_of(small_recipe((*TINY, TRITON))) as trainer:
-        return {name: layer.fuses_producer for name, layer in trainer.stages.state.layers.items()}
+        return {name: layer.fuses_input for name, layer in trainer.stages.state.layers.items()}
 
 
 def test_the_layers_that_follow_a_norm_or_swiglu_absorb_it() -> None:

@@ -203,7 +203,7 @@ def mask_round_trip(overrides: tuple[str, ...], done: int) -> tuple[int, bool]:
     with trainer_of(recipe) as other:
         for logical in other.stages.parameters:
             logical.parameter.data.copy_(weights[logical.name].value)
-        other.stages.state.take_masks(masks, trainer.stages.state.mask_sparsity)
+        other.stages.state.load_masks(masks, trainer.stages.state.mask_sparsity)
         other.stages.state.prepare(done)
         ours = prepared_pieces(other.stages)
     return len(masks), all(torch.equal(ours[name].value, piece.value) for name, piece in expected.items())

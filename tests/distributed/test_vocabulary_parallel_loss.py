@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from ranks import run_ranks
 from torch import Tensor
 
-from megatron_sbn.layers.collectives import ColumnLayout
+from megatron_sbn.layers.collectives import ColumnParallelCollectives
 from megatron_sbn.layers.loss import IGNORED, linear_cross_entropy
 
 SEQUENCE, BATCH, HIDDEN, VOCABULARY = 6, 3, 16, 50
@@ -27,7 +27,7 @@ def on_a_rank(sequence_parallel: bool, uniform: bool) -> tuple[Tensor, Tensor, T
     if sequence_parallel:
         hidden = hidden.chunk(2)[group.rank()]
     hidden, weight = hidden.clone().requires_grad_(), weight.chunk(2)[group.rank()].clone().requires_grad_()
-    layout = ColumnLayout(group, sequence_parallel)
+    layout = ColumnParallelCollectives(group, sequence_parallel)
     losses = linear_cross_entropy(hidden, weight, labels, group=group, layout=layout, uniform_gradient=uniform)
     losses.mean().backward()
     return losses.detach(), hidden.grad, weight.grad

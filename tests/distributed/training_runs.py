@@ -16,11 +16,11 @@ from ranks import run_ranks
 from torch import Tensor
 
 from megatron_sbn.config import Recipe, load_recipe
-from megatron_sbn.config.validation import check_world
+from megatron_sbn.config.validation import validate_world_size
 from megatron_sbn.doctor.logical_tensors import Pieces, join
 from megatron_sbn.doctor.recorder import gradient_pieces, prepared_pieces, recorded_hidden_states, weight_pieces
 from megatron_sbn.doctor.tiny_recipe import batch_of
-from megatron_sbn.model import build_stages
+from megatron_sbn.model import build_model_chunks
 from megatron_sbn.parallel import state as parallel_state
 from megatron_sbn.parallel.cuda_shim import without_cuda
 from megatron_sbn.parallel.replica_check import check_replicas
@@ -40,8 +40,8 @@ def trainer_of(recipe: Recipe) -> Iterator[Trainer]:
     """A trainer of the recipe on this rank, prepared for step 0; its groups are left afterwards."""
     with without_cuda():
         parallel = parallel_state.initialize(recipe)
-        check_world(recipe, parallel.world_size)
-        stages = build_stages(recipe, parallel)
+        validate_world_size(recipe, parallel.world_size)
+        stages = build_model_chunks(recipe, parallel)
         trainer = Trainer(recipe, parallel, stages)
         stages.state.prepare(0)
         yield trainer

@@ -10,7 +10,7 @@ import torch
 
 from megatron_sbn.cli import main
 from megatron_sbn.config import Recipe, load_recipe
-from megatron_sbn.config.validation import check_world, model_ranks
+from megatron_sbn.config.validation import min_world_size, validate_world_size
 from megatron_sbn.doctor import command, layouts, report, trials
 from megatron_sbn.doctor.tiny_recipe import one_rank, tiny_recipe
 
@@ -34,9 +34,9 @@ OVERRIDES: tuple[tuple[str, ...], ...] = (
 @pytest.mark.parametrize("overrides", OVERRIDES, ids=str)
 def test_the_tiny_model_keeps_the_layout(overrides: tuple[str, ...]) -> None:
     recipe = load_recipe(QWEN, list(overrides))
-    ranks = model_ranks(recipe)
+    ranks = min_world_size(recipe)
     tiny = tiny_recipe(recipe, ranks // (recipe.parallel.tensor * recipe.parallel.pipeline))
-    check_world(tiny, ranks)
+    validate_world_size(tiny, ranks)
     assert tiny.linear == recipe.linear
     kept = ("tensor", "pipeline", "virtual_pipeline", "expert", "sequence", "zero_stage")
     assert [getattr(tiny.parallel, k) for k in kept] == [getattr(recipe.parallel, k) for k in kept]
@@ -47,7 +47,7 @@ def test_the_tiny_model_keeps_the_layout(overrides: tuple[str, ...]) -> None:
     assert tiny.model.hidden_size <= 112
     assert tiny.model.num_layers <= 16
     alone = one_rank(tiny)
-    check_world(alone, 1)
+    validate_world_size(alone, 1)
     assert alone.model == tiny.model
     assert alone.training == tiny.training
 
@@ -56,7 +56,7 @@ def test_every_layout_of_the_table_can_be_trained() -> None:
     cuts = layouts.candidates(load_recipe(QUICK))
     assert len(cuts) == 15
     for ranks, recipe in cuts.values():
-        check_world(recipe, ranks)
+        validate_world_size(recipe, ranks)
     assert all(recipe.model.num_layers == 4 for _, recipe in cuts.values())
     experts = layouts.candidates(load_recipe(RECIPES / "quickstart-moe.yaml"))
     assert "expert 2" in experts

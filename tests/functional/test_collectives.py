@@ -1,4 +1,4 @@
-"""Every hook of TokenLayout, with the other ranks played by this process: shards must have the bits of the whole."""
+"""Every hook of LocalCollectives, with the other ranks played by this process: shards have the bits of the whole."""
 
 import pytest
 import sbn_kernels as kernels
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from megatron_sbn.functional import LinearSettings, PreparedWeight, apply_linear, prepare_weight
-from megatron_sbn.functional.collectives import TokenLayout
+from megatron_sbn.functional.collectives import LocalCollectives
 
 TOKENS, WIDTH, OUT = 8, 64, 24
 
 
-class Recorded(TokenLayout):
+class Recorded(LocalCollectives):
     """A rank among `ranks`: each hook takes the answer of the collective from what it was told beforehand."""
 
     def __init__(self, **answers: dict[torch.dtype, Tensor] | Tensor | slice | bool) -> None:
@@ -50,7 +50,7 @@ class Recorded(TokenLayout):
 
 
 def call(
-    x: Tensor, w: Tensor, gy: Tensor, prepared: PreparedWeight, settings: LinearSettings, layout: TokenLayout
+    x: Tensor, w: Tensor, gy: Tensor, prepared: PreparedWeight, settings: LinearSettings, layout: LocalCollectives
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, w = x.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
     y = apply_linear(x, w, None, prepared, settings, layout)
@@ -89,7 +89,7 @@ def test_row_parallel_under_sequence_parallelism(dtype: torch.dtype, variant: di
     x, w, gy = problem(dtype)
     settings = LinearSettings(**variant)
     prepared = prepare_weight(w, None, settings)
-    y, dx, dw = call(x, w, gy, prepared, settings, TokenLayout())
+    y, dx, dw = call(x, w, gy, prepared, settings, LocalCollectives())
     columns = (slice(0, 40), slice(40, 64))
     a = [kernels.activation_abs_max(x[..., c]) for c in columns]
     x_q, _ = kernels.quantize_activations(x)
@@ -111,11 +111,11 @@ def test_column_parallel_under_sequence_parallelism(dtype: torch.dtype, variant:
     x, w, gy = problem(dtype)
     settings = LinearSettings(**variant)
     prepared = prepare_weight(w, [16, 8], settings)
-    y, dx, dw = call(x, w, gy, prepared, settings, TokenLayout())
+    y, dx, dw = call(x, w, gy, prepared, settings, LocalCollectives())
     rows = (slice(0, 16), slice(16, 24))
     x_q, s_x = kernels.quantize_activations(x)
     shards = [cut(prepared, r, EVERYTHING) for r in rows]
-    partial = [call(x, w[r], gy[..., r], p, settings, TokenLayout())[1] for r, p in zip(rows, shards, strict=True)]
+    partial = [call(x, w[r], gy[..., r], p, settings, LocalCollectives())[1] for r, p in zip(rows, shards, strict=True)]
     gathered = {torch.int8: x_q, torch.float32: s_x}
     for rank, (mine, keep) in enumerate(zip(rows, HALVES, strict=True)):
         layout = Recorded(gathered=gathered, other_dx=partial[1 - rank], dx_keep=keep)
@@ -137,7 +137,7 @@ def test_float_layers_add_partial_sums_in_fp32(dtype: torch.dtype, variant: dict
     x, w, gy = problem(dtype)
     settings = LinearSettings(**variant)
     prepared = prepare_weight(w, None, settings)
-    y, dx, dw = call(x, w, gy, prepared, settings, TokenLayout())
+    y, dx, dw = call(x, w, gy, prepared, settings, LocalCollectives())
     ternary = prepared.codes is not None
     effective = prepared.codes * prepared.gamma_per_row.unsqueeze(1) if ternary else w * prepared.mask
     columns = (slice(0, 40), slice(40, 64))

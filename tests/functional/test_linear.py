@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_sbn.functional import LinearSettings, apply_linear, prepare_weight, sparse_bitlinear
-from megatron_sbn.functional.collectives import TokenLayout
+from megatron_sbn.functional.collectives import LocalCollectives
 
 VECTORS = np.load(Path(__file__).parents[1] / "vectors" / "reference_linear.npz")
 CASES = [ast.literal_eval(str(case)) for case in VECTORS["meta"]]
@@ -225,7 +225,7 @@ def test_one_byte_per_input_element_is_saved(dtype: torch.dtype, backward: str) 
     x, w = x.to(dtype).requires_grad_(), w.requires_grad_()
     settings = LinearSettings(backward=backward)
     prepared = prepare_weight(w, None, settings)
-    saved = saved_by(lambda: apply_linear(x, w, bias, prepared, settings, TokenLayout()))
+    saved = saved_by(lambda: apply_linear(x, w, bias, prepared, settings, LocalCollectives()))
     derived = {prepared.codes.data_ptr(), prepared.gamma_per_row.data_ptr()}
     activations = [t for t in saved if t.data_ptr() not in derived]
     assert {(t.dtype, t.numel()) for t in activations} == {(torch.int8, x.numel()), (torch.float32, 200)}
@@ -297,5 +297,5 @@ def test_a_prepared_weight_serves_every_micro_batch() -> None:
     x, w, gy, _ = inputs()
     settings = LinearSettings()
     prepared = prepare_weight(w, [16, 8], settings)
-    y = torch.cat([apply_linear(part, w, None, prepared, settings, TokenLayout()) for part in x.split(2)])
+    y = torch.cat([apply_linear(part, w, None, prepared, settings, LocalCollectives()) for part in x.split(2)])
     assert torch.equal(y, run(x, w, gy, splits=[16, 8])[0])

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from megatron_sbn.functional import LinearSettings, apply_linear, linear, prepare_weight
-from megatron_sbn.functional.collectives import Pending, TokenLayout
+from megatron_sbn.functional.collectives import LocalCollectives, Pending
 
 TOKENS, WIDTH, OUT = 6, 32, 16
 UNKNOWN = {torch.int8: 77, torch.float32: float("nan")}
 
 
-class Slow(TokenLayout):
+class Slow(LocalCollectives):
     """One device, whose collectives give their result when waited for: until then the tensor holds something else."""
 
     def __init__(self, events: list[str]) -> None:
@@ -76,7 +76,7 @@ def gradients(
     rng = torch.Generator().manual_seed(2)
     x = torch.randn(TOKENS, WIDTH, generator=rng, requires_grad=moved)
     w = torch.randn(OUT, WIDTH, generator=rng, requires_grad=trained)
-    layout = TokenLayout() if events is None else Slow(events)
+    layout = LocalCollectives() if events is None else Slow(events)
     y = apply_linear(x, w, None, prepare_weight(w, None, settings), settings, layout)
     if events is not None:
         events.append("backward")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_sbn.functional import LinearSettings, PreparedWeight, apply_linear, prepare_weight, sparse_bitlinear
-from megatron_sbn.functional.collectives import TokenLayout
+from megatron_sbn.functional.collectives import LocalCollectives
 
 
 @pytest.mark.parametrize(
@@ -121,6 +121,6 @@ def test_a_weight_prepared_for_other_settings_is_refused(
     w = torch.randn(8, 16)
     prepared = prepare_weight(w, None, LinearSettings(**made_with))
     with pytest.raises(ValueError, match="prepared lacks"):
-        apply_linear(torch.ones(1, 16), w, None, prepared, LinearSettings(**used_with), TokenLayout())
+        apply_linear(torch.ones(1, 16), w, None, prepared, LinearSettings(**used_with), LocalCollectives())
     with pytest.raises(ValueError, match="prepared lacks"):
-        apply_linear(torch.ones(1, 16), w, None, PreparedWeight(), LinearSettings(), TokenLayout())
+        apply_linear(torch.ones(1, 16), w, None, PreparedWeight(), LinearSettings(), LocalCollectives())

@@ -132,9 +132,9 @@ def test_recomputation_gives_the_same_bits() -> None:
 def prepared_layer(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """A layer whose weights were prepared before, as in training."""
     from megatron_sbn.functional import LinearSettings, PreparedWeight, apply_linear
-    from megatron_sbn.functional.collectives import TokenLayout
+    from megatron_sbn.functional.collectives import LocalCollectives
 
-    return apply_linear(torch.tanh(x), w, bias, PreparedWeight(CODES, ROWS), LinearSettings(), TokenLayout()) * 2
+    return apply_linear(torch.tanh(x), w, bias, PreparedWeight(CODES, ROWS), LinearSettings(), LocalCollectives()) * 2
 
 
 def test_compilation_traces_the_layer_as_one_graph() -> None:

@@ -10,7 +10,7 @@ from time_limit import LIMIT_SECONDS
 
 from megatron_sbn.cli import main
 from megatron_sbn.config import Recipe, load_recipe
-from megatron_sbn.config.validation import check_recipe, check_world
+from megatron_sbn.config.validation import validate_recipe, validate_world_size
 from megatron_sbn.errors import RecipeError
 from megatron_sbn.plan.comm_bytes import sent_by_all
 from megatron_sbn.plan.command import machines_of
@@ -82,8 +82,8 @@ def test_layouts_are_feasible_fit_and_are_ranked() -> None:
     choice = choose(recipe, machines)
     assert len(choice.fitting) > 5
     for one in choice.fitting:
-        check_recipe(one.layout.recipe)
-        check_world(one.layout.recipe, 32)
+        validate_recipe(one.layout.recipe)
+        validate_world_size(one.layout.recipe, 32)
         assert one.memory.total <= machines.usable
     steps = [one.duration.step for one in choice.fitting]
     assert steps == sorted(steps)

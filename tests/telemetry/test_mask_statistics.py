@@ -6,12 +6,12 @@ import torch
 
 from megatron_sbn.config import Linear, Phase
 from megatron_sbn.errors import CheckpointError
-from megatron_sbn.layers.weight_quantizer import TernaryState
+from megatron_sbn.layers.weight_quantizer import WeightQuantizer
 from megatron_sbn.telemetry.mask_statistics import Telemetry
 
 
 def made(layers, parallel, **linear):
-    state = TernaryState(layers, Linear(**linear), parallel.tensor_group)
+    state = WeightQuantizer(layers, Linear(**linear), parallel.tensor_group)
     return state, Telemetry(state, parallel)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_sbn.config import Linear
-from megatron_sbn.layers.weight_quantizer import TernaryState
+from megatron_sbn.layers.weight_quantizer import WeightQuantizer
 from megatron_sbn.telemetry.polarization import polarisation
 
 
@@ -19,7 +19,7 @@ def test_against_numpy(layers, parallel, weight_format, name):
     layer = layers[name]
     layer.weight.data[0, :8] *= 30  # beyond the limits
     layer.weight.data[-1] *= 5  # parts of different scale
-    TernaryState(layers, Linear(weight_format=weight_format), parallel.tensor_group).prepare(0)
+    WeightQuantizer(layers, Linear(weight_format=weight_format), parallel.tensor_group).prepare(0)
     result = polarisation(layer, parallel.tensor_group, bins=60, limit=3.0)
     weight = layer.weight.detach().numpy().astype(np.float64)
     parts = 2 if "gated" in name else 1
@@ -38,7 +38,7 @@ def test_against_numpy(layers, parallel, weight_format, name):
 
 def test_no_threshold_without_sparsity(layers, parallel):
     layer = layers["decoder.layers.1.row"]
-    TernaryState(layers, Linear(sparsity=(8, 8)), parallel.tensor_group).prepare(0)
+    WeightQuantizer(layers, Linear(sparsity=(8, 8)), parallel.tensor_group).prepare(0)
     result = polarisation(layer, parallel.tensor_group)
     assert not result.thresholds.any()
     assert result.weights.sum() == layer.weight.numel()

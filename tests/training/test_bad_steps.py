@@ -5,11 +5,11 @@ import math
 import pytest
 
 from megatron_sbn.config import Training
-from megatron_sbn.training.bad_steps import Judge
+from megatron_sbn.training.bad_steps import SpikeDetector
 
 
-def judge(**settings: object) -> Judge:
-    return Judge(Training(steps=1, global_batch_size=1, micro_batch_size=1, spike_window=4, **settings))
+def judge(**settings: object) -> SpikeDetector:
+    return SpikeDetector(Training(steps=1, global_batch_size=1, micro_batch_size=1, spike_window=4, **settings))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -15,7 +15,7 @@ from time_limit import LIMIT_SECONDS
 from megatron_sbn.runs.metrics_file import read_metrics
 from megatron_sbn.runs.status import read_status
 from megatron_sbn.training import heartbeat
-from megatron_sbn.training.heartbeat import Beat, Heartbeat, blame, locate, read_beats
+from megatron_sbn.training.heartbeat import Beat, Heartbeat, locate, read_beats, stalled_ranks
 from megatron_sbn.training.stragglers import slow
 
 
@@ -25,15 +25,15 @@ def said(rank: int, step: int = 5, waits: bool = True) -> Beat:
 
 def test_who_is_to_blame() -> None:
     alike = [said(0), said(1), said(2)]
-    assert blame(alike, []) == []
-    assert blame(alike, [2]) == [alike[2]]
+    assert stalled_ranks(alike, []) == []
+    assert stalled_ranks(alike, [2]) == [alike[2]]
     busy = [said(0), said(1, waits=False), said(2)]
-    assert blame(busy, []) == [busy[1]]
-    assert blame(busy, [0]) == [busy[0]]
+    assert stalled_ranks(busy, []) == [busy[1]]
+    assert stalled_ranks(busy, [0]) == [busy[0]]
     behind = [said(0, 6), said(1, 5), said(2, 6)]
-    assert blame(behind, []) == [behind[1]]
-    assert blame([said(0, waits=False), said(1, waits=False)], []) == []
-    assert blame([], []) == []
+    assert stalled_ranks(behind, []) == [behind[1]]
+    assert stalled_ranks([said(0, waits=False), said(1, waits=False)], []) == []
+    assert stalled_ranks([], []) == []
     assert (
         said(1).describe() == "rank 1 on n1 (pid 101): forward of step 5, at megatron_sbn/x.py:1 f, waiting for others"
     )

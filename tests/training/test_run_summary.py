@@ -8,7 +8,7 @@ import torch
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.runs.folder import RunFolder
-from megatron_sbn.training.run_summary import TIMED_STEPS, Pace, closing, opening
+from megatron_sbn.training.run_summary import TIMED_STEPS, EtaEstimator, shutdown_summary, startup_summary
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 KERNELS = {f"linear_{name} 8 x 8": "cpu: forward" for name in ("qkv", "proj", "fc1", "fc2")}
@@ -19,7 +19,7 @@ def lines(recipe: Recipe, world: int, folder: Path, first: int = 0) -> list[str]
     parallel = mock.create_autospec(ParallelState, instance=True)
     parallel.world_size, parallel.data_size, parallel.device = world, world // size, torch.device("cpu")
     parallel.describe.return_value = "the layout"
-    return opening(recipe, parallel, RunFolder(folder, False), first, KERNELS)
+    return startup_summary(recipe, parallel, RunFolder(folder, False), first, KERNELS)
 
 
 def test_the_start_fits_on_a_screen_in_plain_text(tmp_path: Path) -> None:
@@ -46,21 +46,23 @@ def test_it_says_what_the_recipe_says(tmp_path: Path) -> None:
 def test_passwords_are_masked_at_both_ends(tmp_path: Path) -> None:
     uri = "tracking.uri=https://user:hunter2@mlflow.example"
     recipe = load_recipe(RECIPES / "quickstart.yaml", [uri])
-    text = "\n".join([*lines(recipe, 2, tmp_path), *closing(recipe, RunFolder(tmp_path, None), "done: 9 steps")])
+    text = "\n".join(
+        [*lines(recipe, 2, tmp_path), *shutdown_summary(recipe, RunFolder(tmp_path, None), "done: 9 steps")]
+    )
     assert "hunter2" not in text
     assert text.count("https://***@mlflow.example, experiment quickstart") == 2
 
 
 def test_the_end_says_where_things_are(tmp_path: Path) -> None:
     recipe = load_recipe(RECIPES / "quickstart.yaml", ["checkpoint.interval=0", "tracking.enabled=false"])
-    text = "\n".join(closing(recipe, RunFolder(tmp_path, None), "done: 9 steps"))
+    text = "\n".join(shutdown_summary(recipe, RunFolder(tmp_path, None), "done: 9 steps"))
     assert str(tmp_path / "metrics.jsonl") in text
     assert "none: checkpoint.interval = 0" in text
     assert "off (tracking.enabled = false)" in text
 
 
 def test_time_is_expected_from_steps_after_the_first() -> None:
-    pace = Pace(10, 100)
+    pace = EtaEstimator(10, 100)
     told = [pace.note(step, 50.0 if step == 11 else 2.0) for step in range(11, 30)]
     (line,) = [text for text in told if text is not None]
     assert told.index(line) == TIMED_STEPS - 1
@@ -68,7 +70,7 @@ def test_time_is_expected_from_steps_after_the_first() -> None:
 
 
 def test_a_job_that_ends_before_it_is_known_expects_nothing(tmp_path: Path) -> None:
-    pace = Pace(0, 5)
+    pace = EtaEstimator(0, 5)
     assert [pace.note(step, 1.0) for step in range(1, 6)] == [None] * 5
     short = load_recipe(RECIPES / "quickstart.yaml", ["training.steps=5", "optimizer.lr_warmup_steps=0"])
     assert "unknown: it takes 5 steps to tell" in "\n".join(lines(short, 2, tmp_path))

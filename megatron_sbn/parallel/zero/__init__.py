@@ -9,6 +9,6 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 from megatron_sbn.parallel.zero.engine import ZeroOptimizer
 from megatron_sbn.parallel.zero.fragments import MASTER, MOMENTS, Fragment
-from megatron_sbn.parallel.zero.sharded_weight import CutWeight
+from megatron_sbn.parallel.zero.sharded_weight import Zero3Weight
 
-__all__ = ["MASTER", "MOMENTS", "CutWeight", "Fragment", "ZeroOptimizer"]
+__all__ = ["MASTER", "MOMENTS", "Fragment", "Zero3Weight", "ZeroOptimizer"]

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_sbn.functional.weight_handle import ResidentWeight
+from megatron_sbn.functional.weight_handle import LocalWeight
 
 
-class CutWeight(ResidentWeight):
+class Zero3Weight(LocalWeight):
     """A weight of which this rank keeps 1/dp under ZeRO-3; whole ones exist for the length of a block."""
 
     is_cut = True
