@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from cases import cases
 from mlflow import MlflowClient
 from time_limit import LIMIT_SECONDS
 from tiny_run import at_import, write_tiny_recipe
@@ -148,8 +149,7 @@ def test_rank_0_has_time_to_deliver_when_the_others_have_left(tmp_path: Path, mo
     assert (tmp_path / "delivered").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("place", [".", ".."])
+@pytest.mark.parametrize("place", cases([".", ".."], ["."]))
 def test_the_kill_switch_stops_a_run(place: str, recipe: Path, tmp_path: Path) -> None:
     """In its folder, or beside all runs of a study."""
     run = tmp_path / "study" / "switched"
