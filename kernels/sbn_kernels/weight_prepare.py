@@ -1,4 +1,4 @@
-"""Masks and codes of all weights of a model, in one launch (docs/method.md, sections 2 and 4), from their scales.
+"""Masks and codes of all weights of a model, in one launch (docs/method.md, "Forward"), from their scales.
 
 One pass over W writes all that the products read: codes, transposed codes for the input gradient, codes at 2 bits in
 planes (planes.py), masks, and flips against the masks before. Scales are made by two launches before (weight_sums).

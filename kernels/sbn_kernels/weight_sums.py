@@ -1,4 +1,4 @@
-"""Scales of all weights of a model, in two launches (docs/method.md, section 2); their codes are weight_prepare's.
+"""Scales of all weights of a model, in two launches (docs/method.md, "Forward"); their codes are weight_prepare's.
 
     1   max|w| of every part                                    -> the unit of its exact sum (exact_sum)
     2   sum of rint(|w| / unit) of every part, int64            -> gamma, after an all-reduce each

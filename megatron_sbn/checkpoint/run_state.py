@@ -2,13 +2,13 @@
 
     NAME                          fp32 master weight, by its global name
     optimizer.exp_avg.NAME        Adam's first moment; optimizer.exp_avg_sq.NAME the second
-    masks.LAYER                   masks in force, where the weights alone do not give them (docs/method.md, section 4)
+    masks.LAYER                   masks in force, where the weights alone do not give them
     telemetry.masks.LAYER         masks of the last measurement
 
-Weights are cut over data-parallel replicas as ZeRO keeps their masters, so each element is written once; what
+Weights are sharded over data-parallel replicas as ZeRO keeps their masters, so each element is written once; what
 tensor-parallel ranks hold in common is written by the first of them. The parameters themselves are the masters' bits
-and need no place of their own; gamma and codes follow from them. No generator of random numbers is saved: the first
-weights and the order of samples are functions of the seed, and nothing else is random.
+and need no place of their own; gamma and codes follow from them (docs/method.md, "Once per optimizer step"). No random
+generator is saved: the first weights and the order of samples are functions of the seed, and nothing else is random.
 
 A mask is packed by group, uint8 [out, in / M * ceil(M / 8)]: groups never straddle ranks, so neither do bytes.
 """

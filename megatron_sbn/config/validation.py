@@ -9,7 +9,7 @@ import math
 from megatron_sbn.config.schema import Recipe
 from megatron_sbn.errors import RecipeError
 
-# Largest input width whose int32 accumulators are exact in fp32 (docs/method.md, section 2).
+# Largest input width whose int32 accumulators are exact in fp32 (docs/method.md, "Forward").
 MAX_EXACT_INPUT = 131072
 
 

@@ -134,6 +134,8 @@ def _report(
             if told:
                 print(f"differs: {environment.label}: {name}: {told}")
     equal = not any(value for by_layout in found for d in by_layout.values() for value in d.values())
+    if equal:
+        print(release_note(recipe, environments, len(first), steps))
     if json_file is not None:
         told_to_programs: dict[str, Any] = {
             "equal": equal,
@@ -144,6 +146,29 @@ def _report(
         }
         write_whole(json_file, json.dumps(told_to_programs, indent=2).encode() + b"\n")
     return equal
+
+
+def release_note(recipe: Recipe, environments: Sequence[Environment], layouts: int, steps: int) -> str:
+    """What may be written into a changelog: the releases, and what is the same in all of them."""
+    order = ("megatron-core", "torch", "deepspeed", "triton", "python")
+    names = [name for name in order if name in _common(environments)]
+    releases = [f"{name} {_listed([e.releases[name] for e in environments])}" for name in names]
+    return (
+        f"note: the same bits with {'; '.join(releases)}: codes, quantized activations and hidden states of the first "
+        f"step, loss and gradient norm of {steps} steps, and the steps after a checkpoint of the first environment; "
+        f"{layouts} layouts of {recipe.name}"
+    )
+
+
+def _common(environments: Sequence[Environment]) -> set[str]:
+    """Engines that all of them have."""
+    return set.intersection(*(set(environment.releases) for environment in environments))
+
+
+def _listed(releases: Sequence[str]) -> str:
+    """Each release once, in the order of its first appearance: "2.13.0, 2.11.0 and 2.14.1"."""
+    distinct = list(dict.fromkeys(releases))
+    return " and ".join(filter(None, [", ".join(distinct[:-1]), distinct[-1]]))
 
 
 def _cell(values: list[float]) -> str:

@@ -2,7 +2,7 @@
 
 `silu(x) = x / (1 + exp(-x))` here has bits that do not depend on where in a tensor a value stands. torch's own kernel
 computes the last elements of a row with other instructions than the rest, so its result changes with the width of a
-tensor-parallel shard (docs/method.md, layout invariance); exp and division do not.
+tensor-parallel shard (docs/method.md, "Forward"); exp and division do not.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""gamma, masks and codes of all layers, once per optimizer step (docs/method.md, section 4).
+"""gamma, masks and codes of all layers, once per optimizer step (docs/method.md, "Once per optimizer step").
 
 W changes only in the optimizer step, so what is derived from it is made right after, and serves every micro-batch,
 recomputation and evaluation until the next. Scales come first, of all layers together (weight_scales.py), then codes.

@@ -1,6 +1,6 @@
 """Learning rate and weight decay as pure functions of the step, so that nothing about them needs saving.
 
-Default (docs/method.md, section 7): linear warm-up to `lr`, then cosine (or linear) down to `min_lr` at
+Default (docs/method.md, "Training"): linear warm-up to `lr`, then cosine (or linear) down to `min_lr` at
 `lr_decay_steps`; weight decay constant for dense models, and for ternary ones cosine to 0 over the first half of
 training. `stages` replaces both, each stage with its own lr, end_lr and weight decay (BitNet b1.58 2B4T uses two).
 """

@@ -1,4 +1,4 @@
-"""CheckpointManager of the small model, as the loop makes them; a run's state as DeepSpeed's own functions give it."""
+"""Checkpoints of the small model, as the loop makes them; a run's state as DeepSpeed's own functions give it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""One recipe under every way of cutting it over four ranks: the same model, the same steps (docs/method.md, section 2).
+"""One recipe under every way of cutting it over four ranks: the same model, the same steps (docs/method.md, "Forward").
 
 Integers, scales and hidden states are compared bit by bit, floating sums to the rounding that their order allows.
 """

@@ -1,4 +1,4 @@
-"""CheckpointManager over several ranks at one layout: bit-for-bit resumption, failed saves, how many are kept."""
+"""Checkpoints over several ranks at one layout: bit-for-bit resumption, failed saves, how many are kept."""
 
 import json
 import resource

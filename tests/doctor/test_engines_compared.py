@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_sbn.cli import main
+from megatron_sbn.config import load_recipe
 from megatron_sbn.doctor import engines, layouts
 from megatron_sbn.doctor.report import Trial
 from megatron_sbn.errors import RecipeError
@@ -73,6 +74,7 @@ def test_another_environment_is_compared(
     assert main(["doctor", QUICK, "--engines", str(other), "--json", str(file)]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "equal"
+    assert out.splitlines()[-2].startswith("note: the same bits with megatron-core ")
     rows = [line.split()[4:] for line in out.splitlines() if line.startswith("0.")]
     assert rows == [["equal"] * len(engines.COLUMNS)] * 2
     assert "megatron_sbn.doctor.rank" in (tmp_path / "calls").read_text()
@@ -82,6 +84,16 @@ def test_another_environment_is_compared(
     assert first["digests"] == second["digests"]
     assert set(first["digests"]) == set(kept)
     assert len(set(first["digests"]["tensor 2"]["hidden"])) > 1
+
+
+def test_the_note_names_every_release_once() -> None:
+    same = {"torch": "2.13.0", "deepspeed": "0.19.8", "triton": "3.7.1", "python": "3.12.1"}
+    environments = [
+        engines.Environment("p", same | {"megatron-core": c}) for c in ("0.16.1", "0.18.2", "0.16.1", "0.19.2")
+    ]
+    note = engines.release_note(load_recipe(QUICK), environments, 15, 4)
+    assert "megatron-core 0.16.1, 0.18.2 and 0.19.2; torch 2.13.0; deepspeed 0.19.8" in note
+    assert "15 layouts of quickstart-ternary-6of8" in note
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""CheckpointManager that are damaged, and checkpoints that are forged: whole by their own checksums, and wrong.
+"""Checkpoints that are damaged, and checkpoints that are forged: whole by their own checksums, and wrong.
 
 Whoever gets a checkpoint from elsewhere starts from it: names that lead elsewhere, tensors that are not what the
 manifest says, counts that no memory holds, and files that would run something.

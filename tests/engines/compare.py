@@ -3,8 +3,8 @@
     python tests/engines/compare.py [NAME ...]            # also `make engines`; names: releases.py
 
 Each environment is made once, in .venv-engines/NAME, with the first Python on PATH that is new enough (PYTHONS are
-tried in their order). The tests of layouts, experts, steps and checkpoints run in it; then `sbn doctor --engines` sets
-its bits beside those of the environment that runs this, for a dense ternary recipe and for a mixture of experts.
+tried in their order). The quick tests of layouts, experts, steps and checkpoints run in it; then `sbn doctor --engines`
+sets its bits beside those of the environment that runs this, for a ternary model and for a mixture of experts.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     pythons = [environment(releases) for releases in chosen]
     failed = []
     for releases, python in zip(chosen, pythons, strict=True):
-        if not options.no_tests and run([str(python), "-m", "pytest", "-q", *TESTS], releases.name):
+        if not options.no_tests and run([str(python), "-m", "pytest", "-q", "-m", "not slow", *TESTS], releases.name):
             failed.append(f"tests on {releases.name}")
     for recipe in RECIPES:
         command = [sys.executable, "-m", "megatron_sbn.cli", "doctor", recipe, "--engines", *map(str, pythons)]

@@ -40,7 +40,7 @@ def test_extremes_do_not_become_nan_where_the_limit_is_finite(value: float) -> N
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 3, 7, 17, 129, 352])
 def test_bits_do_not_depend_on_the_position(width: int, dtype: torch.dtype) -> None:
-    """A column shard of odd width, forward and backward, has the bits of the whole (docs/method.md, section 2)."""
+    """A column shard of odd width, forward and backward, has the bits of the whole (docs/method.md, "Forward")."""
     rng = torch.Generator().manual_seed(2)
     x, grad = (torch.randn(5, 2 * width + 13, generator=rng).mul(3).to(dtype) for _ in range(2))
     whole = x.clone().requires_grad_()

@@ -80,7 +80,7 @@ def test_ternary_counts_and_flips(layers, parallel, n, m, source):
 
 
 def test_a_gaussian_has_31_percent_natural_zeros(layers, parallel):
-    """P(|w| < E|w| / 2) of a Gaussian is 0.310 (docs/method.md, section 8)."""
+    """P(|w| < E|w| / 2) of a Gaussian is 0.310 (docs/metrics.md, "Ternary weights and masks")."""
     for layer in layers.values():
         layer.weight = torch.nn.Parameter(torch.randn(240, 480, generator=torch.Generator().manual_seed(3)))
     state, telemetry = made(layers, parallel)

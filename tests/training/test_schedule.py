@@ -1,4 +1,4 @@
-"""Learning rate and weight decay: the numbers of docs/method.md, section 7, and the formulas computed independently."""
+"""Learning rate and weight decay: the numbers of docs/method.md, "Training", and formulas computed independently."""
 
 import math
 

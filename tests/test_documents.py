@@ -1,0 +1,88 @@
+"""What code and documents cite exists: pages, headings, files; and every module has a test file of its name."""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tested_by import TESTED_BY
+
+ROOT = Path(__file__).parents[1]
+HEADING = re.compile(r"docs/(\w+\.md), \"([^\"]+)\"")
+PAGE = re.compile(r"docs/(\w+\.md)")
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+# `path/name.py` within backquotes: of the project, of megatron_sbn or of sbn_kernels.
+FILE = re.compile(r"`([\w/]+/[\w/]*\w\.(?:py|sh|sbatch|yaml))`")
+NOT_THERE = (
+    "kernels/__init__.py",
+    "kernels/sbn_kernels/NAME.py",
+    "tests/kernels/test_NAME.py",
+    "kernels/bench/NAME.py",
+)
+PLACES = (".", "megatron_sbn", "kernels/sbn_kernels", "kernels", "tests")
+
+
+def tracked(*patterns: str) -> list[Path]:
+    """Files of the project."""
+    listed = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=False)
+    names = listed.stdout.split("\n") if listed.stdout else [str(p.relative_to(ROOT)) for p in ROOT.rglob(patterns[0])]
+    return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+
+
+def headings(page: Path) -> set[str]:
+    return {line.lstrip("#").strip() for line in page.read_text().splitlines() if line.startswith("#")}
+
+
+def wrong_citations(path: Path, text: str) -> Iterator[str]:
+    """Pages and headings of docs/ that are named and are not there."""
+    joined = re.sub(r"\s*\n\s*#?\s*", " ", text)  # a citation may be broken over lines
+    for name in PAGE.findall(joined):
+        if not (ROOT / "docs" / name).is_file():
+            yield f"{path}: docs/{name} is not there"
+    for name, heading in HEADING.findall(joined):
+        if (ROOT / "docs" / name).is_file() and heading not in headings(ROOT / "docs" / name):
+            yield f"{path}: docs/{name} has no heading {heading!r}"
+
+
+def wrong_links(path: Path, text: str) -> Iterator[str]:
+    """Links to files that are not there, and names of files that no folder has."""
+    for target in LINK.findall(text):
+        if "://" not in target and not (path.parent / target).exists():
+            yield f"{path}: links to {target}, which is not there"
+    for name in FILE.findall(text):
+        if not any((ROOT / place / name).exists() for place in PLACES) and name not in NOT_THERE:
+            yield f"{path}: names {name}, which is not there"
+
+
+def test_cited_pages_and_headings_exist() -> None:
+    sources = [p for p in tracked("*.py", "*.md", "*.yaml") if p.name != "test_documents.py"]
+    assert [c for path in sources for c in wrong_citations(path.relative_to(ROOT), path.read_text())] == []
+
+
+# Dated results name files as they were called then.
+@pytest.mark.parametrize("page", [p for p in tracked("*.md") if p.name != "results.md"], ids=lambda p: p.name)
+def test_linked_and_named_files_exist(page: Path) -> None:
+    assert list(wrong_links(page, page.read_text())) == []
+
+
+def test_what_is_not_there_is_found() -> None:
+    here = ROOT / "README.md"
+    assert list(
+        wrong_citations(here, 'docs/nothing.md and docs/method.md, "Forward" and docs/method.md, "Sideways"')
+    ) == [
+        f"{here}: docs/nothing.md is not there",
+        f"{here}: docs/method.md has no heading 'Sideways'",
+    ]
+    assert (
+        len(list(wrong_links(here, "[a](docs/method.md) [b](docs/none.md) `layers/linear.py` `layers/none.py`"))) == 2
+    )
+
+
+def test_every_module_has_a_test_file() -> None:
+    """Of its name, or that of TESTED_BY."""
+    names = {path.stem for path in tracked("tests/*.py")}
+    modules = [p for p in tracked("megatron_sbn/*.py", "kernels/sbn_kernels/*.py") if not p.stem.startswith("__")]
+    without = {str(p.relative_to(ROOT)) for p in modules if f"test_{p.stem}" not in names}
+    assert without == set(TESTED_BY)
+    assert [file for file in TESTED_BY.values() if not (ROOT / "tests" / file).is_file()] == []
