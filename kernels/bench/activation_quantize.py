@@ -1,4 +1,4 @@
-"""Rounding activations to int8, one scale a token: sbn_kernels.activation_quantize. 2 bytes read, 1 written."""
+"""Rounding activations to int8, one scale a token: sbn_kernels' activation_quantize. 2 bytes read, 1 written."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -7,8 +7,8 @@ import peers
 import torch
 from goals import Goal, Measured, least_share
 from harness import Benchmark, Call, Case, Contender, Inputs
-from sbn_kernels import activation_quantize as ours
 from sbn_kernels import reference
+from sbn_kernels.gpu.quantize import activation_quantize as ours
 from shapes import Selection
 from torch import Tensor
 

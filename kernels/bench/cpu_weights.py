@@ -1,4 +1,4 @@
-"""Masks and codes on CPU without sorting: sbn_kernels.cpu_weights against argsort + scatter, same bits.
+"""Masks and codes on CPU without sorting: sbn_kernels' weights against argsort + scatter, same bits.
 
 Bytes at least: 4 read, and 1 + 1 written for codes and mask.
 """
@@ -11,8 +11,8 @@ import sbn_kernels as kernels
 import torch
 from goals import Goal, Measured, total_ratio
 from harness import Benchmark, Call, Case, Contender, Inputs
-from sbn_kernels import cpu_weights as ours
 from sbn_kernels import reference
+from sbn_kernels.cpu import weights as ours
 from shapes import Selection
 from torch import Tensor
 

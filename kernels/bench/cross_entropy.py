@@ -1,4 +1,4 @@
-"""Linear + cross-entropy by blocks of tokens, with both gradients: sbn_kernels.cross_entropy around PyTorch's products.
+"""Linear + cross-entropy by blocks of tokens, both gradients: sbn_kernels' cross_entropy around PyTorch's products.
 
 z = h W^T in fp32 for a block of tokens, three numbers a token, then dz in bf16, dh = dz W, dW += dz^T h. Peers make all
 logits at once, or fuse as Liger does. Bytes are those of the logits alone, written, read twice and written as dz:
@@ -12,7 +12,7 @@ import peers
 import torch
 from goals import Goal
 from harness import Benchmark, Call, Case, Contender, Inputs
-from sbn_kernels import cross_entropy as ours
+from sbn_kernels.gpu import cross_entropy as ours
 from shapes import Selection
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear

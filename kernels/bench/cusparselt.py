@@ -1,4 +1,4 @@
-"""2:4 products through cuSPARSELt with the contract's scales (sbn_kernels.cusparselt), beside the library alone."""
+"""2:4 products through cuSPARSELt with the contract's scales (sbn_kernels' cusparselt), beside the library alone."""
 
 from collections.abc import Iterator
 from functools import partial

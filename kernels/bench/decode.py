@@ -1,4 +1,4 @@
-"""Linear layers for 1 to 32 tokens from packed weights: sbn_kernels.decode. Bound by reading the weights.
+"""Linear layers for 1 to 32 tokens from packed weights: sbn_kernels' decode. Bound by reading the weights.
 
 Bytes at least: the packed weight, X_q and Y. Formats for any N:M are measured at 6:8, those that need it at 2:4.
 """
@@ -10,8 +10,8 @@ import torch
 from forward_products import BF16, Product, bf16_linear
 from goals import Goal, Measured
 from harness import Benchmark, Call, Case, Contender, Inputs
-from sbn_kernels import decode as ours
-from sbn_kernels import ternary_gemm
+from sbn_kernels.gpu.decode import decode as ours
+from sbn_kernels.gpu.gemm import ternary_gemm
 from shapes import MODELS, Linear, Selection
 
 DEVICE = "cuda"

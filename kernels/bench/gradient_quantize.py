@@ -1,4 +1,4 @@
-"""Rounding output gradients to int8, per token and per row of out: sbn_kernels.gradient_quantize.
+"""Rounding output gradients to int8, per token and per row of out: sbn_kernels' gradient_quantize.
 
 Bytes at least: 2 read and 1 written per token for dY * gamma; 2 + 2 read (a maximum over the tokens comes first) and 1
 written, transposed, for dY * s_x.
@@ -12,8 +12,8 @@ import torch
 from activation_quantize import dequantised
 from goals import Goal
 from harness import Benchmark, Call, Case, Contender, Inputs, checked_rows
-from sbn_kernels import gradient_quantize as ours
 from sbn_kernels import reference
+from sbn_kernels.gpu.quantize import gradient_quantize as ours
 from shapes import Linear, Selection
 from torch import Tensor
 

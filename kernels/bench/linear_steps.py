@@ -17,7 +17,8 @@ import sbn_kernels as kernels
 import torch
 import weight_prepare
 from harness import Benchmark, Call, Case, Contender, Inputs, checked_rows
-from sbn_kernels import forward_forms, reference
+from sbn_kernels import reference
+from sbn_kernels.gpu import forward_forms
 from shapes import Linear
 from torch import Tensor
 from torch.nn.functional import linear

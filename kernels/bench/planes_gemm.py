@@ -1,4 +1,4 @@
-"""Forward product from codes at 2 bits, unpacked in registers: sbn_kernels.planes_gemm, any N:M."""
+"""Forward product from codes at 2 bits, unpacked in registers: sbn_kernels' planes_gemm, any N:M."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -6,8 +6,9 @@ from functools import partial
 from forward_products import BF16, bf16_linear, products
 from goals import Goal
 from harness import Benchmark, Call, Contender, Inputs
-from sbn_kernels import planes, ternary_gemm
-from sbn_kernels import planes_gemm as ours
+from sbn_kernels.formats import planes
+from sbn_kernels.gpu.gemm import planes_gemm as ours
+from sbn_kernels.gpu.gemm import ternary_gemm
 from shapes import Selection
 
 DEVICE = "cuda"

@@ -1,6 +1,6 @@
 """Bare matrix products on CPU at a layer's shapes: the parts that no implementation of the layer can go below.
 
-    forward   X_q @ C^T in each exact form of sbn_kernels.cpu_linear (onednn, int_mm, float)
+    forward   X_q @ C^T in each exact form of sbn_kernels' linear (onednn, int_mm, float)
     dgrad     dY @ W in fp32, and G_q @ C in each exact form
     wgrad     dY^T @ X in fp32
 

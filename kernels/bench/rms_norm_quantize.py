@@ -1,4 +1,4 @@
-"""RMSNorm with the rounding to int8, and its backward: sbn_kernels.rms_norm_quantize.
+"""RMSNorm with the rounding to int8, and its backward: sbn_kernels' rms_norm_quantize.
 
 Bytes at least for each bf16 value: 2 read and 1 written; backward 4 read (dy and x) and 2 written.
 """
@@ -11,8 +11,9 @@ import torch
 from activation_quantize import dequantised, plain, tokens_of
 from goals import Goal
 from harness import Benchmark, Call, Case, Contender, Inputs
-from sbn_kernels import activation_quantize, reference
-from sbn_kernels import rms_norm_quantize as ours
+from sbn_kernels import reference
+from sbn_kernels.gpu.quantize import activation_quantize
+from sbn_kernels.gpu.quantize import rms_norm_quantize as ours
 from shapes import Model, Selection
 from torch import Tensor
 from torch.nn.functional import rms_norm

@@ -1,4 +1,4 @@
-"""6:8 as windows of 2:4 (sbn_kernels.sliding_window): the product, and repeating the activations that it needs."""
+"""6:8 as windows of 2:4 (sbn_kernels' sliding_window): the product, and repeating the activations that it needs."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -6,7 +6,7 @@ from functools import partial
 from forward_products import Product, bf16_linear, products
 from goals import Goal
 from harness import Benchmark, Call, Case, Contender, Inputs
-from sbn_kernels import sliding_window as ours
+from sbn_kernels.gpu.gemm import sliding_window as ours
 from shapes import Selection
 from sparse_gemm import forms
 from torch import Tensor

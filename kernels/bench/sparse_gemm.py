@@ -1,4 +1,4 @@
-"""2:4 products on sparse tensor cores by our own kernel (sbn_kernels.sparse_gemm), beside all that could replace it."""
+"""2:4 products on sparse tensor cores by our own kernel (sbn_kernels' sparse_gemm), beside what could replace it."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -6,7 +6,7 @@ from functools import partial
 from forward_products import BF16, Product, peers_of, products
 from goals import Goal
 from harness import Benchmark, Call, Contender, Inputs, UnavailableError
-from sbn_kernels import forward_forms
+from sbn_kernels.gpu import forward_forms
 from shapes import Selection
 
 DEVICE = "cuda"

@@ -1,4 +1,4 @@
-"""SwiGLU with the rounding to int8, and its backward: sbn_kernels.swiglu_quantize.
+"""SwiGLU with the rounding to int8, and its backward: sbn_kernels' swiglu_quantize.
 
 Bytes at least for each bf16 value of h: 4 read and 1 written; backward 6 read (dh and both halves) and 4 written.
 """
@@ -11,8 +11,9 @@ import torch
 from activation_quantize import dequantised, plain
 from goals import Goal
 from harness import Benchmark, Call, Case, Contender, Inputs
-from sbn_kernels import activation_quantize, reference
-from sbn_kernels import swiglu_quantize as ours
+from sbn_kernels import reference
+from sbn_kernels.gpu.quantize import activation_quantize
+from sbn_kernels.gpu.quantize import swiglu_quantize as ours
 from shapes import Model, Selection
 from torch import Tensor
 from torch.nn.functional import silu

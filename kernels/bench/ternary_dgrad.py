@@ -1,4 +1,4 @@
-"""Input gradient dX = (dY * gamma) @ C: sbn_kernels.ternary_dgrad, and the int8 form on the forward's product."""
+"""Input gradient dX = (dY * gamma) @ C: sbn_kernels' ternary_dgrad, and the int8 form on the forward's product."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -8,8 +8,10 @@ import torch
 from forward_products import BF16, Product, products
 from goals import Goal
 from harness import Benchmark, Call, Case, Contender, Inputs, checked_rows
-from sbn_kernels import gradient_quantize, reference, ternary_gemm, ternary_wgrad
-from sbn_kernels import ternary_dgrad as ours
+from sbn_kernels import reference
+from sbn_kernels.gpu.gemm import ternary_dgrad as ours
+from sbn_kernels.gpu.gemm import ternary_gemm, ternary_wgrad
+from sbn_kernels.gpu.quantize import gradient_quantize
 from shapes import Selection
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Forward product of int8 activations and int8 codes on tensor cores: sbn_kernels.ternary_gemm, any N:M."""
+"""Forward product of int8 activations and int8 codes on tensor cores: sbn_kernels' ternary_gemm, any N:M."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -6,7 +6,7 @@ from functools import partial
 from forward_products import BF16, peers_of, products
 from goals import Goal, Measured
 from harness import Benchmark, Call, Contender, Inputs
-from sbn_kernels import ternary_gemm as ours
+from sbn_kernels.gpu.gemm import ternary_gemm as ours
 from shapes import Selection
 
 DEVICE = "cuda"

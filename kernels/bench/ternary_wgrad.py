@@ -1,4 +1,4 @@
-"""Weight gradient dW = dY^T @ (s_x * X_q): sbn_kernels.ternary_wgrad, exact and int8."""
+"""Weight gradient dW = dY^T @ (s_x * X_q): sbn_kernels' ternary_wgrad, exact and int8."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -6,8 +6,9 @@ from functools import partial
 from forward_products import Product, products
 from goals import Goal
 from harness import Benchmark, Call, Case, Contender, Inputs, checked_rows
-from sbn_kernels import gradient_quantize, reference
-from sbn_kernels import ternary_wgrad as ours
+from sbn_kernels import reference
+from sbn_kernels.gpu.gemm import ternary_wgrad as ours
+from sbn_kernels.gpu.quantize import gradient_quantize
 from shapes import Selection
 from ternary_dgrad import with_gradient
 from torch import Tensor

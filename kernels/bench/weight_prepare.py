@@ -12,9 +12,10 @@ import sbn_kernels as kernels
 import torch
 from goals import Goal, Measured, least_share
 from harness import Benchmark, Call, Case, Contender, Inputs
-from sbn_kernels import exact_sum, reference, weight_sums
-from sbn_kernels import weight_prepare as fast
-from sbn_kernels.planes import codes_to_planes
+from sbn_kernels import exact_sum, reference
+from sbn_kernels.formats.planes import codes_to_planes
+from sbn_kernels.gpu.weights import weight_prepare as fast
+from sbn_kernels.gpu.weights import weight_sums
 from shapes import Linear, Model, Selection
 from torch import Tensor
 

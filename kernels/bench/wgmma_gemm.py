@@ -1,4 +1,4 @@
-"""Forward product on Hopper with its multiplications kept in flight: sbn_kernels.wgmma_gemm, beside ternary_gemm."""
+"""Forward product on Hopper with its multiplications kept in flight: sbn_kernels' wgmma_gemm, beside ternary_gemm."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -29,7 +29,7 @@ from sbn_kernels.exact_sum import (
     part_abs_max,
     unit_exponent,
 )
-from sbn_kernels.packing import flip_count, pack, pack_mask, unpack, unpack_mask
+from sbn_kernels.formats.packing import flip_count, pack, pack_mask, unpack, unpack_mask
 from sbn_kernels.preparation import (
     Codes,
     abs_maxima,

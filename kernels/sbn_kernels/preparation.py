@@ -38,7 +38,7 @@ class Codes:
 def abs_maxima(parts: Parts, *, backend: str = "auto") -> Tensor:
     """Return max|w| of each part, fp32 [parts], NaN as +Inf: `exact_sum.part_abs_max`."""
     if resolve(backend, parts[0][0].device) == "triton":
-        from sbn_kernels import weight_sums
+        from sbn_kernels.gpu.weights import weight_sums
 
         return weight_sums.abs_maxima(parts)
     return torch.stack([torch.stack([exact_sum.part_abs_max(view) for view in part]).amax() for part in parts])
@@ -54,7 +54,7 @@ def fixed_point_sums(parts: Parts, units: Tensor, masks: Parts | None = None, *,
         backend: by name; sums over survivors go from part to part on any.
     """
     if masks is None and resolve(backend, units.device) == "triton":
-        from sbn_kernels import weight_sums
+        from sbn_kernels.gpu.weights import weight_sums
 
         return weight_sums.fixed_point_sums(parts, units)
     totals = []
@@ -90,7 +90,7 @@ def codes_of_many(
         backend: by name.
     """
     if weights and resolve(backend, weights[0].device) == "triton":
-        from sbn_kernels import weight_prepare
+        from sbn_kernels.gpu.weights import weight_prepare
 
         named = forms or ["dense"] * len(weights)
         made = weight_prepare.codes_of_many(
@@ -124,9 +124,9 @@ def served_by(
     if name == "triton":
         forward = f"{form} int8"
     elif name == "cpu":
-        from sbn_kernels import cpu_linear
+        from sbn_kernels.cpu import linear
 
-        forward = cpu_linear.product_form(tokens, torch.zeros(out_features, in_features, dtype=torch.int8))
+        forward = linear.product_form(tokens, torch.zeros(out_features, in_features, dtype=torch.int8))
     else:
         forward = "float"
     return f"{name}: forward {forward}, backward {mode}"
@@ -150,7 +150,7 @@ def choose_form(
     Raises:
         ValueError: the form cannot serve the layer; the line says why.
     """
-    from sbn_kernels import forward_forms
+    from sbn_kernels.gpu import forward_forms
 
     if form == "auto":
         return forward_forms.choose_form(*sparsity, *shape, tokens, dtype, device)
@@ -160,6 +160,6 @@ def choose_form(
 
 def pack_form(form: str, codes: Tensor, n: int, m: int) -> tuple[Tensor, ...]:
     """Return what `form` reads beside the codes: see `forward_forms.pack_form`."""
-    from sbn_kernels import forward_forms
+    from sbn_kernels.gpu import forward_forms
 
     return forward_forms.pack_form(form, codes, n, m)

@@ -25,7 +25,7 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from sbn_kernels.tiles import Tile
+from sbn_kernels.gpu.primitives.tiles import Tile
 
 _CPU_RUNS = 5
 

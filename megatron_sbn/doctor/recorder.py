@@ -2,7 +2,7 @@
 
     weights, gradients           by global name
     LAYER.codes .gamma .mask     as prepared: int8 [out, in], fp32 [out], bool [out, in]
-    LAYER.x_q .s_x               int8 tokens that a layer's product reads, and their scales
+    LAYER.x_q .s_x               int8 activations that a layer's product reads, and their scales
     hidden                       what the last norm reads, [batch, tokens, hidden]
 
 Batches are a replica's share of the global one, in its order.
@@ -80,7 +80,7 @@ def recorded_hidden_states(trainer: Trainer) -> Iterator[Pieces]:
 
 @contextmanager
 def recorded_tokens(trainer: Trainer) -> Iterator[Pieces]:
-    """Fills what it yields with the int8 tokens and scales of every quantised layer, when the block ends.
+    """Fills what it yields with the int8 activations and scales of every quantised layer, when the block ends.
 
     They are read from what layers keep for backward, so the block holds training steps. Layers of experts, whose
     tokens come in the router's order, are left out.

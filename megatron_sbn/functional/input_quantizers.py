@@ -1,4 +1,4 @@
-"""What stands between the stream of activations and the int8 tokens of a linear layer.
+"""What stands between the stream of activations and the int8 activations of a linear layer.
 
     Quantizer     x_q, s_x = int8 of x
     RmsNormQuantizer    x_q, s_x = int8 of RMSNorm(x) * gain        before the column-parallel layers
@@ -83,6 +83,6 @@ class SwigluQuantizer(Quantizer):
 
 
 def can_fuse(settings: LinearSettings, device: torch.device) -> bool:
-    """Whether the fused kernels serve a layer: int8 tokens at 8 bits on the triton backend."""
+    """Whether the fused kernels serve a layer: int8 activations at 8 bits on the triton backend."""
     quantized = settings.quantizes_activations and settings.activation_bits == 8
     return quantized and kernels.resolve(settings.backend, device) == "triton"

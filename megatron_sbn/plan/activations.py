@@ -15,7 +15,7 @@ Bytes = dict[str, float]
 
 
 def quantizes(layout: Layout) -> bool:
-    """Whether linear layers keep int8 tokens instead of their floating inputs."""
+    """Whether linear layers keep int8 activations instead of their floating inputs."""
     linear = layout.recipe.linear
     return linear.weight_format == "ternary" and linear.activation_bits is not None
 

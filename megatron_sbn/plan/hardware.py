@@ -18,7 +18,7 @@ class Keeps:
     """What layers keep between forward and backward, where backends differ.
 
     Attributes:
-        fused: whether one kernel makes int8 tokens of a norm's or SwiGLU's input (8-bit activations), so that the
+        fused: whether one kernel makes int8 activations of a norm's or SwiGLU's input (8-bit activations), so that the
             floating result in between is never stored.
         norm_copies: fp32 tensors of the input's size that an unfused RMSNorm keeps.
         transposed: whether codes are kept transposed too, as the input gradient reads them.

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from sbn_kernels import tiles
+from sbn_kernels.gpu.primitives import tiles
 
 
 class DeadlockError(Exception):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sbn_kernels import reference
-from sbn_kernels.accumulator_scale import scale_accumulator
+from sbn_kernels.gpu.accumulator_scale import scale_accumulator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

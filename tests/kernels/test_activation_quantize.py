@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from sbn_kernels import activation_quantize as kernel
 from sbn_kernels import reference
+from sbn_kernels.gpu.quantize import activation_quantize as kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

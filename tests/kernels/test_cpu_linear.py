@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from sbn_kernels import cpu_linear, reference, tuning
+from sbn_kernels import reference, tuning
+from sbn_kernels.cpu import linear
 from torch import Tensor
 
 SHAPES = ((1, 1, 1), (3, 17, 5), (17, 896, 64), (2, 4864, 3), (1, 11008, 2), (0, 8, 4), (130, 64, 96))
@@ -25,22 +26,22 @@ def test_every_form_of_the_product_is_exact(shape: tuple[int, int, int], form: s
     expected = x_q.long() @ codes.long().t()
     if form != "float" and not x_q.numel():
         return  # never chosen for empty operands
-    product = cpu_linear.int_matmul(x_q, codes, form=form)
+    product = linear.int_matmul(x_q, codes, form=form)
     assert product.dtype == torch.float32
     assert torch.equal(product.long(), expected)
     by_columns = codes.t().contiguous().t()
-    assert torch.equal(cpu_linear.int_matmul(x_q, by_columns, form=form), product)
+    assert torch.equal(linear.int_matmul(x_q, by_columns, form=form), product)
     s_x, gamma = torch.rand(shape[0]), torch.rand(shape[2])
     for dtype in (torch.float32, torch.bfloat16):
         for bias in (None, torch.rand(shape[2])):
-            y = cpu_linear.ternary_linear(x_q, s_x, codes, gamma, bias, dtype, form=form)
+            y = linear.ternary_linear(x_q, s_x, codes, gamma, bias, dtype, form=form)
             assert torch.equal(y, reference.ternary_linear(x_q, s_x, codes, gamma, bias, dtype))
 
 
 @pytest.mark.parametrize("form", ["float", "onednn", "int_mm"])
 def test_the_longest_sums_are_exact(form: str) -> None:
     x_q, codes = operands(2, 131072, 3)
-    assert torch.equal(cpu_linear.int_matmul(x_q, codes, form=form).long(), x_q.long() @ codes.long().t())
+    assert torch.equal(linear.int_matmul(x_q, codes, form=form).long(), x_q.long() @ codes.long().t())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -52,10 +53,10 @@ def test_int8_gradients_have_the_references_bits(shape: tuple[int, int, int], dt
     if tokens > 2:
         dy[2, 0] = torch.nan
     for mode in ("int8_dgrad", "int8"):
-        ours = cpu_linear.input_gradient(dy, codes, gamma, None, mode)
+        ours = linear.input_gradient(dy, codes, gamma, None, mode)
         expected = reference.input_gradient(dy, codes, gamma, None, mode)
         torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
-    ours, expected = (f.weight_gradient(dy, x_q, s_x, "int8") for f in (cpu_linear, reference))
+    ours, expected = (f.weight_gradient(dy, x_q, s_x, "int8") for f in (linear, reference))
     torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -65,12 +66,12 @@ def test_exact_gradients_are_those_of_fp64(shape: tuple[int, int, int], dtype: t
     tokens, _, rows = shape
     x_q, codes = operands(*shape)
     dy, gamma, s_x = torch.randn(tokens, rows).to(dtype), torch.rand(rows), torch.rand(tokens)
-    dx = cpu_linear.input_gradient(dy, codes, gamma)
+    dx = linear.input_gradient(dy, codes, gamma)
     expected = (dy.double() * gamma.double()) @ codes.double()
     bound = 2.0**-8 if dtype == torch.bfloat16 else 1e-5
     assert dx.dtype == dtype
     torch.testing.assert_close(dx.double(), expected, rtol=bound, atol=1e-4)
-    dw = cpu_linear.weight_gradient(dy, x_q, s_x)
+    dw = linear.weight_gradient(dy, x_q, s_x)
     expected = (dy.double() * s_x.double().unsqueeze(1)).t() @ x_q.double()
     torch.testing.assert_close(dw.double(), expected, rtol=1e-5, atol=1e-3)
 
@@ -86,7 +87,7 @@ def test_the_form_is_measured_once_and_small_products_are_not(monkeypatch: pytes
 
     monkeypatch.setattr(tuning, "choose", choose)
     codes = torch.ones(1024, 64, dtype=torch.int8)
-    assert cpu_linear.product_form(8, codes) == "float"
+    assert linear.product_form(8, codes) == "float"
     assert not asked
-    assert cpu_linear.product_form(300, codes) == "onednn"
+    assert linear.product_form(300, codes) == "onednn"
     assert asked == [("cpu_product", {"tokens": 64, "out": 1024, "in": 64, "threads": torch.get_num_threads()})]

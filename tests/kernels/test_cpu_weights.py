@@ -5,8 +5,9 @@ import itertools
 import pytest
 import sbn_kernels as kernels
 import torch
-from sbn_kernels import cpu_weights, reference
-from sbn_kernels.cpu_weights import selection_network
+from sbn_kernels import reference
+from sbn_kernels.cpu import weights
+from sbn_kernels.cpu.weights import selection_network
 
 
 def run(network: tuple[tuple[int, int, bool, bool], ...], values: list[int]) -> list[int]:
@@ -50,7 +51,7 @@ def test_the_cut_is_the_least_weight_that_is_kept() -> None:
         [torch.rand(2000, generator=generator) * 10.0 ** torch.randint(-5, 5, (2000,)), torch.tensor([1e-5, 1e30])]
     )
     reciprocal = torch.ones(()) / gammas
-    least = cpu_weights._least_kept(reciprocal)
+    least = weights._least_kept(reciprocal)
     assert (((least * reciprocal).round() >= 1) | least.isinf()).all()
     assert ((torch.nextafter(least, torch.zeros(())) * reciprocal).round() < 1).all()
 
@@ -60,7 +61,7 @@ def test_the_cut_is_the_least_weight_that_is_kept() -> None:
 def test_blocks_ties_and_precision_modes_do_not_show(
     monkeypatch: pytest.MonkeyPatch, nm: tuple[int, int], precision: str
 ) -> None:
-    monkeypatch.setattr(cpu_weights, "_BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr(weights, "_BLOCK_ELEMENTS", 1000)
     generator = torch.Generator().manual_seed(nm[1])
     w = torch.randn(37, 480, generator=generator) * 0.02
     w[:10] = w[:10].bfloat16().float()  # many ties

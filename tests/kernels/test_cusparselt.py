@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from sbn_kernels import cusparselt, reference
+from sbn_kernels import reference
+from sbn_kernels.gpu.gemm import cusparselt
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

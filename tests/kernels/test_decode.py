@@ -5,7 +5,9 @@ import itertools
 import pytest
 import torch
 from cases import kernel_cases
-from sbn_kernels import decode, reference, trits
+from sbn_kernels import reference
+from sbn_kernels.formats import trits
+from sbn_kernels.gpu.decode import decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = tuple(decode.BYTES_PER_WEIGHT)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sbn_kernels import reference
-from sbn_kernels.gradient_quantize import quantize_gradient, quantize_gradient_columns
+from sbn_kernels.gpu.quantize.gradient_quantize import quantize_gradient, quantize_gradient_columns
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

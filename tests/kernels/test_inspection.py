@@ -24,7 +24,7 @@ def python(*arguments: str, limit: float = LIMIT_SECONDS) -> subprocess.Complete
 
 
 def test_every_kernel_has_builds_to_inspect() -> None:
-    with_kernels = {path.stem for path in (KERNELS / "sbn_kernels").glob("*.py") if "\nBUILDS" in path.read_text()}
+    with_kernels = {path.stem for path in (KERNELS / "sbn_kernels").rglob("*.py") if "\nBUILDS" in path.read_text()}
     assert {build.name.partition("[")[0] for build in all_builds()} == with_kernels
 
 
@@ -63,7 +63,7 @@ for report in inspect_all(first.values(), [90]):
 def test_what_is_wrong_is_found() -> None:
     code = """
 from dataclasses import replace
-from sbn_kernels.accumulator_scale import BUILDS
+from sbn_kernels.gpu.accumulator_scale import BUILDS
 from sbn_kernels.inspection import inspect_build
 print(inspect_build(BUILDS[0], 90).complaints)
 print(inspect_build(replace(BUILDS[0], instruction={90: "IGMMA"}), 90).complaints)

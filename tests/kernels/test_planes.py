@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import kernel_cases
-from sbn_kernels import planes
+from sbn_kernels.formats import planes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(1, 1), (3, 256), (70, 300), (5, 896), (2, 11008), (130, 17), (4, 0)]

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from sbn_kernels import planes_gemm, reference, ternary_dgrad
-from sbn_kernels.planes import codes_to_planes, pack_planes
-from sbn_kernels.tiles import Tile, gpu_family
+from sbn_kernels import reference
+from sbn_kernels.formats.planes import codes_to_planes, pack_planes
+from sbn_kernels.gpu.gemm import planes_gemm, ternary_dgrad
+from sbn_kernels.gpu.primitives.tiles import Tile, gpu_family
 from triton.runtime.errors import OutOfResources
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

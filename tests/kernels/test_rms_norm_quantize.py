@@ -4,8 +4,8 @@ import pytest
 import torch
 from cases import kernel_cases
 from sbn_kernels import reference
-from sbn_kernels import rms_norm_quantize as kernel
-from sbn_kernels.rms_norm_quantize import rms_norm_backward, rms_norm_quantize
+from sbn_kernels.gpu.quantize import rms_norm_quantize as kernel
+from sbn_kernels.gpu.quantize.rms_norm_quantize import rms_norm_backward, rms_norm_quantize
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,8 +4,13 @@ import itertools
 
 import pytest
 import torch
-from sbn_kernels import two_four
-from sbn_kernels.sliding_window import expand_activations, expand_activations_fast, expand_codes, expanded_features
+from sbn_kernels.formats import two_four
+from sbn_kernels.gpu.gemm.sliding_window import (
+    expand_activations,
+    expand_activations_fast,
+    expand_codes,
+    expanded_features,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

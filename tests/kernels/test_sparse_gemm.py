@@ -6,7 +6,9 @@ import pytest
 import torch
 from cases import kernel_cases
 from mma_sp import mma_sp
-from sbn_kernels import reference, sparse_gemm, two_four
+from sbn_kernels import reference
+from sbn_kernels.formats import two_four
+from sbn_kernels.gpu.gemm import sparse_gemm
 
 GROUPS = [g for g in itertools.product((-1, 0, 1), repeat=4) if sum(c != 0 for c in g) <= 2]
 SHAPES = [(1, 1, 16), (17, 40, 64), (25, 33, 80), (3, 16, 896), (50, 70, 144)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sbn_kernels import reference
-from sbn_kernels.swiglu_quantize import swiglu_abs_max, swiglu_backward, swiglu_quantize
+from sbn_kernels.gpu.quantize.swiglu_quantize import swiglu_abs_max, swiglu_backward, swiglu_quantize
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

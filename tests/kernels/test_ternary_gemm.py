@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from sbn_kernels import reference, ternary_gemm
-from sbn_kernels.tiles import Tile, gpu_family
+from sbn_kernels import reference
+from sbn_kernels.gpu.gemm import ternary_gemm
+from sbn_kernels.gpu.primitives.tiles import Tile, gpu_family
 from triton.runtime.errors import OutOfResources
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from cases import kernel_cases
-from sbn_kernels import reference, ternary_wgrad, transpose
-from sbn_kernels.tiles import Tile, gpu_family
+from sbn_kernels import reference
+from sbn_kernels.gpu.gemm import ternary_wgrad
+from sbn_kernels.gpu.primitives import transpose
+from sbn_kernels.gpu.primitives.tiles import Tile, gpu_family
 from triton.runtime.errors import OutOfResources
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

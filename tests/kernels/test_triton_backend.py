@@ -3,7 +3,7 @@
 import pytest
 import sbn_kernels as kernels
 import torch
-from sbn_kernels import forward_forms
+from sbn_kernels.gpu import forward_forms
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

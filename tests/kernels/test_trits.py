@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from sbn_kernels import trits
+from sbn_kernels.formats import trits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTHS = (1, 4, 5, 12, 17, 31, 32, 33, 896, 4864, 11008)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from sbn_kernels import planes_gemm, ternary_dgrad, ternary_gemm, ternary_wgrad, tuning
-from sbn_kernels.tiles import FAMILIES, Tile
+from sbn_kernels import tuning
+from sbn_kernels.gpu.gemm import planes_gemm, ternary_dgrad, ternary_gemm, ternary_wgrad
+from sbn_kernels.gpu.primitives.tiles import FAMILIES, Tile
 from triton.runtime.errors import OutOfResources
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from mma_sp import mma_sp
-from sbn_kernels import two_four
+from sbn_kernels.formats import two_four
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

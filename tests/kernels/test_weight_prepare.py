@@ -4,9 +4,9 @@ import pytest
 import torch
 from cases import kernel_cases
 from sbn_kernels import reference
-from sbn_kernels import weight_prepare as kernel
-from sbn_kernels.packing import flip_count, pack_mask
-from sbn_kernels.planes import pack_planes
+from sbn_kernels.formats.packing import flip_count, pack_mask
+from sbn_kernels.formats.planes import pack_planes
+from sbn_kernels.gpu.weights import weight_prepare as kernel
 from three_layers import DEVICE, three_layers
 
 SPARSITIES = ((6, 8), (2, 4), (5, 6), (1, 3), (8, 8), (20, 32), (1, 32), (1, 1), (3, 16))

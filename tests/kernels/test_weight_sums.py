@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from sbn_kernels import exact_sum, weight_prepare
-from sbn_kernels import weight_sums as kernel
+from sbn_kernels import exact_sum
+from sbn_kernels.gpu.weights import weight_prepare
+from sbn_kernels.gpu.weights import weight_sums as kernel
 from three_layers import DEVICE, three_layers
 from torch import Tensor
 

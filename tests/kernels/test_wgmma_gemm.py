@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from hopper_machine import Barrier, DeadlockError, Descriptor, Machine, Pointer
-from sbn_kernels import forward_forms, reference, wgmma_gemm
-from sbn_kernels.tiles import Tile
+from sbn_kernels import reference
+from sbn_kernels.gpu import forward_forms
+from sbn_kernels.gpu.gemm import wgmma_gemm
+from sbn_kernels.gpu.primitives.tiles import Tile
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)

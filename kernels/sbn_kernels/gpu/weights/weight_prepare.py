@@ -24,12 +24,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sbn_kernels.formats.planes import BLOCK_CODES, codes_to_planes, plane_bytes
+from sbn_kernels.gpu.primitives.launch import check_device
+from sbn_kernels.gpu.primitives.rounding import rint
+from sbn_kernels.gpu.weights.weight_sums import abs_maxima, element_type
 from sbn_kernels.inspection import Build
-from sbn_kernels.launch import check_device
-from sbn_kernels.planes import BLOCK_CODES, codes_to_planes, plane_bytes
 from sbn_kernels.reference import check_code_arguments
-from sbn_kernels.rounding import rint
-from sbn_kernels.weight_sums import abs_maxima, element_type
 
 _ROWS, _COLUMNS, _WARPS = 64, 32, 8
 _PLANE_ROWS = 16

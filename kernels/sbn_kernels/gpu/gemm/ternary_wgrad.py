@@ -37,11 +37,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sbn_kernels.gpu.gemm.ternary_gemm import int8_gemm
+from sbn_kernels.gpu.primitives.tiles import FAMILIES, Tile, dot_floats, gpu_family, grouped_tile, round_to
+from sbn_kernels.gpu.primitives.transpose import transpose_int8
 from sbn_kernels.inspection import FLOAT16_MMA, Build
 from sbn_kernels.reference import MAX_REDUCTION
-from sbn_kernels.ternary_gemm import int8_gemm
-from sbn_kernels.tiles import FAMILIES, Tile, dot_floats, gpu_family, grouped_tile, round_to
-from sbn_kernels.transpose import transpose_int8
 from sbn_kernels.tuning import bucket_tokens, pick_tile
 
 

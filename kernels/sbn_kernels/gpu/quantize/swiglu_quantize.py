@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sbn_kernels.gpu.primitives.launch import check_device, row_block
+from sbn_kernels.gpu.primitives.rounding import finite_abs, quantize_block
+from sbn_kernels.gpu.primitives.tiles import round_to
 from sbn_kernels.inspection import Build
-from sbn_kernels.launch import check_device, row_block
-from sbn_kernels.rounding import finite_abs, quantize_block
-from sbn_kernels.tiles import round_to
 
 # A longer token goes by shorter blocks: 16,384 columns leave 16 warps no register to spare (two or four were spilled on
 # sm_100 and sm_120), and three blocks of 8,192 are nearer to 18,944 columns than two of 16,384.

@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbn_kernels.activation_quantize import as_rows
+from sbn_kernels.gpu.primitives.launch import check_device, row_block
+from sbn_kernels.gpu.primitives.rounding import finite_abs, rint
+from sbn_kernels.gpu.quantize.activation_quantize import as_rows
 from sbn_kernels.inspection import Build
-from sbn_kernels.launch import check_device, row_block
-from sbn_kernels.rounding import finite_abs, rint
 
 _ROW_FLOOR = tl.constexpr(1e-30)
 _TILE = 64

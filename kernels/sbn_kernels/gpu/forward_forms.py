@@ -18,12 +18,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from sbn_kernels import cusparselt, sliding_window, sparse_gemm, ternary_gemm, tuning, wgmma_gemm
-from sbn_kernels.cusparselt import CompressedWeight
-from sbn_kernels.planes import codes_to_planes
-from sbn_kernels.planes_gemm import int_matmul_planes, ternary_linear_planes
+from sbn_kernels import tuning
+from sbn_kernels.formats.planes import codes_to_planes
+from sbn_kernels.formats.two_four import TwoFourWeight, pack_two_four_fast
+from sbn_kernels.gpu.gemm import cusparselt, sliding_window, sparse_gemm, ternary_gemm, wgmma_gemm
+from sbn_kernels.gpu.gemm.cusparselt import CompressedWeight
+from sbn_kernels.gpu.gemm.planes_gemm import int_matmul_planes, ternary_linear_planes
 from sbn_kernels.registry import FORMS
-from sbn_kernels.two_four import TwoFourWeight, pack_two_four_fast
 
 
 def _is_two_four(n: int, m: int) -> bool:

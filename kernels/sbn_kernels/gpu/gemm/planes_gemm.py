@@ -21,11 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sbn_kernels.formats.planes import BLOCK_CODES, check_planes, plane_codes
+from sbn_kernels.gpu.gemm.ternary_gemm import check_scales, store_result
+from sbn_kernels.gpu.primitives.tiles import FAMILIES, Tile, gpu_family, grouped_tile
 from sbn_kernels.inspection import INT8_MMA, TCGEN05_INT8, Build
-from sbn_kernels.planes import BLOCK_CODES, check_planes, plane_codes
 from sbn_kernels.reference import MAX_REDUCTION
-from sbn_kernels.ternary_gemm import check_scales, store_result
-from sbn_kernels.tiles import FAMILIES, Tile, gpu_family, grouped_tile
 from sbn_kernels.tuning import bucket_tokens, pick_tile
 
 

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sbn_kernels.gpu.primitives.launch import check_device
+from sbn_kernels.gpu.primitives.rounding import finite_abs, fixed_point_terms
 from sbn_kernels.inspection import Build
-from sbn_kernels.launch import check_device
-from sbn_kernels.rounding import finite_abs, fixed_point_terms
 
 _RUN = 1 << 14
 

@@ -13,12 +13,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sbn_kernels import forward_forms, ternary_wgrad
-from sbn_kernels.gradient_quantize import quantize_gradient, quantize_gradient_columns
-from sbn_kernels.launch import check_device
-from sbn_kernels.ternary_dgrad import ternary_dgrad
-from sbn_kernels.ternary_gemm import ternary_linear as dense_linear
-from sbn_kernels.transpose import transpose_int8
+from sbn_kernels.gpu import forward_forms
+from sbn_kernels.gpu.gemm import ternary_wgrad
+from sbn_kernels.gpu.gemm.ternary_dgrad import ternary_dgrad
+from sbn_kernels.gpu.gemm.ternary_gemm import ternary_linear as dense_linear
+from sbn_kernels.gpu.primitives.launch import check_device
+from sbn_kernels.gpu.primitives.transpose import transpose_int8
+from sbn_kernels.gpu.quantize.gradient_quantize import quantize_gradient, quantize_gradient_columns
 
 
 def int_matmul(

@@ -27,9 +27,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sbn_kernels.gpu.primitives.tiles import FAMILIES, Tile, gpu_family, grouped_tile, round_to
 from sbn_kernels.inspection import INT8_MMA, Build
 from sbn_kernels.reference import MAX_REDUCTION
-from sbn_kernels.tiles import FAMILIES, Tile, gpu_family, grouped_tile, round_to
 from sbn_kernels.tuning import bucket_tokens, pick_tile
 
 INT8_TILES: Mapping[str, tuple[Tile, ...]] = MappingProxyType(

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sbn_kernels.gpu.primitives.launch import check_device
+from sbn_kernels.gpu.primitives.tiles import round_to
 from sbn_kernels.inspection import Build
-from sbn_kernels.launch import check_device
-from sbn_kernels.tiles import round_to
 
 _BLOCK = 4096
 

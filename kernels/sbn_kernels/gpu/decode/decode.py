@@ -33,11 +33,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sbn_kernels import packing, trits
-from sbn_kernels.decode_words import dot4, first_registers, load_units, next_word, place_of
+from sbn_kernels.formats import packing, trits
+from sbn_kernels.gpu.decode.decode_words import dot4, first_registers, load_units, next_word, place_of
+from sbn_kernels.gpu.primitives.tiles import INTERPRETED, round_to
 from sbn_kernels.inspection import INT8_MMA, Build
 from sbn_kernels.reference import MAX_REDUCTION
-from sbn_kernels.tiles import INTERPRETED, round_to
 
 MAX_TOKENS = 32
 

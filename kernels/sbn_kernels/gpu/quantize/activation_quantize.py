@@ -18,9 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbn_kernels.inspection import Build
-from sbn_kernels.launch import check_device, row_block
-from sbn_kernels.rounding import (
+from sbn_kernels.gpu.primitives.launch import check_device, row_block
+from sbn_kernels.gpu.primitives.rounding import (
     SCALE_FLOOR,
     exponent_above,
     finite_abs,
@@ -29,6 +28,7 @@ from sbn_kernels.rounding import (
     quantize_block,
     rint,
 )
+from sbn_kernels.inspection import Build
 
 _SQRT7 = 7**0.5
 

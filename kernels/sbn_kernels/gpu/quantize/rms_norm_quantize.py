@@ -23,10 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sbn_kernels.gpu.primitives.launch import check_device, row_block
+from sbn_kernels.gpu.primitives.rounding import finite_abs, quantize_block
+from sbn_kernels.gpu.primitives.tiles import round_to
 from sbn_kernels.inspection import Build
-from sbn_kernels.launch import check_device, row_block
-from sbn_kernels.rounding import finite_abs, quantize_block
-from sbn_kernels.tiles import round_to
 
 _PARTIAL_SUMS = 512
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sbn_kernels.accumulator_scale import scale_accumulator
+from sbn_kernels.formats.two_four import is_two_four
+from sbn_kernels.gpu.accumulator_scale import scale_accumulator
 from sbn_kernels.reference import MAX_REDUCTION
-from sbn_kernels.two_four import is_two_four
 
 MULTIPLE = 32
 """Of which out and in have to be multiples; tokens are padded to one."""

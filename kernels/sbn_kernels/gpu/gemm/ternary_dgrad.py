@@ -37,9 +37,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbn_kernels.inspection import FLOAT16_MMA, Build
-from sbn_kernels.planes import BLOCK_BYTES, plane_bytes, plane_codes
-from sbn_kernels.tiles import (
+from sbn_kernels.formats.planes import BLOCK_BYTES, plane_bytes, plane_codes
+from sbn_kernels.gpu.primitives.tiles import (
     FAMILIES,
     Tile,
     codes_to_float,
@@ -48,6 +47,7 @@ from sbn_kernels.tiles import (
     grouped_tile,
     round_to,
 )
+from sbn_kernels.inspection import FLOAT16_MMA, Build
 from sbn_kernels.tuning import bucket_tokens, pick_tile
 
 

@@ -26,9 +26,9 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from sbn_kernels.formats.two_four import TwoFourWeight
 from sbn_kernels.inspection import Build
 from sbn_kernels.reference import MAX_REDUCTION
-from sbn_kernels.two_four import TwoFourWeight
 
 MMA_SP = gl.constexpr(
     "mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 "

@@ -42,10 +42,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sbn_kernels.gpu.gemm.ternary_gemm import check_scales
+from sbn_kernels.gpu.primitives.tiles import Tile, grouped_tile
 from sbn_kernels.inspection import INT8_MMA, SHARED_LIMIT, Build
 from sbn_kernels.reference import MAX_REDUCTION
-from sbn_kernels.ternary_gemm import check_scales
-from sbn_kernels.tiles import Tile, grouped_tile
 from sbn_kernels.tuning import bucket_tokens, pick_tile
 
 start_copy = tma.async_load if "async_load" in tma.__all__ else tma.async_copy_global_to_shared

@@ -1,0 +1,1 @@
+"""The Triton backend: its products, forms of the forward product, loss."""

@@ -1,0 +1,1 @@
+"""Scales, masks and codes of all weights of a model at once."""
