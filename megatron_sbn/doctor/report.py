@@ -1,8 +1,8 @@
 """Compares what the ranks of a layout computed with what one rank did, tensor by tensor.
 
-Codes, gamma and masks are functions of the weights alone: equal to the bit, or something is wrong. So are int8 activations,
-their scales and the hidden states of ternary models without experts (docs/method.md, "Forward"). What floating sums
-enter is compared by its largest relative difference.
+Codes, gamma and masks are functions of the weights alone: equal to the bit, or something is wrong. So are quantized
+activations, their scales and the hidden states of ternary models without experts (docs/method.md, "Forward"). What
+floating sums enter is compared by its largest relative difference.
 """
 
 import hashlib
