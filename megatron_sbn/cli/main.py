@@ -9,7 +9,7 @@ import os
 import sys
 
 from megatron_sbn import __version__
-from megatron_sbn.cli import check, prepare, results, slurm, sweep, train
+from megatron_sbn.cli import check, keys, prepare, results, slurm, sweep, train
 from megatron_sbn.cli.options import Parser
 from megatron_sbn.errors import SbnError
 from megatron_sbn.redaction import show_anything
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (
         *(train.add_quickstart, prepare.add_prepare, train.add_train),
-        *(sweep.add_sweep, slurm.add_submit),
+        *(sweep.add_sweep, slurm.add_submit, keys.add_keys),
         *(check.add_plan, check.add_doctor, check.add_checkpoint),
         *(results.add_compare, results.add_report, results.add_sync),
     ):

@@ -7,95 +7,84 @@ A key that does not exist, a value of the wrong type or a combination that canno
 Field names of `model` are Megatron-Core's own; those of `optimizer` follow Megatron's where it has one.
 """
 
-import os
-import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-LARGEST = 2**53  # every whole number up to it is one in JSON, in a float and in 64 bits
-Positive = Annotated[int, Field(ge=1, le=LARGEST)]
-NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-def _parse_sparsity(value: Any) -> Any:  # noqa: ANN401 - anything that YAML can hold
-    """'6:8' or [6, 8] -> (6, 8)."""
-    if isinstance(value, str) and re.fullmatch(r"\d+:\d+", value):
-        return tuple(int(part) for part in value.split(":"))
-    if isinstance(value, (list, tuple)) and len(value) == 2 and all(type(part) is int for part in value):
-        return tuple(value)
-    raise ValueError("write N:M, such as 6:8")
-
-
-def _parse_bits(value: Any) -> Any:  # noqa: ANN401 - anything that YAML can hold
-    return None if value == "none" else value
-
-
-def _as_tuple(value: Any) -> Any:  # noqa: ANN401 - anything that YAML can hold
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _parse_shards(value: Any) -> Any:  # noqa: ANN401 - anything that YAML can hold
-    items = [value] if isinstance(value, (str, dict)) else value
-    if isinstance(items, (list, tuple)):
-        return tuple({"path": item} if isinstance(item, str) else item for item in items)
-    return value
-
-
-def _none_if_one(value: int | None) -> int | None:
-    return None if value == 1 else value
-
-
-def _check_folder(value: str) -> str:
-    if "\0" in value or any(len(os.fsencode(part)) > 255 for part in value.split("/")):
-        raise ValueError("no folder can be called so; a name in it has at most 255 bytes, and no NUL")
-    return value
-
-
-Sparsity = Annotated[tuple[int, int], BeforeValidator(_parse_sparsity)]
-ActivationBits = Annotated[Literal[8, 4] | None, BeforeValidator(_parse_bits)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]  # of files, too
-Folder = Annotated[str, AfterValidator(_check_folder)]
-# One chunk a rank is no interleaving, for which Megatron-Core has a schedule, names and checks of its own.
-ChunksPerRank = Annotated[Positive | None, AfterValidator(_none_if_one)]
-WeightFormat = Literal["ternary", "dense"]
+from megatron_sbn.config.values import (
+    ActivationBits,
+    ChunksPerRank,
+    Folder,
+    Name,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Sparsity,
+    WeightFormat,
+    as_tuple,
+    parse_shards,
+)
 
 
 class Section(BaseModel):
     """Base of every section: frozen, no unknown keys, no silent conversions."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", validate_default=True, use_attribute_docstrings=True
+    )
 
 
 class Model(Section):
     """The transformer, in Megatron-Core's names. Pre-norm RMSNorm, SwiGLU, RoPE, grouped-query attention."""
 
     num_layers: Positive
+    """Transformer layers."""
     hidden_size: Positive
+    """Width of the residual stream."""
     ffn_hidden_size: Positive
+    """Width of the gated MLP, after the gate."""
     num_attention_heads: Positive
-    num_query_groups: Positive | None = None  # None: as many as heads
-    kv_channels: Positive | None = None  # None: hidden_size / num_attention_heads
+    """Query heads."""
+    num_query_groups: Positive | None = None
+    """Key/value heads; null: as many as query heads."""
+    kv_channels: Positive | None = None
+    """Channels of a head; null: hidden_size / num_attention_heads."""
     seq_length: Positive
+    """Tokens of a sample."""
     vocab_size: Positive
+    """Tokens of the tokenizer."""
     make_vocab_size_divisible_by: Positive = 128
+    """The embedding has vocab_size rows, rounded up to a multiple of this."""
     share_embeddings_and_output_weights: bool = False
+    """One matrix for embedding and head."""
     add_bias_linear: bool = False
+    """Biases in all attention and MLP projections."""
     add_qkv_bias: bool = False
+    """Biases in the QKV projection alone (Qwen2)."""
     rotary_base: Positive = 10000
+    """Base of the rotary frequencies."""
     rotary_percent: PositiveFloat = 1.0
+    """Share of a head's channels that rotate."""
     rotary_interleaved: bool = False
+    """Neighbouring channels rotate together, not the halves of a head."""
     layernorm_epsilon: PositiveFloat = 1e-5
+    """Epsilon of RMSNorm."""
     init_method_std: PositiveFloat = 0.02
-    bf16: bool = True  # activations and floating GEMMs; parameters are optimizer.parameter_dtype
+    """Standard deviation of the first weights."""
+    bf16: bool = True
+    """Activations and floating GEMMs in bf16; parameters are optimizer.parameter_dtype."""
     recompute_granularity: Literal["full", "selective"] | None = None
-    num_moe_experts: Positive | None = None  # None: one dense MLP a layer; else every layer is a mixture
-    moe_router_topk: Positive = 2  # experts of a token
-    moe_ffn_hidden_size: Positive | None = None  # of one expert; None: ffn_hidden_size
-    moe_aux_loss_coeff: NonNegativeFloat = 0.0  # load balancing (Switch Transformer), in every micro-batch; 0: none
+    """Activations recomputed in backward: whole layers, core attention, or none."""
+    num_moe_experts: Positive | None = None
+    """Experts of a layer; null: one dense MLP."""
+    moe_router_topk: Positive = 2
+    """Experts of a token."""
+    moe_ffn_hidden_size: Positive | None = None
+    """Width of one expert; null: ffn_hidden_size."""
+    moe_aux_loss_coeff: NonNegativeFloat = 0.0
+    """Weight of the load-balancing loss (Switch Transformer), in every micro-batch; 0: none."""
 
     @property
     def query_groups(self) -> int:
@@ -123,9 +112,13 @@ class Phase(Section):
     """From `step` on, the settings given here replace those of `linear` (None: unchanged)."""
 
     step: NonNegative
+    """The optimizer step from which on it holds."""
     weight_format: WeightFormat | None = None
+    """As in linear."""
     sparsity: Sparsity | None = None
+    """As in linear."""
     activation_bits: ActivationBits | Literal["unchanged"] = "unchanged"
+    """As in linear."""
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -145,19 +138,31 @@ class Linear(Section):
     """What the attention and MLP projections compute (docs/method.md)."""
 
     weight_format: WeightFormat = "ternary"
+    """ternary, or dense: no quantization, of activations neither."""
     sparsity: Sparsity = (6, 8)
+    """N:M along the input dimension; N = M is none."""
     activation_bits: ActivationBits = 8
+    """8; 4 (QKV and FC1 inputs only); none."""
     order: Literal["quant_then_mask", "mask_then_quant"] = "quant_then_mask"
+    """mask_then_quant takes gamma over the survivors of the mask."""
     mask_source: Literal["latent", "quantized"] = "latent"
+    """The mask from |W|, or from the codes (known to collapse)."""
     masked_gradient: Literal["dense", "masked"] = "dense"
+    """Whether pruned weights get a gradient (dense) or none (masked)."""
     sr_ste_decay: NonNegativeFloat = 0.0
+    """SR-STE: adds this times (1 - mask) W to the gradient."""
     backward: Literal["exact", "int8_dgrad", "int8"] = "exact"
-    backend: Literal["auto", "cpu", "triton", "reference"] = "auto"  # auto: cpu on CPU, triton on CUDA
-    # How the forward product reads the codes on CUDA (docs/kernels.md); auto: the fastest that was measured.
+    """exact; or dY rounded to int8 for dX (int8_dgrad), for both products (int8)."""
+    backend: Literal["auto", "cpu", "triton", "reference"] = "auto"
+    """Who computes: auto is cpu on CPU and triton on CUDA."""
     forward_form: ForwardForm = "auto"
-    mask_interval: Positive = 1  # steps between mask updates
-    mask_freeze_step: NonNegative | None = None  # masks stay as they are from this step on
-    phases: Annotated[tuple[Phase, ...], BeforeValidator(_as_tuple)] = ()
+    """How the forward product reads the codes on CUDA; auto: the fastest that was measured."""
+    mask_interval: Positive = 1
+    """Steps between mask updates."""
+    mask_freeze_step: NonNegative | None = None
+    """Masks stay as they are from this step on."""
+    phases: Annotated[tuple[Phase, ...], BeforeValidator(as_tuple)] = ()
+    """Changes of weight_format, sparsity or activation_bits from a step on."""
 
     def at(self, step: int) -> "Linear":
         """The settings in force at an optimizer step: these, changed by every phase that has begun."""
@@ -175,113 +180,176 @@ class Parallel(Section):
     """How the model is cut. Data-parallel size is what is left of the world."""
 
     tensor: Positive = 1
+    """Tensor-parallel ranks."""
     pipeline: Positive = 1
-    virtual_pipeline: ChunksPerRank = None  # model chunks per pipeline rank (interleaved 1F1B)
-    num_layers_in_first_pipeline_stage: Positive | None = None  # None: all stages that are not set have equally many
+    """Pipeline-parallel ranks."""
+    virtual_pipeline: ChunksPerRank = None
+    """Model chunks of a pipeline rank (interleaved 1F1B)."""
+    num_layers_in_first_pipeline_stage: Positive | None = None
+    """Layers of the first stage; null: as many as the others."""
     num_layers_in_last_pipeline_stage: Positive | None = None
+    """Layers of the last stage; null: as many as the others."""
     expert: Positive = 1
-    sequence: bool = True  # sequence parallelism inside the tensor-parallel group; no effect at tensor=1
+    """Expert-parallel ranks."""
+    sequence: bool = True
+    """Sequence parallelism within the tensor-parallel group; no effect at tensor 1."""
     zero_stage: Literal[1, 2, 3] = 1
+    """DeepSpeed ZeRO: what is sharded over data parallelism."""
 
 
 class Shard(Section):
     """One `.bin/.idx` pair by its prefix, and its share of a blend."""
 
     path: str
+    """Prefix of the .bin/.idx pair."""
     weight: PositiveFloat = 1.0
+    """Its share of the blend, relative to the others."""
 
 
-Shards = Annotated[tuple[Shard, ...], BeforeValidator(_parse_shards), Field(min_length=1)]
+Shards = Annotated[tuple[Shard, ...], BeforeValidator(parse_shards), Field(min_length=1)]
 
 
 class Data(Section):
     """Token shards, written by `sbn prepare` or by Megatron's own tools."""
 
     train: Shards
+    """One prefix, or a blend of several."""
     validation: Shards | None = None
+    """The same, of held-out text."""
     tokenizer: str | None = None
+    """The sentencepiece model that made the tokens."""
 
 
 class Stage(Section):
     """One stage of a staged schedule: from `step` on, lr goes from `lr` to `end_lr` at the next stage's step."""
 
     step: NonNegative
+    """Its first optimizer step."""
     lr: NonNegativeFloat
+    """Learning rate at its start."""
     end_lr: NonNegativeFloat
+    """Learning rate at the start of the next stage."""
     weight_decay: NonNegativeFloat
+    """Of matrices."""
 
 
 class Optimizer(Section):
     """AdamW with decay and no-decay groups, fp32 masters under ZeRO."""
 
     lr: PositiveFloat = 3e-4
+    """Peak learning rate."""
     min_lr: NonNegativeFloat = 1e-5
+    """Learning rate after the decay."""
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    """How it goes from lr to min_lr."""
     lr_warmup_steps: NonNegative = 0
-    lr_decay_steps: Positive | None = None  # None: training.steps
-    stages: Annotated[tuple[Stage, ...], BeforeValidator(_as_tuple)] = ()
+    """Steps of linear warm-up."""
+    lr_decay_steps: Positive | None = None
+    """The step at which min_lr is reached; null: training.steps."""
+    stages: Annotated[tuple[Stage, ...], BeforeValidator(as_tuple)] = ()
+    """A schedule of stages, in place of the above."""
     weight_decay: NonNegativeFloat = 0.1
+    """Of matrices; norms and biases have none."""
     weight_decay_style: Literal["auto", "constant", "cosine_to_zero"] = "auto"
+    """auto: cosine_to_zero over the first half of training for ternary weights, else constant."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the second moment."""
     adam_eps: PositiveFloat = 1e-8
-    clip_grad: NonNegativeFloat = 1.0  # 0: no clipping
+    """Added to the root of the second moment."""
+    clip_grad: NonNegativeFloat = 1.0
+    """Largest gradient norm; 0: no clipping."""
     parameter_dtype: Literal["fp32"] = "fp32"
-    cpu_offload: bool = False  # masters, moments and update in host memory
+    """Of parameters and masters."""
+    cpu_offload: bool = False
+    """Masters, moments and the update in host memory."""
 
 
 class Training(Section):
     """Length, batch, and how often things are looked at. Intervals are in optimizer steps; 0 means never."""
 
     steps: Positive
+    """Optimizer steps."""
     seed: NonNegative = 1234
+    """Of the first weights and of the order of samples."""
     global_batch_size: Positive
+    """Samples of an optimizer step."""
     micro_batch_size: Positive
+    """Samples of one forward and backward pass of a rank."""
     log_interval: Positive = 1
+    """Steps between lines of the log."""
     validation_interval: NonNegative = 0
+    """Steps between validations."""
     validation_samples: Positive = 64
+    """Samples of a validation."""
     telemetry_interval: NonNegative = 100
-    # A bad step: loss or gradient norm not finite, or a spike over the median of the last `spike_window` steps.
+    """Steps between measurements of masks and codes."""
     on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
-    spike_loss: PositiveFloat | None = None  # this many nats above
-    spike_grad_norm: PositiveFloat | None = None  # this many times as large
+    """What becomes of a step whose loss or gradient norm is not finite or a spike."""
+    spike_loss: PositiveFloat | None = None
+    """A spike: this many nats above the median of the last spike_window steps."""
+    spike_grad_norm: PositiveFloat | None = None
+    """A spike: this many times the median of the last spike_window steps."""
     spike_window: Positive = 32
-    bad_step_budget: NonNegative = 10  # so many in a run; then it stops
-    time_limit: NonNegative = 0  # seconds from the start until it stops as if it were asked to (status 75); 0: none
-    hang_warning: NonNegative = 300  # seconds without progress until it is told who holds up the others; 0: never
-    hang_timeout: NonNegative = 1800  # and until the process ends, for the launcher to start anew; 0: never
-    rank_check_interval: NonNegative = 100  # steps between comparisons of the ranks' speed
-    rollback_steps: Positive = 1  # rollback: to the newest checkpoint of at least so many steps before
+    """Steps of that median."""
+    bad_step_budget: NonNegative = 10
+    """Bad steps of a run; one more stops it."""
+    time_limit: NonNegative = 0
+    """Seconds from the start until it stops as if it were asked to (status 75); 0: none."""
+    hang_warning: NonNegative = 300
+    """Seconds without progress until the log says which ranks hold up the others; 0: never."""
+    hang_timeout: NonNegative = 1800
+    """Seconds without progress until the process ends, for the launcher to start anew; 0: never."""
+    rank_check_interval: NonNegative = 100
+    """Steps between comparisons of the ranks' speed."""
+    rollback_steps: Positive = 1
+    """rollback: to the newest checkpoint of at least so many steps before."""
 
 
 class Checkpoint(Section):
     """When to save, how many to keep, and whether an existing run folder is continued."""
 
     interval: NonNegative = 0
-    keep: Positive = 2  # the newest
-    keep_every: NonNegative = 0  # and, for good, those whose step is a multiple of this; 0: none
-    asynchronous: bool = True  # training waits for the copy to host memory only
-    on_failure: Literal["stop", "continue"] = "stop"  # when a checkpoint cannot be written
+    """Steps between checkpoints."""
+    keep: Positive = 2
+    """Newest checkpoints to keep; with 2 a damaged one has another before it."""
+    keep_every: NonNegative = 0
+    """Keeps for good those whose step is a multiple of this; 0: none."""
+    asynchronous: bool = True
+    """Training waits for the copy to host memory only."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """What becomes of the run when a checkpoint cannot be written."""
     resume: Literal["auto", "never", "required"] = "auto"
-    signal_deadline: NonNegative = 600  # seconds from SIGTERM or SIGUSR1 to a forced exit; 0: none
+    """auto: continue what run_dir holds. never, required: refuse if there is something, or nothing."""
+    signal_deadline: NonNegative = 600
+    """Seconds from SIGTERM or SIGUSR1 to a forced exit; 0: none."""
 
 
 class Tracking(Section):
     """MLflow. metrics.jsonl in the run folder is written whatever is set here."""
 
     enabled: bool = True
-    uri: str | None = None  # None: sqlite:/// beside the run folders
+    """Whether MLflow is told."""
+    uri: str | None = None
+    """MLflow's tracking URI; null: sqlite:/// beside the run folders."""
     experiment: str = "megatron_sbn"
-    study: Name | None = None  # parent run in MLflow that groups the runs of a study; sweeps set their own name
-    system_metrics_interval: NonNegativeFloat = 10.0  # seconds between samples of rank 0's machine; 0: none
+    """The experiment in MLflow."""
+    study: Name | None = None
+    """The parent run in MLflow that groups the runs of a study; sweeps set their own name."""
+    system_metrics_interval: NonNegativeFloat = 10.0
+    """Seconds between samples of rank 0's machine; 0: none."""
 
 
 class Recipe(Section):
     """One experiment."""
 
     name: Name
+    """Of the run, in its folder and in MLflow."""
     run_dir: Folder | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPUs where there are any
+    """The run folder; null: a new one, runs/NAME-TIME."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: GPUs where there are any."""
     model: Model
     linear: Linear = Linear()
     parallel: Parallel = Parallel()
