@@ -18,6 +18,7 @@ TESTED_BY = {
     "megatron_sbn/cluster/slurm_queue.py": "cluster/test_submission.py",
     "megatron_sbn/cluster/snapshot.py": "cluster/test_submission.py",
     "megatron_sbn/config/schema.py": "config/test_load.py",
+    "megatron_sbn/config/values.py": "config/test_load.py",
     "megatron_sbn/doctor/logical_tensors.py": "doctor/test_command.py",
     "megatron_sbn/doctor/rank.py": "doctor/test_command.py",
     "megatron_sbn/doctor/recorder.py": "distributed/test_layouts.py",
