@@ -128,12 +128,12 @@ def build_model_chunks(recipe: Recipe, parallel: ParallelState) -> ModelChunks:
     for logical in parameters:
         _initialize(logical, recipe)
     layers = {name: layer for chunk in chunks for name, layer in _sparse_layers(chunk).items()}
-    micro_batches = recipe.training.global_batch_size // (recipe.training.micro_batch_size * parallel.data_size)
+    micro_batches = recipe.training.global_batch_size // (recipe.training.micro_batch_size * parallel.data.size)
     tokens = recipe.training.micro_batch_size * recipe.model.seq_length
     state = WeightQuantizer(
         layers,
         recipe.linear,
-        parallel.tensor_group,
+        parallel.tensor.group,
         micro_batches,
         tokens,
         activation_dtype(recipe),
@@ -146,13 +146,13 @@ def _build_chunk(
     recipe: Recipe, config: TransformerConfig, parallel: ParallelState, index: int, count: int
 ) -> SparseBitModel:
     model = recipe.model
-    first = parallel.pipeline_rank == 0 and index == 0
+    first = parallel.pipeline.rank == 0 and index == 0
     last = parallel.is_last_stage and index == count - 1
     groups = ProcessGroupCollection.use_mpu_process_groups()
     chunk = SparseBitModel(
         config=config,
         transformer_layer_spec=block_spec(
-            get_num_layers_to_build(config, index if count > 1 else None, parallel.pipeline_rank),
+            get_num_layers_to_build(config, index if count > 1 else None, parallel.pipeline.rank),
             mixture=model.num_moe_experts is not None,
         ),
         vocab_size=model.padded_vocab_size,
@@ -179,7 +179,7 @@ def _build_chunk(
             model.hidden_size,
             model.padded_vocab_size,
             config=config,
-            tp_group=parallel.tensor_group,
+            tp_group=parallel.tensor.group,
             bias=False,
             skip_bias_add=False,
             skip_weight_param_allocation=first and model.share_embeddings_and_output_weights,
@@ -217,9 +217,9 @@ def _logical_parameters(chunk: GPTModel, parallel: ParallelState) -> list[Logica
     result = []
     for name, parameter in chunk.named_parameters():
         if name == EMBEDDING:
-            rows = parameter.shape[0] * parallel.tensor_size
-            shard = row_shard((rows, parameter.shape[1]), parallel.tensor_rank, parallel.tensor_size)
-            parameter.tensor_model_parallel = parallel.tensor_size > 1
+            rows = parameter.shape[0] * parallel.tensor.size
+            shard = row_shard((rows, parameter.shape[1]), parallel.tensor.rank, parallel.tensor.size)
+            parameter.tensor_model_parallel = parallel.tensor.size > 1
         else:
             shard = shards.get(name) or whole(tuple(parameter.shape))
         tied = name == HEAD and chunk.share_embeddings_and_output_weights

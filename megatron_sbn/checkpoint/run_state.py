@@ -80,13 +80,13 @@ class Contents:
 
     def _writes(self, logical: LogicalParameter) -> bool:
         """Whether this rank is the one of those with the same elements that writes them."""
-        in_common = not logical.is_expert and logical.shard.shares < self.parallel.tensor_size
-        return logical.counts and (self.parallel.tensor_rank == 0 or not in_common)
+        in_common = not logical.is_expert and logical.shard.shares < self.parallel.tensor.size
+        return logical.counts and (self.parallel.tensor.rank == 0 or not in_common)
 
     def _restore_weight(self, reader: Reader, logical: LogicalParameter) -> None:
         with self.zero.whole([logical.parameter], write=True):
             # Under ZeRO-3 the first replica's values are sent to the others.
-            if self.zero.stage < 3 or self.parallel.data_rank == 0:
+            if self.zero.stage < 3 or self.parallel.data.rank == 0:
                 local = torch.empty(logical.parameter.shape, dtype=torch.float32)
                 reader.fill(local.view(-1), logical.name, logical.shard.shape, piece(logical.shard))
                 with torch.no_grad():
@@ -97,7 +97,7 @@ class Contents:
     ) -> Iterator[Chunk]:
         for name, mask in masks.items():
             assert sparsity is not None, "a mask that is kept has N and M"
-            replica = self.parallel.expert_data_group.rank() if is_expert(name) else self.parallel.data_rank
+            replica = self.parallel.expert_data.rank if is_expert(name) else self.parallel.data.rank
             if replica == 0:
                 shard = packed_shard(self.ternary.layers[name].weight_shard, sparsity[1])
                 flat = pack_groups(mask, sparsity[1]).view(-1)

@@ -131,8 +131,8 @@ def _tokens_piece(trainer: Trainer, seen: list[Tensor], cut: bool = True) -> Pie
     local = torch.cat([t.transpose(0, 1) for t in seen])
     share = local.shape[1]
     cut = cut and parallel.sequence_parallel
-    columns = (parallel.tensor_rank * share, share) if cut else (0, share)
-    shape = (len(local) * parallel.data_size, share * (parallel.tensor_size if cut else 1), local.shape[2])
+    columns = (parallel.tensor.rank * share, share) if cut else (0, share)
+    shape = (len(local) * parallel.data.size, share * (parallel.tensor.size if cut else 1), local.shape[2])
     return Piece(LogicalShard(shape, _batch_rows(trainer, len(local)), columns), local)
 
 
@@ -141,11 +141,11 @@ def _features_piece(trainer: Trainer, seen: list[Tensor]) -> Piece:
     parallel = trainer.parallel
     local = torch.cat([t.permute(1, 2, 0) for t in seen]).contiguous()
     share = local.shape[1]
-    shape = (len(local) * parallel.data_size, share * parallel.tensor_size, local.shape[2])
-    columns = (parallel.tensor_rank * share, share)
+    shape = (len(local) * parallel.data.size, share * parallel.tensor.size, local.shape[2])
+    columns = (parallel.tensor.rank * share, share)
     return Piece(LogicalShard(shape, _batch_rows(trainer, len(local)), columns), local)
 
 
 def _batch_rows(trainer: Trainer, share: int) -> tuple[tuple[int, int], ...]:
     """This replica's samples in the global batch."""
-    return ((trainer.parallel.data_rank * share, share),)
+    return ((trainer.parallel.data.rank * share, share),)

@@ -168,9 +168,9 @@ def group_names(parallel: ParallelState) -> dict[str, str]:
     """Names of the groups of a run; what ZeRO does over the experts' replicas is data parallelism too."""
     optional = {"check_initialized": False}
     groups = (
-        ("tensor", parallel.tensor_group),
-        ("pipeline", parallel.pipeline_group),
-        ("data", parallel.data_group),
+        ("tensor", parallel.tensor.group),
+        ("pipeline", parallel.pipeline.group),
+        ("data", parallel.data.group),
         ("data", parallel.tensor_data_group),
         ("model", parallel.model_group),
         ("model", parallel.expert_model_group),
@@ -198,7 +198,7 @@ def step_metrics(totals: Totals, parallel: ParallelState) -> dict[str, float]:
     summed = torch.tensor(sent, dtype=torch.float64, device=parallel.device)
     dist.all_reduce(summed)
     expert_size = megatron_state.get_expert_model_parallel_world_size()
-    sizes = (parallel.tensor_size, parallel.pipeline_size, parallel.data_size, expert_size)
+    sizes = (parallel.tensor.size, parallel.pipeline.size, parallel.data.size, expert_size)
     return {
         f"bytes_{name}": value for name, size, value in zip(PER_STEP, sizes, summed.tolist(), strict=True) if size > 1
     }

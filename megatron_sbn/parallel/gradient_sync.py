@@ -34,13 +34,13 @@ def make_finalizer(
     `tied_embedding` is this rank's copy of an embedding that is the head too (first and last stage), else None;
     `experts` are those of the parameters that belong to experts.
     """
-    share = parallel.tensor_size / parallel.expert_size
+    share = parallel.tensor.size / parallel.expert.size
     partial = [parameter for parameter in parameters if is_token_partial(parameter)]
 
     def finalize(_model: list[nn.Module], _num_tokens: Tensor | None = None, **_: object) -> None:
-        if partial and parallel.tensor_size > 1:
-            _sum_coalesced(partial, parallel.tensor_group)
-        if tied_embedding is not None and parallel.pipeline_size > 1:
+        if partial and parallel.tensor.size > 1:
+            _sum_coalesced(partial, parallel.tensor.group)
+        if tied_embedding is not None and parallel.pipeline.size > 1:
             dist.all_reduce(_gradient(tied_embedding), group=megatron_state.get_embedding_group())
         for expert in experts:
             _gradient(expert).mul_(share)

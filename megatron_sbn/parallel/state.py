@@ -4,7 +4,7 @@ The grid, slowest axis first, is [pipeline, data, tensor]: neighbouring ranks sh
 Megatron-Core, whose own `parallel_state` is initialised here with the same sizes.
 
 Experts are whole on a rank, so they see another grid of the same ranks, [pipeline, expert data, expert]: neighbouring
-ranks hold different experts, and an expert's replicas are the ranks of its `expert_data_group`.
+ranks hold different experts, and an expert's replicas are the ranks along `expert_data`.
 """
 
 import datetime
@@ -28,58 +28,57 @@ _STORE_KEY = "megatron_sbn/store"
 
 
 @dataclass(frozen=True)
-class ParallelState:
-    """Where this process stands.
+class Axis:
+    """One axis of the grid: this process's place along it, and the ranks that differ in that place alone."""
 
-    `model` is the group of all ranks that hold one replica (tensor x pipeline), `tensor_data` that of all ranks of one
-    pipeline stage, `expert_model` that of one replica of all experts (expert x pipeline).
+    rank: int
+    size: int
+    group: dist.ProcessGroup
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup) -> "Axis":
+        """The axis of a group that this process is in."""
+        return cls(group.rank(), group.size(), group)
+
+
+@dataclass(frozen=True)
+class ParallelState:
+    """Where this process stands: `rank` of `world_size`, as arange(world).view(pipeline, data, tensor) numbers them.
+
+    `model_group` are all ranks that hold one replica (tensor x pipeline), `tensor_data_group` all ranks of one pipeline
+    stage, `expert_model_group` those of one replica of all experts (expert x pipeline).
     """
 
     rank: int
     world_size: int
     device: torch.device
-    tensor_rank: int
-    tensor_size: int
-    pipeline_rank: int
-    pipeline_size: int
-    data_rank: int
-    data_size: int
-    tensor_group: dist.ProcessGroup
-    pipeline_group: dist.ProcessGroup
-    data_group: dist.ProcessGroup
+    tensor: Axis
+    pipeline: Axis
+    data: Axis
+    expert: Axis
+    expert_data: Axis
     model_group: dist.ProcessGroup
     tensor_data_group: dist.ProcessGroup
-    sequence_parallel: bool
-    expert_rank: int
-    expert_size: int
-    expert_group: dist.ProcessGroup
-    expert_data_group: dist.ProcessGroup
     expert_model_group: dist.ProcessGroup
+    sequence_parallel: bool
 
     @property
     def is_last_stage(self) -> bool:
         """Whether this rank computes the loss."""
-        return self.pipeline_rank == self.pipeline_size - 1
+        return self.pipeline.rank == self.pipeline.size - 1
 
     @property
     def seen_by_experts(self) -> "ParallelState":
         """The same ranks as an expert's weight sees them: whole on each, with its own replicas and model group."""
-        return replace(
-            self,
-            tensor_rank=0,
-            tensor_size=1,
-            data_rank=self.expert_data_group.rank(),
-            data_size=self.expert_data_group.size(),
-            data_group=self.expert_data_group,
-            model_group=self.expert_model_group,
-        )
+        whole = replace(self.tensor, rank=0, size=1)
+        return replace(self, tensor=whole, data=self.expert_data, model_group=self.expert_model_group)
 
     def describe(self) -> str:
         """The layout in one phrase."""
         sequence = ", sequence-parallel" if self.sequence_parallel else ""
-        expert = f", expert {self.expert_size}," if self.expert_size > 1 else ""
+        expert = f", expert {self.expert.size}," if self.expert.size > 1 else ""
         return (
-            f"tensor {self.tensor_size}{sequence} x pipeline {self.pipeline_size} x data {self.data_size}{expert} "
+            f"tensor {self.tensor.size}{sequence} x pipeline {self.pipeline.size} x data {self.data.size}{expert} "
             f"on {self.world_size} {self.device.type} rank{'s' if self.world_size > 1 else ''}"
         )
 
@@ -104,23 +103,15 @@ def initialize(recipe: Recipe) -> ParallelState:
         rank=rank,
         world_size=world_size,
         device=device,
-        tensor_rank=megatron_state.get_tensor_model_parallel_rank(),
-        tensor_size=parallel.tensor,
-        pipeline_rank=megatron_state.get_pipeline_model_parallel_rank(),
-        pipeline_size=parallel.pipeline,
-        data_rank=megatron_state.get_data_parallel_rank(),
-        data_size=megatron_state.get_data_parallel_world_size(),
-        tensor_group=megatron_state.get_tensor_model_parallel_group(),
-        pipeline_group=megatron_state.get_pipeline_model_parallel_group(),
-        data_group=megatron_state.get_data_parallel_group(),
+        tensor=Axis.of(megatron_state.get_tensor_model_parallel_group()),
+        pipeline=Axis.of(megatron_state.get_pipeline_model_parallel_group()),
+        data=Axis.of(megatron_state.get_data_parallel_group()),
+        expert=Axis.of(megatron_state.get_expert_model_parallel_group()),
+        expert_data=Axis.of(megatron_state.get_expert_data_parallel_group()),
         model_group=megatron_state.get_model_parallel_group(),
         tensor_data_group=megatron_state.get_tensor_and_data_parallel_group(),
-        sequence_parallel=parallel.sequence and parallel.tensor > 1,
-        expert_rank=megatron_state.get_expert_model_parallel_rank(),
-        expert_size=parallel.expert,
-        expert_group=megatron_state.get_expert_model_parallel_group(),
-        expert_data_group=megatron_state.get_expert_data_parallel_group(),
         expert_model_group=megatron_state.get_expert_tensor_model_pipeline_parallel_group(),
+        sequence_parallel=parallel.sequence and parallel.tensor > 1,
     )
 
 

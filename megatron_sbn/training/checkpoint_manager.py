@@ -58,7 +58,7 @@ class CheckpointManager:
             layout=Layout(
                 tensor=parallel.tensor,
                 pipeline=parallel.pipeline,
-                data=self.parallel.data_size,
+                data=self.parallel.data.size,
                 virtual_pipeline=parallel.virtual_pipeline or 1,
                 expert=parallel.expert,
                 zero_stage=parallel.zero_stage,

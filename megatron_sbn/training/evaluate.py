@@ -25,8 +25,8 @@ class Evaluator:
         assert validation is not None
         dataset = SequentialDataset([shard.path for shard in validation], recipe.model.seq_length)
         # Interleaved schedules want a multiple of the pipeline's size in micro-batches.
-        micro_batches = parallel.pipeline_size if recipe.parallel.virtual_pipeline else 1
-        unit = recipe.training.micro_batch_size * parallel.data_size * micro_batches
+        micro_batches = parallel.pipeline.size if recipe.parallel.virtual_pipeline else 1
+        unit = recipe.training.micro_batch_size * parallel.data.size * micro_batches
         available = min(recipe.training.validation_samples, len(dataset))
         count = available // unit * unit
         if count == 0:
@@ -34,8 +34,8 @@ class Evaluator:
                 f"data.validation: {available} samples of {recipe.model.seq_length} tokens do not fill one round of "
                 f"micro-batches ({unit}); give more text or lower training.micro_batch_size"
             )
-        share = count // parallel.data_size
-        rows = range(parallel.data_rank * share, (parallel.data_rank + 1) * share)
+        share = count // parallel.data.size
+        rows = range(parallel.data.rank * share, (parallel.data.rank + 1) * share)
         self._samples = batch(dataset, 0, count, rows, vocab_size=recipe.model.vocab_size)  # [share, tokens + 1]
 
     def run(self, trainer: Trainer) -> dict[str, float]:

@@ -28,7 +28,7 @@ def startup_summary(
     begins = f"continues after step {first}" if first else "starts"
     kinds = model_parameters(recipe)
     each = training.global_batch_size * model.seq_length
-    per_replica = training.global_batch_size // parallel.data_size // training.micro_batch_size
+    per_replica = training.global_batch_size // parallel.data.size // training.micro_batch_size
     told = (
         f"steps {first + 1} to {training.steps}, {_count(training.steps * each)} tokens in all, {_count(each)} a step"
     )

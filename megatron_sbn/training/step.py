@@ -66,8 +66,8 @@ class Trainer:
 
     def rows(self) -> list[int]:
         """Samples of a global batch that this rank's data-parallel replica takes, in order."""
-        share = self.recipe.training.global_batch_size // self.parallel.data_size
-        return list(range(self.parallel.data_rank * share, (self.parallel.data_rank + 1) * share))
+        share = self.recipe.training.global_batch_size // self.parallel.data.size
+        return list(range(self.parallel.data.rank * share, (self.parallel.data.rank + 1) * share))
 
     def step(self, step: int, samples: np.ndarray) -> StepResult:
         """Forward, backward, update with this replica's samples, int64 [global_batch / data ranks, tokens + 1].
@@ -142,9 +142,9 @@ class Trainer:
     def _mean_loss(self, losses: list[Tensor]) -> float:
         """Mean over micro-batches and data parallelism, on every rank: the sums travel in fp64."""
         total = self._on_device(sum(float(loss) for loss in losses) / max(1, len(losses)))
-        dist.all_reduce(total, group=self.parallel.pipeline_group)
-        dist.all_reduce(total, group=self.parallel.data_group)
-        return float(total) / self.parallel.data_size
+        dist.all_reduce(total, group=self.parallel.pipeline.group)
+        dist.all_reduce(total, group=self.parallel.data.group)
+        return float(total) / self.parallel.data.size
 
     def _on_device(self, value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float64, device=self.parallel.device)

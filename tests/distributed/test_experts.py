@@ -256,7 +256,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(layout: str, tmp_path
 def look(overrides: tuple[str, ...]) -> tuple[list[int], dict[str, list[np.ndarray]]]:
     """Sizes of what the ranks exchange to prepare all layers, and the histograms of this rank's first-layer FC2."""
     with trainer_of(small_recipe(EXPERTS + overrides)) as trainer:
-        state, group = trainer.stages.state, trainer.parallel.tensor_group
+        state, group = trainer.stages.state, trainer.parallel.tensor.group
         with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
             state.prepare(1)
         sizes = [call.args[0].numel() for call in reduced.call_args_list]

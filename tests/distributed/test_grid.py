@@ -14,13 +14,13 @@ def place_and_groups(overrides: tuple[str, ...]) -> tuple[tuple[int, ...], dict[
     with without_cuda():
         state = parallel_state.initialize(small_recipe(overrides))
         groups = {
-            "tensor": state.tensor_group,
-            "pipeline": state.pipeline_group,
-            "data": state.data_group,
+            "tensor": state.tensor.group,
+            "pipeline": state.pipeline.group,
+            "data": state.data.group,
             "model": state.model_group,
         }
         members = {name: sorted(dist.get_process_group_ranks(group)) for name, group in groups.items()}
-        place = (state.pipeline_rank, state.data_rank, state.tensor_rank)
+        place = (state.pipeline.rank, state.data.rank, state.tensor.rank)
         told = (place, members, state.is_last_stage, state.describe())
         parallel_state.finalize()
     return told
@@ -53,7 +53,7 @@ def two_layouts_in_one_process() -> list[int]:
     for overrides in (("parallel.tensor=2",), ("parallel.pipeline=2",)):
         with without_cuda():
             state = parallel_state.initialize(small_recipe(overrides))
-            sizes += [state.tensor_size, state.pipeline_size]
+            sizes += [state.tensor.size, state.pipeline.size]
             parallel_state.finalize()
     return sizes
 

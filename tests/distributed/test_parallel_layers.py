@@ -63,7 +63,7 @@ def run_layer(kind: str, tensor: int, sequence: bool, dtype: torch.dtype) -> Out
         config, cut = transformer_config(recipe), {"bias": False, "skip_bias_add": False}
         if kind == "row":
             cut["input_is_parallel"] = True
-        layer = KINDS[kind](WIDTH, ROWS, config=config, tp_group=parallel.tensor_group, **cut)
+        layer = KINDS[kind](WIDTH, ROWS, config=config, tp_group=parallel.tensor.group, **cut)
         outcome = exercise(layer, kind, parallel, dtype, recipe.linear)
         parallel_state.finalize()
     return outcome
@@ -74,8 +74,8 @@ def exercise(
 ) -> Outcome:
     x, w, dy = logical_tensors(ROWS)
     layer.weight.data.copy_(layer.weight_shard.take(w))
-    WeightQuantizer({"layer": layer}, linear, parallel.tensor_group).prepare(0)
-    rank, size = parallel.tensor_rank, parallel.tensor_size
+    WeightQuantizer({"layer": layer}, linear, parallel.tensor.group).prepare(0)
+    rank, size = parallel.tensor.rank, parallel.tensor.size
     tokens = (rank * (TOKENS // size), TOKENS // size) if parallel.sequence_parallel else (0, TOKENS)
     column = kind != "row"
     features = (rank * (WIDTH // size), WIDTH // size)
@@ -215,7 +215,7 @@ def refused(kind: str, arguments: dict[str, bool]) -> str:
         parallel = parallel_state.initialize(recipe)
         with pytest.raises(ValueError, match="must be|not supported") as refusal:
             KINDS[kind](
-                WIDTH, ROWS, config=transformer_config(recipe), tp_group=parallel.tensor_group, bias=False,
+                WIDTH, ROWS, config=transformer_config(recipe), tp_group=parallel.tensor.group, bias=False,
                 skip_bias_add=False, **arguments,
             )  # fmt: skip
         parallel_state.finalize()
@@ -231,7 +231,7 @@ def biases_added() -> tuple[bool, bool]:
     with without_cuda():
         recipe = small_recipe(("model.add_bias_linear=true",))
         parallel = parallel_state.initialize(recipe)
-        make = {"config": transformer_config(recipe), "tp_group": parallel.tensor_group, "bias": True}
+        make = {"config": transformer_config(recipe), "tp_group": parallel.tensor.group, "bias": True}
         make |= {"input_is_parallel": True, "skip_bias_add": True}  # as Megatron-Core asks of its own
         x, w, _ = logical_tensors(ROWS)
         results = []
@@ -239,7 +239,7 @@ def biases_added() -> tuple[bool, bool]:
             layer = kind(WIDTH, ROWS, **make)
             layer.weight.data.copy_(w)
             layer.bias.data.fill_(0.5)
-            WeightQuantizer({"layer": layer}, recipe.linear, parallel.tensor_group).prepare(0)
+            WeightQuantizer({"layer": layer}, recipe.linear, parallel.tensor.group).prepare(0)
             results.append(layer(x))
         parallel_state.finalize()
     (y, bias), *added = results

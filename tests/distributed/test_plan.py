@@ -125,7 +125,7 @@ def measure(overrides: tuple[str, ...]) -> Measured:
             train_step(trainer, 1)
         held["saved"] = kept.peak
         sent = step_metrics(traffic.totals(), trainer.parallel)
-        return Measured(trainer.parallel.pipeline_rank, held, sent)
+        return Measured(trainer.parallel.pipeline.rank, held, sent)
 
 
 def planned(layout: Layout, stage: int) -> dict[str, float]:

@@ -72,7 +72,7 @@ def train(overrides: Sequence[str], steps: int, recorded: int) -> RankRun:
     recipe = small_recipe(overrides)
     with trainer_of(recipe) as trainer:
         stages = trainer.stages
-        run = RankRun(trainer.parallel.data_rank, prepared=prepared_pieces(stages))
+        run = RankRun(trainer.parallel.data.rank, prepared=prepared_pieces(stages))
         with recorded_hidden_states(trainer) as run.hidden:
             run.evaluation = trainer.evaluate(batch_of(recipe, 99)[trainer.rows()])
         finalize = stages.config.finalize_model_grads_func

@@ -94,9 +94,9 @@ def worst_gradient(trainer: Trainer, gradients: dict[str, Tensor], reference: di
     worst = 0.0
     for logical in trainer.stages.parameters:
         gradient = gradients[logical.name].clone()
-        dist.all_reduce(gradient, group=trainer.parallel.data_group)
+        dist.all_reduce(gradient, group=trainer.parallel.data.group)
         whole = reference[f"gradients.{logical.name}"]
-        difference = (gradient / trainer.parallel.data_size - logical.shard.take(whole)).abs().max()
+        difference = (gradient / trainer.parallel.data.size - logical.shard.take(whole)).abs().max()
         worst = max(worst, float(difference / whole.abs().max()))
     return worst
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from megatron.core.model_parallel_config import ModelParallelConfig
 
 from megatron_sbn.layers.linear import ColumnParallelLinear, GatedLinear, RowParallelLinear
-from megatron_sbn.parallel.state import ParallelState
+from megatron_sbn.parallel.state import Axis, ParallelState
 
 
 @pytest.fixture(scope="session")
@@ -14,27 +14,20 @@ def parallel():
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     group = dist.group.WORLD
+    alone = Axis.of(group)
     return ParallelState(
         rank=0,
         world_size=1,
         device=torch.device("cpu"),
-        tensor_rank=0,
-        tensor_size=1,
-        pipeline_rank=0,
-        pipeline_size=1,
-        data_rank=0,
-        data_size=1,
-        tensor_group=group,
-        pipeline_group=group,
-        data_group=group,
+        tensor=alone,
+        pipeline=alone,
+        data=alone,
+        expert=alone,
+        expert_data=alone,
         model_group=group,
         tensor_data_group=group,
-        sequence_parallel=False,
-        expert_rank=0,
-        expert_size=1,
-        expert_group=group,
-        expert_data_group=group,
         expert_model_group=group,
+        sequence_parallel=False,
     )
 
 
@@ -43,7 +36,7 @@ def layers(parallel):
     """Three kinds of layers with Gaussian weights; widths that are multiples of 8, 6 and 4 but not of 16."""
     config = ModelParallelConfig(params_dtype=torch.float32, sequence_parallel=False)
     config.use_cpu_initialization = True
-    same = {"config": config, "tp_group": parallel.tensor_group, "bias": False, "skip_bias_add": False}
+    same = {"config": config, "tp_group": parallel.tensor.group, "bias": False, "skip_bias_add": False}
     made = {
         "decoder.layers.0.column": ColumnParallelLinear(24, 18, **same),
         "decoder.layers.0.gated": GatedLinear(48, 30, **same),

@@ -11,7 +11,7 @@ from megatron_sbn.telemetry.mask_statistics import Telemetry
 
 
 def made(layers, parallel, **linear):
-    state = WeightQuantizer(layers, Linear(**linear), parallel.tensor_group)
+    state = WeightQuantizer(layers, Linear(**linear), parallel.tensor.group)
     return state, Telemetry(state, parallel)
 
 

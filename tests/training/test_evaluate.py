@@ -25,7 +25,7 @@ def evaluator(folder: Path, last_token: int, data_rank: int) -> Evaluator:
     writer.add(np.array([*range(64), last_token]))
     writer.finish()
     (folder / "base.yaml").write_text(RECIPE.replace("SHARD", str(folder / "held")))
-    parallel = mock.Mock(data_rank=data_rank, data_size=2, pipeline_size=1)
+    parallel = mock.Mock(data=mock.Mock(rank=data_rank, size=2), pipeline=mock.Mock(size=1))
     return Evaluator(load_recipe(folder / "base.yaml"), parallel)
 
 

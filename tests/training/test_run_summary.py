@@ -6,7 +6,7 @@ from unittest import mock
 import torch
 
 from megatron_sbn.config import Recipe, load_recipe
-from megatron_sbn.parallel.state import ParallelState
+from megatron_sbn.parallel.state import Axis, ParallelState
 from megatron_sbn.runs.folder import RunFolder
 from megatron_sbn.training.run_summary import TIMED_STEPS, EtaEstimator, shutdown_summary, startup_summary
 
@@ -17,7 +17,8 @@ KERNELS = {f"linear_{name} 8 x 8": "cpu: forward" for name in ("qkv", "proj", "f
 def lines(recipe: Recipe, world: int, folder: Path, first: int = 0) -> list[str]:
     size = recipe.parallel.tensor * recipe.parallel.pipeline
     parallel = mock.create_autospec(ParallelState, instance=True)
-    parallel.world_size, parallel.data_size, parallel.device = world, world // size, torch.device("cpu")
+    parallel.world_size, parallel.device = world, torch.device("cpu")
+    parallel.data = Axis(0, world // size, mock.Mock())
     parallel.describe.return_value = "the layout"
     return startup_summary(recipe, parallel, RunFolder(folder, False), first, KERNELS)
 

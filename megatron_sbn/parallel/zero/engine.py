@@ -59,27 +59,27 @@ class _GroupsForDeepSpeed:
 
     def get_tensor_model_parallel_rank(self) -> int:
         """Rank in the tensor-parallel group."""
-        return self.state.tensor_rank
+        return self.state.tensor.rank
 
     def get_tensor_model_parallel_world_size(self) -> int:
         """Size of the tensor-parallel group."""
-        return self.state.tensor_size
+        return self.state.tensor.size
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         """Ranks that hold the same shards."""
-        return self.state.data_group
+        return self.state.data.group
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         """Global ranks of the data-parallel group."""
-        return dist.get_process_group_ranks(self.state.data_group)
+        return dist.get_process_group_ranks(self.state.data.group)
 
     def get_data_parallel_rank(self) -> int:
         """Rank in the data-parallel group."""
-        return self.state.data_rank
+        return self.state.data.rank
 
     def get_data_parallel_world_size(self) -> int:
         """Size of the data-parallel group."""
-        return self.state.data_size
+        return self.state.data.size
 
 
 class ZeroOptimizer:
@@ -226,7 +226,7 @@ def _engine_config(recipe: Recipe, parallel: ParallelState, model: nn.Module) ->
     offload = {"offload_optimizer": {"device": "cpu"}} if recipe.optimizer.cpu_offload else {}
     return {
         # DeepSpeed sees one accumulated batch a step: Megatron-Core's schedule owns the micro-batches.
-        "train_micro_batch_size_per_gpu": max(1, recipe.training.global_batch_size // parallel.data_size),
+        "train_micro_batch_size_per_gpu": max(1, recipe.training.global_batch_size // parallel.data.size),
         "gradient_accumulation_steps": 1,
         "gradient_clipping": recipe.optimizer.clip_grad,
         "zero_allow_untested_optimizer": True,
