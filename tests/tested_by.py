@@ -52,7 +52,6 @@ TESTED_BY = {
     "megatron_sbn/plan/step_time.py": "plan/test_plan_command.py",
     "megatron_sbn/runs/finished_run.py": "analysis/test_compare.py",
     "megatron_sbn/runs/folder.py": "training/test_run.py",
-    "megatron_sbn/text_table.py": "analysis/test_compare.py",
     "megatron_sbn/tracking/mlflow_delivery.py": "tracking/test_tracker.py",
     "megatron_sbn/tracking/mlflow_settings.py": "tracking/test_tracker.py",
     "megatron_sbn/tracking/pending_points.py": "tracking/test_tracker.py",

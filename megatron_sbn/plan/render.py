@@ -1,6 +1,6 @@
 """A plan as people read it, and as scripts do (`describe`): aligned tables, GiB, no figure without its assumption."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -11,9 +11,9 @@ from megatron_sbn.plan.memory import RankMemory
 from megatron_sbn.plan.search import Candidate, Choice, Machines
 from megatron_sbn.plan.shapes import model_parameters
 from megatron_sbn.plan.step_time import link, operations
+from megatron_sbn.text_table import numeric, prefixed
 
 SHOWN = 12  # layouts
-_PREFIXES = ("", "", "", "k", "", "", "M", "", "", "G", "", "", "T", "", "", "P")  # by power of ten
 
 _ASSUMED = (
     ("int8_gemm", "of int8 peak, forward products of quantised layers"),
@@ -31,16 +31,6 @@ def page(recipe: Recipe, machines: Machines, own: Candidate, choice: Choice) -> 
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
-def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table whose first column is flush left and whose others are flush right."""
-    widths = [max(len(row[index]) for row in (header, *rows)) for index in range(len(header))]
-    lines = []
-    for row in (header, *rows):
-        rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *rest]).rstrip())
-    return lines
-
-
 def _title(recipe: Recipe, machines: Machines) -> list[str]:
     linear = recipe.linear
     bits = f", {linear.activation_bits}-bit activations" if linear.weight_format == "ternary" else ""
@@ -54,7 +44,7 @@ def _title(recipe: Recipe, machines: Machines) -> list[str]:
 def _model(recipe: Recipe) -> list[str]:
     kinds = model_parameters(recipe)
     rows = [[f"  {name}", f"{count:,}"] for name, count in kinds.items() if count]
-    return columns(["Model", "parameters"], [*rows, ["  total", f"{sum(kinds.values()):,}"]])
+    return numeric(["Model", "parameters"], [*rows, ["  total", f"{sum(kinds.values()):,}"]])
 
 
 def _layout(own: Candidate) -> list[str]:
@@ -83,7 +73,7 @@ def _memory(own: Candidate, machines: Machines) -> list[str]:
     rows += [[f"  {name}", told(value), "update"] for name, value in memory.update.items() if value]
     rows.append([f"  peak, in the {peak_moment(memory)}", told(memory.total), ""])
     rows.append(["  usable: the data sheet's less a reserve", told(machines.usable), ""])
-    lines = columns([f"Memory of {which}", unit, "held"], rows)
+    lines = numeric([f"Memory of {which}", unit, "held"], rows)
     if own.layout.recipe.linear.phases:
         lines.append("  in the phase that takes most; bytes sent and time are of the settings before any phase")
     over = memory.total - machines.usable
@@ -112,13 +102,7 @@ def _bytes(own: Candidate, machines: Machines) -> list[str]:
         rows.append([f"  {group}", f"{prefixed(most[group])}B", f"{prefixed(total)}B", where])
     if not rows:
         return ["Sent in a step: nothing, one rank"]
-    return columns(["Sent in a step", "a rank, at most", "all ranks", "link of a device"], rows)
-
-
-def prefixed(value: float) -> str:
-    """With the SI prefix that leaves at least one digit before the point."""
-    power = next((p for p in (15, 12, 9, 6, 3) if value >= 10.0**p), 0)
-    return f"{value / 10.0**power:,.2f} {_PREFIXES[power]}"
+    return numeric(["Sent in a step", "a rank, at most", "all ranks", "link of a device"], rows)
 
 
 def _most_sent(own: Candidate) -> dict[str, float]:
@@ -133,7 +117,7 @@ def _flops(own: Candidate) -> list[str]:
         [f"  {name}", prefixed(made[f"{key}_token"]), prefixed(made[f"{key}_step"])]
         for name, key in (("dense-equivalent", "dense"), ("sparse-effective", "sparse"))
     ]
-    return columns(["FLOPs (docs/metrics.md)", "a token", "a step"], rows)
+    return numeric(["FLOPs (docs/metrics.md)", "a token", "a step"], rows)
 
 
 def _time(own: Candidate, machines: Machines) -> list[str]:
@@ -147,7 +131,7 @@ def _time(own: Candidate, machines: Machines) -> list[str]:
     rows.append(["  step", f"{expected.step / size:,.3f}", ""])
     steps = own.layout.recipe.training.steps
     dense = operations(own.layout)["dense_step"] / expected.step / expected.devices
-    lines = columns(["Time, ASSUMED from data sheets, not measured", unit, ""], rows)
+    lines = numeric(["Time, ASSUMED from data sheets, not measured", unit, ""], rows)
     rate, share = expected.tokens_per_second, dense / machines.device.bf16
     lines.append(
         f"  {rate:,.0f} tokens/s in all, {rate / expected.devices:,.0f} a device; {share:.0%} of "
@@ -184,7 +168,7 @@ def _layouts(choice: Choice, machines: Machines, own: Candidate) -> list[str]:
     if own.memory.total <= machines.usable and all(one.layout != own.layout for one in shown):
         shown = sorted([*shown, own], key=lambda one: one.duration.step)
     header = ["Layouts that fit, fastest first", "micro-batch", "GiB", "s/step", "tokens/s", "a device"]
-    lines = columns(header, [_line(one, own) for one in shown])
+    lines = numeric(header, [_line(one, own) for one in shown])
     lines.append("  * is the layout above; ZeRO-2 takes and sends what ZeRO-1 does")
     if len(choice.fitting) > SHOWN:
         lines.append(f"  and {len(choice.fitting) - SHOWN} more that fit")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_sbn.text_table import clock
 from megatron_sbn.training.step import StepResult
 
 
@@ -69,4 +70,4 @@ class Console:
     def _eta(self, step: int) -> str:
         done = step - self.first
         seconds = (time.monotonic() - self._began) / max(1, done) * (self.last - step)
-        return f"{int(seconds // 3600)}:{int(seconds // 60) % 60:02d}:{int(seconds) % 60:02d}"
+        return clock(seconds)

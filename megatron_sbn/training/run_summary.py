@@ -14,7 +14,7 @@ from megatron_sbn.plan.memory import worst_rank
 from megatron_sbn.plan.shapes import Layout, model_parameters
 from megatron_sbn.redaction import mask_secrets
 from megatron_sbn.runs.folder import RunFolder
-from megatron_sbn.text_table import size_text
+from megatron_sbn.text_table import clock, count_text, size_text
 from megatron_sbn.tracking.sqlite_file import default_uri
 
 TIMED_STEPS = 5  # of this job, the first of them left out: it makes and measures what later ones use
@@ -29,16 +29,14 @@ def startup_summary(
     kinds = model_parameters(recipe)
     each = training.global_batch_size * model.seq_length
     per_replica = training.global_batch_size // parallel.data.size // training.micro_batch_size
-    told = (
-        f"steps {first + 1} to {training.steps}, {_count(training.steps * each)} tokens in all, {_count(each)} a step"
-    )
+    told = f"steps {first + 1} to {training.steps}, {count_text(training.steps * each)} tokens in all, {count_text(each)} a step"
     known = first + TIMED_STEPS
     time = f"unknown until step {known}, then from the speed of this job's steps"
     if known >= training.steps:
         time = f"unknown: it takes {TIMED_STEPS} steps to tell, and no more are left"
     return [
-        f"{recipe.name} {begins}: {_count(sum(kinds.values()))} parameters; run folder {folder.path}",
-        _row("model", ", ".join(f"{name} {_count(count)}" for name, count in kinds.items() if count)),
+        f"{recipe.name} {begins}: {count_text(sum(kinds.values()))} parameters; run folder {folder.path}",
+        _row("model", ", ".join(f"{name} {count_text(count)}" for name, count in kinds.items() if count)),
         _row("layout", f"{parallel.describe()}, ZeRO-{recipe.parallel.zero_stage}"),
         _row(
             "batch", f"{per_replica} micro-batches of {training.micro_batch_size} x {model.seq_length} tokens a replica"
@@ -86,11 +84,6 @@ class EtaEstimator:
         )
 
 
-def clock(seconds: float) -> str:
-    """Hours, minutes, seconds."""
-    return f"{int(seconds // 3600)}:{int(seconds // 60) % 60:02d}:{int(seconds) % 60:02d}"
-
-
 def mlflow_place(recipe: Recipe, run: Path) -> str:
     """Where MLflow has the run, or how it is opened there; secrets masked."""
     tracking = recipe.tracking
@@ -103,13 +96,6 @@ def mlflow_place(recipe: Recipe, run: Path) -> str:
 
 def _row(name: str, text: str) -> str:
     return f"  {name.ljust(11)}{text}"
-
-
-def _count(number: int) -> str:
-    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= 10 * size or number >= size > 10**3:
-            return f"{number / size:.2f}{letter}"
-    return f"{number:,}"
 
 
 def _linear(recipe: Recipe) -> str:
