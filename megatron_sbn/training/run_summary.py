@@ -29,7 +29,8 @@ def startup_summary(
     kinds = model_parameters(recipe)
     each = training.global_batch_size * model.seq_length
     per_replica = training.global_batch_size // parallel.data.size // training.micro_batch_size
-    told = f"steps {first + 1} to {training.steps}, {count_text(training.steps * each)} tokens in all, {count_text(each)} a step"
+    tokens = f"{count_text(training.steps * each)} tokens in all, {count_text(each)} a step"
+    told = f"steps {first + 1} to {training.steps}, {tokens}"
     known = first + TIMED_STEPS
     time = f"unknown until step {known}, then from the speed of this job's steps"
     if known >= training.steps:
