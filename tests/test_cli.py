@@ -1,10 +1,15 @@
 """The command line itself: what it takes, and one line for what it does not."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from megatron_sbn.cli import main
+from megatron_sbn.cli.main import _parser
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_sync_takes_run_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,3 +30,26 @@ def test_unknown_words_are_shown_without_secrets_and_control_characters(capsys: 
         main(["sync", "run", "--uro", "http://someone:hush@host", "\x1b[2J\n"])
     told = capsys.readouterr().err.splitlines()[-1]
     assert told == r"sbn: error: unknown: --uro http://***@host \x1b[2J\n"
+
+
+def documented() -> list[str]:
+    """Every `sbn ...` line of README, the tutorial, slurm/README.md and the examples in --help."""
+    pages = [ROOT / "README.md", ROOT / "docs" / "tutorial.md", ROOT / "slurm" / "README.md"]
+    lines = [line for page in pages for line in page.read_text().splitlines()]
+    lines += [
+        line for module in (ROOT / "megatron_sbn" / "cli").glob("*.py") for line in module.read_text().splitlines()
+    ]
+    found = [re.search(r"^(?:\$ |\s*\"(?:example: )? *)?(sbn [a-z].*)$", line) for line in lines]
+    texts = [match.group(1).partition("  #")[0].rstrip() for match in found if match]
+    return sorted({re.sub(r"(\\n)?\"$", "", text).replace("[--dry-run]", "--dry-run") for text in texts})
+
+
+@pytest.mark.parametrize("line", documented())
+def test_a_documented_command_is_understood(line: str) -> None:
+    options, rest = _parser().parse_known_args(shlex.split(line)[1:])
+    assert callable(options.run)
+    assert all("=" in word for word in rest)
+
+
+def test_many_commands_are_documented() -> None:
+    assert len(documented()) > 25
