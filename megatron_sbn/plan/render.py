@@ -68,12 +68,12 @@ def _memory(own: Candidate, machines: Machines) -> list[str]:
         if own.layout.pipeline > 1
         else "a rank"
     )
-    rows = [[f"  {name}", told(value), "always"] for name, value in memory.lasting.items() if value]
-    rows += [[f"  {name}", told(value), "passes"] for name, value in memory.passes.items() if value]
-    rows += [[f"  {name}", told(value), "update"] for name, value in memory.update.items() if value]
+    rows = [[f"  {name}", told(value), "persistent"] for name, value in memory.lasting.items() if value]
+    rows += [[f"  {name}", told(value), "forward+backward"] for name, value in memory.passes.items() if value]
+    rows += [[f"  {name}", told(value), "optimizer step"] for name, value in memory.update.items() if value]
     rows.append([f"  peak, in the {peak_moment(memory)}", told(memory.total), ""])
     rows.append(["  usable: the data sheet's less a reserve", told(machines.usable), ""])
-    lines = numeric([f"Memory of {which}", unit, "held"], rows)
+    lines = numeric([f"Memory of {which}", unit, "lifetime"], rows)
     if own.layout.recipe.linear.phases:
         lines.append("  in the phase that takes most; bytes sent and time are of the settings before any phase")
     over = memory.total - machines.usable
@@ -85,7 +85,7 @@ def _memory(own: Candidate, machines: Machines) -> list[str]:
 
 def peak_moment(memory: RankMemory) -> str:
     """Which of a step's two moments takes more."""
-    return "passes" if sum(memory.passes.values()) >= sum(memory.update.values()) else "update"
+    return "forward and backward" if sum(memory.passes.values()) >= sum(memory.update.values()) else "optimizer step"
 
 
 def gib(value: float) -> str:
@@ -101,8 +101,8 @@ def _bytes(own: Candidate, machines: Machines) -> list[str]:
         where = f"{'in a node' if speed == machines.device.node_link else 'between nodes'}, {speed / 1e9:.0f} GB/s"
         rows.append([f"  {group}", f"{prefixed(most[group])}B", f"{prefixed(total)}B", where])
     if not rows:
-        return ["Sent in a step: nothing, one rank"]
-    return numeric(["Sent in a step", "a rank, at most", "all ranks", "link of a device"], rows)
+        return ["Communication per step: none, one rank"]
+    return numeric(["Communication per step", "max per rank", "total", "link of a device"], rows)
 
 
 def _most_sent(own: Candidate) -> dict[str, float]:

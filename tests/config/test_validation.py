@@ -62,7 +62,7 @@ training: {steps: 10, global_batch_size: 16, micro_batch_size: 4}
         ("linear.backward=int8 linear.weight_format=dense", "linear.backward = 'int8'", "leave it at 'exact'"),
         ("linear.order=mask_then_quant linear.weight_format=dense", "linear.order = 'mask_then_quant'", "leave it"),
         ("model.ffn_hidden_size=131080", "131080 exceeds 131072", ""),
-        ("linear.backward=int8 linear.activation_bits=none", "linear.backward = 'int8' has no effect without rounded", "activation_bits to 8"),
+        ("linear.backward=int8 linear.activation_bits=none", "linear.backward = 'int8' needs quantized activations", "activation_bits to 8"),
         # bad steps
         ("training.on_bad_step=rollback", "training.on_bad_step = 'rollback' needs checkpoints", "set it, or use 'skip'"),
         ("training.on_bad_step=rollback checkpoint.interval=5 checkpoint.keep=1", "training.rollback_steps = 1 is more", "checkpoint.keep to 2"),
