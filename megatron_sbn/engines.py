@@ -15,7 +15,7 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from megatron_sbn.errors import RecipeError
 
@@ -39,14 +39,22 @@ def check_installed() -> None:
     for engine, releases in REQUIRED.items():
         if engine not in found:
             raise RecipeError(f"{engine} is not installed; pip install '{engine}{releases}'")
-        # Images carry builds of the days before a release, such as 2.11.0a0+nv26.01.
-        if Version(found[engine]).base_version not in SpecifierSet(releases):
+        try:
+            fits = _release(found[engine]) in SpecifierSet(releases)
+        except (InvalidVersion, TypeError):
+            raise RecipeError(f"{engine} has the release {found[engine]!r}; pip install '{engine}{releases}'") from None
+        if not fits:
             raise RecipeError(f"{engine} {found[engine]} is installed; pip install '{engine}{releases}'")
 
 
 def megatron_core_is_at_least(release: str) -> bool:
     """Whether the installed Megatron-Core is `release` or a later one."""
-    return Version(version("megatron-core")) >= Version(release)
+    return _release(version("megatron-core")) >= Version(release)
+
+
+def _release(text: str) -> Version:
+    """The release that a build is of. Images carry builds of the days before one, such as 2.11.0a0+nv26.01."""
+    return Version(Version(text).base_version)
 
 
 def quiet_engines() -> None:

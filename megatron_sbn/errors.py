@@ -11,7 +11,7 @@
 | 128 + n | ended by signal n, or by a second one or the deadline after the first: nothing was saved at that moment |
 
 Every message is one line that names the field or file, the value, and the way out. What people and files say may be
-part of it, so it is shown without secrets and control characters, and not at any length (masking.py).
+part of it, so it is shown without secrets and control characters, and not at any length (redaction.py).
 """
 
 from megatron_sbn.redaction import one_line

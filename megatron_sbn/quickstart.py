@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.config.validation import validate_world_size
 from megatron_sbn.data import corpus
-from megatron_sbn.errors import InputError, NumericalError
+from megatron_sbn.errors import InputError, NumericalError, RecipeError
 from megatron_sbn.launch import launch
 from megatron_sbn.text_table import aligned
 
@@ -49,6 +49,10 @@ def run(overrides: list[str], prepare_only: bool = False) -> int:
         overrides = ["parallel.tensor=1", *overrides]
         recipes = [load_recipe(RECIPES / f"{name}.yaml", overrides) for name in MODELS]
     ranks = recipes[0].parallel.tensor * recipes[0].parallel.pipeline
+    if recipes[0].device == "cuda" and not gpus:
+        raise RecipeError("device = cuda: PyTorch finds no GPU here; set device=cpu, or look at nvidia-smi")
+    if gpus and ranks > gpus:
+        raise RecipeError(f"the recipes' layout takes {ranks} GPUs, and there are {gpus}; set device=cpu or parallel.*")
     for recipe in recipes:
         validate_world_size(recipe, ranks)
     unigram = _prepare(recipes[0])

@@ -35,6 +35,8 @@ def test_these_engines_are_taken() -> None:
         ("megatron-core", "0.19.2", None),
         ("torch", "2.10.0+cu130", "torch 2.10.0+cu130 is installed; pip install 'torch>=2.11'"),
         ("torch", "2.11.0a0+nv26.01", None),
+        ("torch", "unknown", "torch has the release 'unknown'; pip install 'torch>=2.11'"),
+        ("torch", "2.13.0-custom-build", "torch has the release '2.13.0-custom-build'"),
         ("deepspeed", None, "deepspeed is not installed; pip install 'deepspeed>=0.19.8,<0.20'"),
     ],
 )
@@ -65,3 +67,14 @@ def test_warnings_that_nobody_can_act_on_are_dropped(caplog: pytest.LogCaptureFi
     logger.warning("GPTModel IS DEPRECATED. Use another.")
     logger.warning("the vocabulary is too small")
     assert [record.message for record in caplog.records] == ["the vocabulary is too small"]
+
+
+@pytest.mark.parametrize(
+    ("release", "named"),
+    [("0.16.1", False), ("0.17.1", False), ("0.18.0rc1", True), ("0.18.2", True), ("0.19.0.dev3", True)],
+)
+def test_a_build_before_a_release_counts_as_that_release(
+    release: str, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "version", lambda name: release)
+    assert engines.megatron_core_is_at_least("0.18") == named

@@ -3,7 +3,6 @@
 TESTED_BY = {
     "megatron_sbn/analysis/figures.py": "analysis/test_report.py",
     "megatron_sbn/checkpoint/collective_errors.py": "distributed/test_resume.py",
-    "megatron_sbn/checkpoint/loading.py": "distributed/test_opening.py",
     "megatron_sbn/checkpoint/manifest.py": "checkpoint/test_directory.py",
     "megatron_sbn/checkpoint/run_state.py": "distributed/test_resharding.py",
     "megatron_sbn/checkpoint/saver.py": "distributed/test_resume.py",
@@ -35,9 +34,7 @@ TESTED_BY = {
     "megatron_sbn/layers/spec.py": "distributed/test_layouts.py",
     "megatron_sbn/layers/weight_scales.py": "distributed/test_layouts.py",
     "megatron_sbn/model.py": "distributed/test_layouts.py",
-    "megatron_sbn/parallel/comm_counter.py": "distributed/test_traffic.py",
     "megatron_sbn/parallel/gradient_sync.py": "distributed/test_optimizer_step.py",
-    "megatron_sbn/parallel/replica_check.py": "distributed/test_replicas.py",
     "megatron_sbn/parallel/zero/engine.py": "distributed/test_optimizer_step.py",
     "megatron_sbn/parallel/zero/fragments.py": "distributed/test_resharding.py",
     "megatron_sbn/parallel/zero/gradient_norm.py": "distributed/test_not_finite.py",

@@ -21,7 +21,7 @@ def tokens_of(tokens: int, width: int, device: torch.device) -> Inputs:
     return {"x": torch.randn(tokens, width, device=device, generator=generator).to(torch.bfloat16)}
 
 
-def dequantised(result: tuple[Tensor, Tensor]) -> tuple[Tensor]:
+def dequantized(result: tuple[Tensor, Tensor]) -> tuple[Tensor]:
     """x_q * s_x: what a peer that may round a code the other way is compared by."""
     return (result[0].float() * result[1].unsqueeze(-1),)
 
@@ -49,8 +49,8 @@ def _expected(bits: int, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return reference.quantize_activations(inputs["x"], bits)
 
 
-def _dequantised(inputs: Inputs) -> tuple[Tensor]:
-    return dequantised(_expected(8, inputs))
+def _dequantized(inputs: Inputs) -> tuple[Tensor]:
+    return dequantized(_expected(8, inputs))
 
 
 def benchmarks(selection: Selection) -> Iterator[Benchmark]:
@@ -63,7 +63,7 @@ def benchmarks(selection: Selection) -> Iterator[Benchmark]:
                     Contender("8 bits", partial(_kernel, 8), expected, ours=True),
                     Contender("4 bits", partial(_kernel, 4), partial(_expected, 4), ours=True),
                     Contender("PyTorch, eager", _eager, expected),
-                    Contender("torch.compile", _compiled, _dequantised, 1e-2, view=dequantised),
+                    Contender("torch.compile", _compiled, _dequantized, 1e-2, view=dequantized),
                 )
                 sizes = (tokens, 0, width, "", "bfloat16", tokens * (3 * width + 4), 0, "copy")
                 case = Case("activation_quantize", f"{model.name} activations", *sizes)

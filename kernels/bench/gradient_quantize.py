@@ -9,7 +9,7 @@ from functools import partial
 
 import peers
 import torch
-from activation_quantize import dequantised
+from activation_quantize import dequantized
 from goals import Goal
 from harness import Benchmark, Call, Case, Contender, Inputs, checked_rows
 from sbn_kernels import reference
@@ -68,7 +68,7 @@ def _compiled_columns(inputs: Inputs) -> Call:
 
 
 def _both(name: str, inputs: Inputs) -> tuple[Tensor]:
-    return dequantised(_reference_rows(inputs) if name == "rows" else _reference_columns(inputs))
+    return dequantized(_reference_rows(inputs) if name == "rows" else _reference_columns(inputs))
 
 
 def benchmarks(selection: Selection) -> Iterator[Benchmark]:
@@ -83,7 +83,7 @@ def benchmarks(selection: Selection) -> Iterator[Benchmark]:
                 for name, per_value, kernel, expected, compiled in ways:
                     contenders = (
                         Contender(name, kernel, expected, ours=True),
-                        Contender("torch.compile", compiled, partial(_both, name), 1e-2, view=dequantised),
+                        Contender("torch.compile", compiled, partial(_both, name), 1e-2, view=dequantized),
                     )
                     moved = per_value * tokens * layer.out_features
                     sizes = (tokens, layer.out_features, 0, "", "bfloat16", moved, 0, "copy")

@@ -2,7 +2,7 @@
 
     ours         quantize_activations, ternary_linear, input_gradient, weight_gradient of sbn_kernels
     preparation  gamma, masks and codes of the weight: once an optimizer step, of which a micro-batch bears
-                 1 / MICRO_BATCHES; the fake-quantised form prepares in every micro-batch, inside of its time
+                 1 / MICRO_BATCHES; the fake-quantized form prepares in every micro-batch, inside of its time
 
 A step returns (y [tokens, out], dx [tokens, in], dw [out, in]).
 """
@@ -30,7 +30,7 @@ ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Error allowed of floating products, over the largest value."""
 
 _FAKE_QUANT = {torch.float32: 2e-3, torch.bfloat16: 1e-1}
-"""Of fake-quantised forms, over the 2-norm: their own rounding puts some codes elsewhere."""
+"""Of fake-quantized forms, over the 2-norm: their own rounding puts some codes elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class Step:
 
     # --- what results should be ---------------------------------------------------------------------------------
 
-    def quantised(
+    def quantized(
         self, inputs: Inputs, mode: str, dtype: torch.dtype, latent: torch.dtype | None = None
     ) -> tuple[Tensor, ...]:
         """(y, dx, dw) by the reference of x and dy in `dtype`; their first rows where it would be slow.
 
-        `latent`: the type that weights are rounded to before they are quantised; None for the codes of the inputs.
+        `latent`: the type that weights are rounded to before they are quantized; None for the codes of the inputs.
         """
         x, dy = inputs["x"].to(dtype), inputs["dy"].to(dtype)
         codes, gamma = inputs["codes"], inputs["gamma"]
@@ -145,7 +145,7 @@ def ours(step: Step, mode: str) -> Contender:
     rounding = ROUNDING[step.dtype]
     dx = rounding if mode == "exact" else 0.0
     dw = 0.0 if mode == "int8" else rounding
-    expected = partial(step.quantised, mode=mode, dtype=step.dtype)
+    expected = partial(step.quantized, mode=mode, dtype=step.dtype)
     share = ("preparation", 1 / MICRO_BATCHES)
     return Contender(mode, partial(_ours, step, mode), expected, (0.0, dx, dw), ours=True, plus=share)
 
@@ -174,9 +174,9 @@ def dense(step: Step, dtype: torch.dtype) -> Contender:
 
 
 def fake_quant(step: Step, dtype: torch.dtype) -> Contender:
-    """The fake-quantised form in a type, weights in that type as well."""
+    """The fake-quantized form in a type, weights in that type as well."""
     function = partial(peers.fake_quant_linear, parts=step.layer.parts, n=step.n, m=step.m)
-    expected = partial(step.quantised, mode="exact", dtype=dtype, latent=dtype)
+    expected = partial(step.quantized, mode="exact", dtype=dtype, latent=dtype)
     name = str(dtype).removeprefix("torch.")
     return Contender(f"fake-quant {name}", partial(_cast, function, dtype), expected, _FAKE_QUANT[dtype])
 
@@ -189,7 +189,7 @@ def torchao(step: Step) -> Contender:
     def prepare(inputs: Inputs) -> Call:
         return peers.torchao_step(inputs["x"], inputs["w"].to(step.dtype), inputs["dy"])
 
-    expected = partial(whole.quantised, mode="exact", dtype=step.dtype, latent=step.dtype)
+    expected = partial(whole.quantized, mode="exact", dtype=step.dtype, latent=step.dtype)
     return Contender("torchao BitNet", prepare, expected, _FAKE_QUANT[torch.bfloat16])
 
 

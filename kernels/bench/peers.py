@@ -1,7 +1,7 @@
-"""What we are compared with: PyTorch's products, the fake-quantised form of the method, torchao, Liger, torch.compile.
+"""What we are compared with: PyTorch's products, the fake-quantized form of the method, torchao, Liger, torch.compile.
 
-The fake-quantised form (as published for BitNet and Sparse-BitNet) keeps everything in floating tensors. Each
-micro-batch quantises and dequantises the weights, mask included, and each token, and multiplies the results:
+The fake-quantized form (as published for BitNet and Sparse-BitNet) keeps everything in floating tensors. Each
+micro-batch quantizes and dequantizes the weights, mask included, and each token, and multiplies the results:
 
     W' = W + stop_gradient(mask * clip(rint(W / gamma), -1, 1) * gamma - W)
     X' = X + stop_gradient(clip(rint(X * 127/a), -128, 127) * a/127 - X)
@@ -61,7 +61,7 @@ def argsort_codes(w: Tensor, gamma_per_row: Tensor, n: int, m: int) -> tuple[Ten
 
 
 def fake_quant_weight(w: Tensor, parts: Sequence[int], n: int, m: int) -> Tensor:
-    """Dequantised weights [out, in] in the type of w, with the mask if n < m; the gradient goes straight through."""
+    """Dequantized weights [out, in] in the type of w, with the mask if n < m; the gradient goes straight through."""
     with torch.no_grad():
         gamma = torch.cat(
             [
@@ -76,7 +76,7 @@ def fake_quant_weight(w: Tensor, parts: Sequence[int], n: int, m: int) -> Tensor
 
 
 def fake_quant_activations(x: Tensor) -> Tensor:
-    """Dequantised tokens [..., in] in the type of x; the gradient goes straight through."""
+    """Dequantized tokens [..., in] in the type of x; the gradient goes straight through."""
     with torch.no_grad():
         scale = 127.0 / x.abs().amax(dim=-1, keepdim=True).clamp(min=SCALE_FLOOR)
         rounded = (x * scale).round().clamp(-128, 127) / scale
@@ -84,7 +84,7 @@ def fake_quant_activations(x: Tensor) -> Tensor:
 
 
 def fake_quant_linear(x: Tensor, w: Tensor, parts: Sequence[int], n: int, m: int) -> Tensor:
-    """Y [..., out] by the fake-quantised form."""
+    """Y [..., out] by the fake-quantized form."""
     return linear(fake_quant_activations(x), fake_quant_weight(w, parts, n, m))
 
 

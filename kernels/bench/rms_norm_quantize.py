@@ -8,7 +8,7 @@ from functools import partial
 
 import peers
 import torch
-from activation_quantize import dequantised, plain, tokens_of
+from activation_quantize import dequantized, plain, tokens_of
 from goals import Goal
 from harness import Benchmark, Call, Case, Contender, Inputs
 from sbn_kernels import reference
@@ -40,7 +40,7 @@ def _exact_norm(inputs: Inputs) -> Tensor:
 
 
 def _expected(inputs: Inputs) -> tuple[Tensor]:
-    return dequantised(reference.quantize_activations(_exact_norm(inputs).to(torch.bfloat16)))
+    return dequantized(reference.quantize_activations(_exact_norm(inputs).to(torch.bfloat16)))
 
 
 def _kernel(inputs: Inputs) -> Call:
@@ -100,7 +100,7 @@ def benchmarks(selection: Selection) -> Iterator[Benchmark]:
     for model in selection.models_or("0.5b", "3b"):
         for tokens in selection.tokens_or(16384):
             inputs = partial(_inputs, tokens, model.hidden, selection.device)
-            forward = partial(Contender, expected=_expected, tolerance=1e-2, view=dequantised)
+            forward = partial(Contender, expected=_expected, tolerance=1e-2, view=dequantized)
             forwards = (
                 forward("fused", _kernel, ours=True),
                 forward("rms_norm, our rounding", _in_two),

@@ -8,7 +8,7 @@ from functools import partial
 
 import peers
 import torch
-from activation_quantize import dequantised, plain
+from activation_quantize import dequantized, plain
 from goals import Goal
 from harness import Benchmark, Call, Case, Contender, Inputs
 from sbn_kernels import reference
@@ -34,7 +34,7 @@ def _product(gate_up: Tensor) -> Tensor:
 
 
 def _expected(inputs: Inputs) -> tuple[Tensor]:
-    return dequantised(reference.quantize_activations(_product(inputs["gate_up"])))
+    return dequantized(reference.quantize_activations(_product(inputs["gate_up"])))
 
 
 def _kernel(inputs: Inputs) -> Call:
@@ -82,7 +82,7 @@ def benchmarks(selection: Selection) -> Iterator[Benchmark]:
     for model in selection.models_or("0.5b", "3b"):
         for tokens in selection.tokens_or(16384):
             inputs = partial(_inputs, tokens, model.ffn, selection.device)
-            forward = partial(Contender, expected=_expected, tolerance=1e-2, view=dequantised)
+            forward = partial(Contender, expected=_expected, tolerance=1e-2, view=dequantized)
             forwards = (
                 forward("fused", _kernel, ours=True),
                 forward("PyTorch, our rounding", _in_two),

@@ -43,7 +43,7 @@ def ternary_codes(
 
     Raises:
         ValueError: bad N:M, splits, order or mask_source; NaN or Inf in `w`; "mask_then_quant" with a mask from
-            quantised weights, as each would need the other first.
+            quantized weights, as each would need the other first.
     """
     check_sparsity(n, m, w.shape[-1])
     if order not in ("quant_then_mask", "mask_then_quant"):

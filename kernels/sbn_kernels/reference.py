@@ -9,7 +9,7 @@ For latent weights W [out, in] (rows in consecutive parts with one scale each) a
     acc   = X_q @ C^T                                         exact integers
     Y     = ((acc * a/127) * gamma) + bias                    fp32, rounded once to the output's dtype
 
-Sources: Sparse-BitNet (arXiv 2603.05168) for quantise-then-mask and the dense mean; BitNet b1.58 (arXiv 2402.17764) for
+Sources: Sparse-BitNet (arXiv 2603.05168) for quantize-then-mask and the dense mean; BitNet b1.58 (arXiv 2402.17764) for
 the ternary weights and 8-bit activations; BitNet a4.8 (arXiv 2411.04965) for the 4-bit activations.
 
 The order of operations is part of the contract: results are compared bit for bit between kernels, devices and
@@ -338,7 +338,7 @@ def ternary_linear(
 def input_gradient(
     dy: Tensor, codes: Tensor, gamma_per_row: Tensor, codes_t: Tensor | None = None, mode: str = "exact"
 ) -> Tensor:
-    """Return dX [..., in] = (dY * gamma[row]) @ C in dY's dtype: the identity through the activation quantiser.
+    """Return dX [..., in] = (dY * gamma[row]) @ C in dY's dtype: the identity through the activation quantizer.
 
     "exact": the scales are folded into dY in fp32 and rounded to its dtype, C is exact in it, and the product is
     accumulated in fp32. "int8_dgrad" and "int8": G = dY * gamma is rounded per token to int8 instead and multiplied
@@ -359,7 +359,7 @@ def input_gradient(
 
 
 def weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor, mode: str = "exact") -> Tensor:
-    """Return dW fp32 [out, in] = (dY * s_x[token])^T @ X_q: dense, the identity through quantiser and mask.
+    """Return dW fp32 [out, in] = (dY * s_x[token])^T @ X_q: dense, the identity through quantizer and mask.
 
     "exact" and "int8_dgrad" fold the scales as `input_gradient` does. "int8": H = dY * s_x is rounded per row of out,
     over the tokens, to int8, so that |error of dW| <= sum over tokens of |X_q| * max|H[:, row]| / 254.

@@ -42,7 +42,7 @@ class Curve:
         """Format and setting."""
         return f"{self.weight_format}, {self.setting}" if self.setting else self.weight_format
 
-    def normalised(self) -> "Curve | None":
+    def normalized(self) -> "Curve | None":
         """Over the mean of N = M; None where that was not run."""
         if self.group not in self.n:
             return None
@@ -53,22 +53,22 @@ class Curve:
 
 def perplexity_over_sparsity(curves: Sequence[Curve], group: int, path: Path) -> None:
     """Two panels: raw perplexity, and over each format's own N = M = `group`, with the collapse line."""
-    figure, (raw, normalised) = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
+    figure, (raw, normalized) = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
     own: dict[str, int] = {}  # curves of a format so far: lines of one colour differ in their dashes
     for curve in curves:
         dashes = LINES[own.setdefault(curve.weight_format, 0) % len(LINES)]
         own[curve.weight_format] += 1
         _draw(raw, curve, dashes)
-        scaled = curve.normalised()
+        scaled = curve.normalized()
         if scaled is not None:
-            _draw(normalised, scaled, dashes)
+            _draw(normalized, scaled, dashes)
     raw.set_ylabel("validation perplexity")
-    normalised.set_ylabel(f"perplexity / that of {group}:{group}")
-    normalised.axhline(COLLAPSE, color="0.4", linewidth=1, linestyle="--")
-    normalised.annotate(
+    normalized.set_ylabel(f"perplexity / that of {group}:{group}")
+    normalized.axhline(COLLAPSE, color="0.4", linewidth=1, linestyle="--")
+    normalized.annotate(
         f"collapse: +{COLLAPSE - 1:.0%}", (0.02, COLLAPSE), xycoords=("axes fraction", "data"), va="bottom", color="0.3"
     )
-    for axes in (raw, normalised):
+    for axes in (raw, normalized):
         axes.set_xlabel(f"N of N:{group} (weights kept in every {group})")
         axes.set_xticks(range(min(min(curve.n) for curve in curves), group + 1))
         axes.invert_xaxis()

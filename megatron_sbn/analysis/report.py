@@ -1,11 +1,11 @@
 """`sbn report STUDY`: the runs of a study -> a page, a table and figures that answer "does it pay at this scale?".
 
-    report/index.md         the page                    report/perplexity.png    over N:M, raw and normalised
+    report/index.md         the page                    report/perplexity.png    over N:M, raw and normalized
     report/runs.csv         one line a run              report/loss.png          training loss over tokens
                                                         report/scaling.png       speed over ranks, if they vary
 
 Reads recipe.yaml and metrics.jsonl of every run in the study's folder, or the study's runs in MLflow. Runs that have
-not finished are in the table, marked, and not in the curves. A normalised perplexity is over the mean of the same
+not finished are in the table, marked, and not in the curves. A normalized perplexity is over the mean of the same
 format's N = M runs; where it first exceeds 1.10, going down in N, the format has collapsed.
 """
 
@@ -112,7 +112,7 @@ def _settings(runs: Sequence[Run], matters: re.Pattern[str]) -> list[str]:
 
 def collapse_point(curve: Curve) -> int | None:
     """The largest N whose mean perplexity is over 1.10 of the dense one's; None if there is none, or no dense run."""
-    scaled = curve.normalised()
+    scaled = curve.normalized()
     if scaled is None:
         return None
     return next((n for n, value in zip(scaled.n, scaled.mean, strict=True) if value > COLLAPSE), None)
@@ -194,7 +194,7 @@ def _table(made: Sequence[Curve], group: int) -> list[str]:
     for n in order:
         cells = []
         for curve in made:
-            raw, scaled = (dict(zip(c.n, c.mean, strict=True)) if c else {} for c in (curve, curve.normalised()))
+            raw, scaled = (dict(zip(c.n, c.mean, strict=True)) if c else {} for c in (curve, curve.normalized()))
             cells += [f"{raw[n]:.2f}" if n in raw else "-", f"{scaled[n]:.3f}" if n in scaled else "-"]
         lines.append(f"| {n}:{group} | " + " | ".join(cells) + " |")
     lines.append("")
@@ -202,7 +202,7 @@ def _table(made: Sequence[Curve], group: int) -> list[str]:
         point = collapse_point(curve)
         where = f"at {point}:{group}" if point is not None else "nowhere in this study"
         told = f"perplexity first exceeds {COLLAPSE:.2f} of {group}:{group} {where}"
-        if curve.normalised() is None:
+        if curve.normalized() is None:
             told = f"no finished run at {group}:{group}, so nothing to tell a collapse by"
         lines.append(f"- {curve.name}: {told}.")
     return lines

@@ -10,6 +10,9 @@ from megatron_sbn.cli.options import Commands, add_command, positive
 def prepare(options: argparse.Namespace) -> int:
     """Text to token shards."""
     from megatron_sbn.data import corpus
+    from megatron_sbn.engines import check_installed
+
+    check_installed()
 
     plan = corpus.PrepareOptions(
         inputs=tuple(options.input),
@@ -37,7 +40,7 @@ def prepare(options: argparse.Namespace) -> int:
 
 def add_prepare(commands: Commands) -> None:
     """Its options."""
-    command = add_command(commands, "prepare", prepare, "tokenise text into Megatron .bin/.idx shards")
+    command = add_command(commands, "prepare", prepare, "tokenize text into Megatron .bin/.idx shards")
     command.add_argument("--input", nargs="+", required=True, metavar="FILE|GLOB", help="txt, jsonl or parquet")
     command.add_argument("--output", required=True, metavar="PREFIX", help="where the shards go")
     source = command.add_mutually_exclusive_group(required=True)

@@ -40,8 +40,9 @@ def run(options: argparse.Namespace) -> int:
     """Trains one recipe on this machine, or all of them."""
     from megatron_sbn.config.sweep import load_sweep
     from megatron_sbn.config.yaml_file import override_of
-    from megatron_sbn.launch import launch
+    from megatron_sbn.launch import environment, launch
 
+    environment.end_with_launcher()
     if options.all:
         return _run_all(options)
     study = load_sweep(options.sweep)
@@ -58,24 +59,27 @@ def run(options: argparse.Namespace) -> int:
 def _run_all(options: argparse.Namespace) -> int:
     """Every recipe that is not finished; the status is 0, else the first that is not."""
     from megatron_sbn.config.sweep import load_sweep
-    from megatron_sbn.launch.many import run_all
+    from megatron_sbn.launch.many import Command, run_all
     from megatron_sbn.runs.status import read_status
 
     study = load_sweep(options.sweep)
     commands = {}
     for number, variant in enumerate(study.variants):
         status = read_status(Path(options.folder) / study.name / variant.name)
-        if status is not None and status.state == "FINISHED" and status.step == variant.recipe.training.steps:
+        if status is not None and status.state == "FINISHED" and status.step >= variant.recipe.training.steps:
             print(f"finished already: {variant.name}")
             continue
         words = ["sweep", "run", options.sweep, "--number", str(number), "--folder", options.folder]
-        commands[variant.name] = [sys.executable, "-m", "megatron_sbn.cli", *words]
-    statuses = run_all(commands, options.at_most or 1)
-    failed = {name: status for name, status in statuses.items() if status}
+        commands[variant.name] = Command([sys.executable, "-m", "megatron_sbn.cli", *words], variant.ranks)
+    outcomes = run_all(commands, options.at_most or 1)
+    failed = {name: outcome for name, outcome in outcomes.items() if outcome.status}
     print(f"{len(study.variants)} recipes: {len(study.variants) - len(failed)} finished, {len(failed)} not")
-    for name, code in failed.items():
-        print(f"  {name}: status {code}; see {Path(options.folder) / study.name / name / LOGS}")
-    return next(iter(failed.values()), 0)
+    for name, outcome in failed.items():
+        folder = Path(options.folder) / study.name / name
+        status = read_status(folder) if outcome.begun else None
+        reason = outcome.reason or (status.reason if status is not None else "")
+        print(f"  {name}: {f'status {outcome.status}: {reason or folder / LOGS}' if outcome.begun else 'not begun'}")
+    return next((outcome.status for outcome in failed.values()), 0)
 
 
 def submit(options: argparse.Namespace) -> int:

@@ -20,6 +20,9 @@ def train(options: argparse.Namespace) -> int:
 def quickstart(options: argparse.Namespace) -> int:
     """The main job of the README."""
     from megatron_sbn import quickstart as job
+    from megatron_sbn.engines import check_installed
+
+    check_installed()
 
     return job.run(options.overrides, prepare_only=options.prepare_only)
 

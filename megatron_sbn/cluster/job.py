@@ -6,7 +6,7 @@
     sizes    of a sweep: a line NUMBER NODES for every recipe that the job's nodes can hold, the smallest first
 
 TARGET is a recipe, or with --number K recipe K of a sweep. `node` answers 0 for a run that stopped in order, so that
-srun --kill-on-bad-exit=1 ends the other nodes for a failure alone; how the run ended is in its folder (run_status.py).
+srun --kill-on-bad-exit=1 ends the other nodes for a failure alone; how the run ended is in its folder (runs/status.py).
 Imports no torch.
 """
 

@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from megatron_sbn.config.schema import Recipe
+from megatron_sbn.config.schema import Recipe, Shard
 from megatron_sbn.config.values import Sparsity
 from megatron_sbn.text_table import aligned
 
@@ -42,8 +42,8 @@ def keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[Key]:
 
 
 def matching(words: Sequence[str]) -> list[Key]:
-    """The keys in which all of the words occur, in their names or meanings."""
-    return [key for key in keys() if all(w.lower() in f"{key.name} {key.meaning}".lower() for w in words)]
+    """The keys in which all of the words occur, in their names, values or meanings."""
+    return [k for k in keys() if all(w.lower() in f"{k.name} {k.values} {k.meaning}".lower() for w in words)]
 
 
 def table(found: Sequence[Key]) -> str:
@@ -86,7 +86,7 @@ def _described(annotation: Any, metadata: Sequence[object]) -> str:  # noqa: ANN
         inner, *more = get_args(annotation)
         return _described(inner, [m for part in more for m in getattr(part, "metadata", [part])])
     if origin is tuple:
-        return "list"
+        return "path | list" if Shard in get_args(annotation) else "list"
     if annotation is type(None):
         return "null"
     names = {int: "whole number", float: "number", str: "text", bool: "true | false"}

@@ -349,7 +349,7 @@ class Recipe(Section):
     run_dir: Folder | None = None
     """The run folder; null: a new one, runs/NAME-TIME."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: GPUs where there are any."""
+    """auto: on GPUs where there are any; cpu: on the CPU anyway; cuda: refused where there is no GPU."""
     model: Model
     linear: Linear = Linear()
     parallel: Parallel = Parallel()

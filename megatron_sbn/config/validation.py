@@ -161,8 +161,8 @@ def _check_used(recipe: Recipe, ternary: bool, quantized: bool) -> None:
             raise RecipeError(f"linear.{field} = {value!r} has no effect on dense weights; leave it at {default!r}")
     if linear.backward != "exact" and not quantized:
         raise RecipeError(
-            f"linear.backward = {linear.backward!r} needs quantized activations (linear.activation_bits); leave it at 'exact', or "
-            "set linear.activation_bits to 8"
+            f"linear.backward = {linear.backward!r} needs quantized activations (linear.activation_bits); "
+            "leave it at 'exact', or set linear.activation_bits to 8"
         )
 
 

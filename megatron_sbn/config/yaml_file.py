@@ -1,6 +1,6 @@
 """A recipe's text to plain values: YAML, `extends:` (read relative to the file), `section.key=value` overrides.
 
-Sections are merged key by key. What the keys mean is config.py's. Recipes come from elsewhere too: whatever is in one,
+Sections are merged key by key. What the keys mean is schema.py's. Recipes come from elsewhere too: whatever is in one,
 reading it ends, executes nothing, and takes no more memory than a recipe deserves.
 """
 

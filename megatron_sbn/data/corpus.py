@@ -113,7 +113,7 @@ def is_prepared(options: PrepareOptions) -> bool:
 
 
 def prepare(options: PrepareOptions, *, workers: int = 1) -> PrepareReport:
-    """Tokenise `options.inputs` with `workers` processes and write everything under `options.output`.
+    """Tokenize `options.inputs` with `workers` processes and write everything under `options.output`.
 
     Raises InputError for bad input with its file and line, an empty corpus or split, a tokenizer that cannot be had,
     and an output that cannot be written; what was under the final names before is then as it was.
@@ -152,7 +152,7 @@ def _write_shards(
     examples: list[str] = []
     text_bytes = 0
     total = sum(path.stat().st_size for path in files)
-    with _writers(options, tokenizer.vocab_size) as writers, Progress(total, "tokenising") as progress:
+    with _writers(options, tokenizer.vocab_size) as writers, Progress(total, "tokenizing") as progress:
         for encoded in encode_files(files, job, workers):
             if encoded.bad and not options.skip_bad:
                 raise InputError(_stop(encoded.bad[0]))

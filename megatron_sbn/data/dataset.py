@@ -116,7 +116,7 @@ class TokenDataset:
 
 
 class BlendedDataset:
-    """Samples of several datasets in proportion to `weights` (any positive numbers; they are normalised).
+    """Samples of several datasets in proportion to `weights` (any positive numbers; they are normalized).
 
     Every dataset is read in its own order: its j-th use is its sample j. Raises InputError for weights that are not
     positive and finite, or so small that they are less than one sample in BLEND_PERIOD.

@@ -101,7 +101,7 @@ def encode_files(files: Sequence[Path], job: EncodingJob, workers: int) -> Itera
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool as error:
-            raise SbnError("a tokenisation worker died (out of memory?); try again with fewer --workers") from error
+            raise SbnError("a tokenization worker died (out of memory?); try again with fewer --workers") from error
         finally:
             for future in pending:
                 future.cancel()

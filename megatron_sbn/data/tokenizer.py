@@ -1,14 +1,14 @@
 """Text to token ids and back, exactly: sentencepiece BPE with byte fallback.
 
 Models trained here lose nothing: `decode(encode(text)) == text` for every string that UTF-8 can hold. No Unicode
-normalisation, no added or removed spaces, runs of spaces may become one piece (source code is full of them), every
+normalization, no added or removed spaces, runs of spaces may become one piece (source code is full of them), every
 digit is its own piece, and a character outside the vocabulary becomes its UTF-8 bytes. Two things need care:
 
 - sentencepiece writes a space as U+2581 and so cannot tell it from a real U+2581; that one is given as its three bytes.
 - a text is encoded in segments of at most 1 Mi characters, cut behind a line end where there is one, which bounds the
   memory that sentencepiece needs.
 
-A model from elsewhere that normalises, or puts a space in front of the text, is used as it is, on the whole text.
+A model from elsewhere that normalizes, or puts a space in front of the text, is used as it is, on the whole text.
 """
 
 import heapq

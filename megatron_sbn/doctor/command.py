@@ -17,6 +17,7 @@ from megatron_sbn.doctor.engines import check_engines
 from megatron_sbn.doctor.layouts import SPREAD, candidates, reference
 from megatron_sbn.doctor.tiny_recipe import one_rank, tiny_recipe
 from megatron_sbn.doctor.trials import run_trials
+from megatron_sbn.engines import check_installed
 from megatron_sbn.errors import RecipeError
 from megatron_sbn.text_table import aligned
 
@@ -128,7 +129,11 @@ def run(
         raise RecipeError(f"--json {json_file} takes the comparison of --ranks, --layouts or --engines; give one")
     if steps is not None and not layouts and not engines:
         raise RecipeError(f"--steps {steps} goes with --layouts or --engines; give one of them, or leave it out")
+    if engines and steps == 1:
+        raise RecipeError("--steps 1: --engines resumes from a checkpoint half-way; give it 2 or more")
     recipe = load_recipe(path, overrides)
+    if compared:
+        check_installed()
     count = None if ranks is None else ranks or min_world_size(recipe)
     check(recipe, count)
     equal = True
@@ -137,7 +142,7 @@ def run(
     if layouts:
         equal = check_layouts(recipe, steps or LAYOUT_STEPS, json_file) and equal
     if engines:
-        equal = check_engines(recipe, engines, max(2, steps or ENGINE_STEPS), json_file) and equal
+        equal = check_engines(recipe, engines, steps or ENGINE_STEPS, json_file) and equal
     if compared:
         print("equal" if equal else "DIFFERENT")
     return 0 if equal else 1

@@ -17,20 +17,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import megatron_sbn
 from megatron_sbn.atomic_files import write_whole
 from megatron_sbn.config import Recipe
 from megatron_sbn.doctor.layouts import candidates
-from megatron_sbn.doctor.trials import Start, run_trials
+from megatron_sbn.doctor.trials import Start, TrialError, run_trials
 from megatron_sbn.errors import RecipeError
+from megatron_sbn.redaction import excerpt
 from megatron_sbn.text_table import aligned
 
 if TYPE_CHECKING:
     from megatron_sbn.doctor.report import Trial
 
 COLUMNS = ("codes", "x_q", "hidden", "loss", "grad norm", "resumed")
+NAMES = ("megatron-core", "torch", "triton", "deepspeed", "python")
+FAILED: Mapping[str, float] = MappingProxyType(dict.fromkeys(COLUMNS, math.inf))
 _ASK_SECONDS = 120.0
 _QUESTION = """
 import json, platform
@@ -61,20 +65,38 @@ def check_engines(recipe: Recipe, pythons: Sequence[str], steps: int, json_file:
     """
     layouts = candidates(recipe)
     with _code_for_others() as code, tempfile.TemporaryDirectory() as folder:
-        variables = {"PYTHONPATH": str(code)}
-        environments = [ask(python, variables) for python in (sys.executable, *pythons)]
+        # Where this environment's engines come through PYTHONPATH, they still do; others have their own.
+        own = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
+        paths = [own, *[str(code)] * len(pythons)]
+        variables = [{"PYTHONPATH": path, "PYTHONSAFEPATH": "1"} for path in paths]
+        asked = zip((sys.executable, *pythons), variables, strict=True)
+        environments = [ask(python, given) for python, given in asked]
         saved = Path(folder)
         trials: list[dict[str, Trial]] = []
         for number, environment in enumerate(environments):
             start = Start(
                 environment.python,
-                variables,
+                variables[number],
                 save=saved if number == 0 else None,
                 resume=saved,
                 label=f"{environment.label}: ",
             )
-            trials.append(run_trials(layouts, steps, start))
+            trials.append(_trials(layouts, steps, start, essential=number == 0))
     return _report(recipe, environments, trials, steps, json_file)
+
+
+def _trials(layouts: Mapping[str, tuple[int, Recipe]], steps: int, start: Start, essential: bool) -> "dict[str, Trial]":
+    """Trials by layout; those of ranks that failed are left out and named, unless they are `essential`."""
+    trials: dict[str, Trial] = {}
+    for ranks in sorted({ranks for ranks, _ in layouts.values()}):
+        group = {name: layout for name, layout in layouts.items() if layout[0] == ranks}
+        try:
+            trials |= run_trials(group, steps, start)
+        except TrialError as error:
+            if essential:
+                raise
+            print(f"failed: {error}", flush=True)
+    return trials
 
 
 @contextmanager
@@ -108,7 +130,13 @@ def ask(python: str, variables: Mapping[str, str]) -> Environment:
         reason = (answer.stderr.strip().splitlines() or ["it ended without a word"])[-1]
         reason = reason.rpartition("RecipeError: ")[2]
         raise RecipeError(f"--engines {python}: {reason}; give the bin/python of an environment with the engines")
-    return Environment(python, json.loads(answer.stdout))
+    try:
+        *_, last = answer.stdout.splitlines()  # others may be printed by what an interpreter loads at its start
+        return Environment(python, dict(json.loads(last)))
+    except (ValueError, TypeError):
+        raise RecipeError(
+            f"--engines {python}: is no Python: it answered {excerpt(answer.stdout)}; give an environment's bin/python"
+        ) from None
 
 
 def _report(
@@ -120,14 +148,16 @@ def _report(
 ) -> bool:
     """Prints the table and what differs; writes the JSON; returns whether nothing does."""
     first = trials[0]
-    found = [{name: differences(trial[name], first[name], steps // 2) for name in first} for trial in trials]
+    found = [
+        {name: differences(trial[name], first[name], steps // 2) if name in trial else FAILED for name in first}
+        for trial in trials
+    ]
     rows = []
     for environment, by_layout in zip(environments, found, strict=True):
         cells = [_cell([d[column] for d in by_layout.values() if column in d]) for column in COLUMNS]
-        names = ("megatron-core", "torch", "deepspeed", "python")
-        rows.append((*(environment.releases[name] for name in names), *cells))
+        rows.append((*(environment.releases[name] for name in NAMES), *cells))
     print(f"{recipe.name}: a tiny model under {len(first)} layouts of up to four ranks, {steps} steps")
-    print("\n".join(aligned(("megatron-core", "torch", "deepspeed", "python", *COLUMNS), rows)))
+    print("\n".join(aligned((*NAMES, *COLUMNS), rows)))
     for environment, by_layout in zip(environments, found, strict=True):
         for name, of_layout in by_layout.items():
             told = ", ".join(f"{column} by {value:.1e}" for column, value in of_layout.items() if value)
@@ -140,11 +170,15 @@ def _report(
         told_to_programs: dict[str, Any] = {
             "equal": equal,
             "environments": [
-                {"releases": dict(environment.releases), "differences": by_layout, "digests": digests(trial)}
+                {
+                    "releases": dict(environment.releases),
+                    "differences": {name: _for_json(of_layout) for name, of_layout in by_layout.items()},
+                    "digests": digests(trial),
+                }
                 for environment, by_layout, trial in zip(environments, found, trials, strict=True)
             ],
         }
-        write_whole(json_file, json.dumps(told_to_programs, indent=2).encode() + b"\n")
+        write_whole(json_file, json.dumps(told_to_programs, indent=2, allow_nan=False).encode() + b"\n")
     return equal
 
 
@@ -171,8 +205,13 @@ def _listed(releases: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(distinct[:-1]), distinct[-1]]))
 
 
+def _for_json(of_layout: Mapping[str, float]) -> dict[str, float | str]:
+    """JSON has no infinity."""
+    return {column: value if math.isfinite(value) else str(value) for column, value in of_layout.items()}
+
+
 def _cell(values: list[float]) -> str:
-    """ "equal", or in how many layouts it is not and by how much at most."""
+    """ "equal", or in how many layouts it is not and by how much at most; inf: no number tells by how much."""
     if not values:
         return "-"
     off = [value for value in values if value]
@@ -185,9 +224,9 @@ def differences(ours: "Trial", theirs: "Trial", half: int) -> dict[str, float]:
 
     found = {}
     for column in COLUMNS[:3]:
-        names = [name for name in theirs.tensors if name.rpartition(".")[2] == column]
+        names = {name for name in (*ours.tensors, *theirs.tensors) if name.rpartition(".")[2] == column}
         if names:
-            found[column] = max(largest_difference(ours.tensors.get(name), theirs.tensors[name]) for name in names)
+            found[column] = max(largest_difference(ours.tensors.get(n), theirs.tensors.get(n)) for n in names)
     found["loss"] = _numbers(ours.losses, theirs.losses)
     found["grad norm"] = _numbers(ours.grad_norms, theirs.grad_norms)
     found["resumed"] = max(
@@ -199,7 +238,15 @@ def differences(ours: "Trial", theirs: "Trial", half: int) -> dict[str, float]:
 def _numbers(ours: Sequence[float], theirs: Sequence[float]) -> float:
     if len(ours) != len(theirs):
         return math.inf
-    return max((abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+    return max((_relative(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+
+
+def _relative(ours: float, theirs: float) -> float:
+    """0 for the same bits, else the difference over `theirs`; inf where that is no number."""
+    if repr(ours) == repr(theirs):
+        return 0.0
+    difference = abs(ours - theirs) / abs(theirs) if theirs else math.inf
+    return difference if math.isfinite(difference) else math.inf
 
 
 def digests(trial: "Mapping[str, Trial]") -> dict[str, dict[str, str]]:

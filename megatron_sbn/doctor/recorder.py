@@ -80,7 +80,7 @@ def recorded_hidden_states(trainer: Trainer) -> Iterator[Pieces]:
 
 @contextmanager
 def recorded_tokens(trainer: Trainer) -> Iterator[Pieces]:
-    """Fills what it yields with the int8 activations and scales of every quantised layer, when the block ends.
+    """Fills what it yields with the int8 activations and scales of every quantized layer, when the block ends.
 
     They are read from what layers keep for backward, so the block holds training steps. Layers of experts, whose
     tokens come in the router's order, are left out.

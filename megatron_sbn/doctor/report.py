@@ -94,11 +94,14 @@ def _line(recipe: Recipe, name: str, ours: Tensor | None, theirs: Tensor | None)
     return Line(name, largest_difference(ours, theirs), limit, fingerprint(ours), fingerprint(theirs))
 
 
-def largest_difference(ours: Tensor | None, theirs: Tensor) -> float:
+def largest_difference(ours: Tensor | None, theirs: Tensor | None) -> float:
     """0 for equal bits, else the largest difference over the largest magnitude; inf where the shapes differ."""
-    if ours is None or ours.shape != theirs.shape:
+    if ours is None or theirs is None or ours.shape != theirs.shape:
         return math.inf
-    return 0.0 if fingerprint(ours) == fingerprint(theirs) else relative(ours, theirs) or math.inf
+    if fingerprint(ours) == fingerprint(theirs):
+        return 0.0
+    difference = relative(ours, theirs)
+    return difference if 0 < difference < math.inf else math.inf  # NaN, or bits that no value shows
 
 
 def fingerprint_of(trial: Trial, kind: str) -> str:

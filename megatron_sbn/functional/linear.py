@@ -1,8 +1,8 @@
 """One Sparse-BitNet linear layer with autograd: ternary weights, N:M sparsity, int8 activations.
 
     forward    Y  = ((X_q @ C^T) * s_x[token]) * gamma[row] + bias      X_q int8, C in {-1, 0, 1}, exact product
-    backward   dX = dY @ (gamma * C)                                    identity through the activation quantiser
-               dW = dY^T @ (s_x * X_q)                                  dense: identity through quantiser and mask
+    backward   dX = dY @ (gamma * C)                                    identity through the activation quantizer
+               dW = dY^T @ (s_x * X_q)                                  dense: identity through quantizer and mask
 
 Pruned weights therefore keep learning and may return ("dual straight-through", arXiv 2603.05168). What is saved for
 backward is X_q (1 byte an element) and s_x, which is all that forward used of X.
@@ -98,7 +98,7 @@ def _weight_gradient(dw: Tensor, store: LocalWeight, mask: Tensor | None, settin
 
 
 class _QuantizedLinear(torch.autograd.Function):
-    """Ternary weights and quantised activations; formulas in the module's docstring."""
+    """Ternary weights and quantized activations; formulas in the module's docstring."""
 
     @staticmethod
     def forward(
@@ -157,7 +157,7 @@ class _QuantizedLinear(torch.autograd.Function):
 
 
 class _FloatLinear(torch.autograd.Function):
-    """Unquantised activations: Y = X @ Wf^T + bias, dX = dY @ Wf, dW = dY^T @ X.
+    """Unquantized activations: Y = X @ Wf^T + bias, dX = dY @ Wf, dW = dY^T @ X.
 
     Wf is W, mask * W or gamma * C, rounded to X's dtype, and made again in backward rather than kept.
     """
@@ -267,7 +267,7 @@ def apply_linear(
         prepared: of the present value of `weight`.
         settings: the arithmetic.
         layout: where the tokens lie.
-        producer, gain: what makes the layer's input of x, and its parameter; of quantised activations.
+        producer, gain: what makes the layer's input of x, and its parameter; of quantized activations.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or 4-bit activations of a split input.

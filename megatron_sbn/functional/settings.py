@@ -19,7 +19,7 @@ class LinearSettings:
     """The arithmetic of a linear layer; an impossible one is a ValueError that names the field.
 
     Attributes:
-        weight_format: "ternary", or "dense": float weights; activations are then never quantised.
+        weight_format: "ternary", or "dense": float weights; activations are then never quantized.
         sparsity: (N, M), N of every M consecutive weights along in survive; N = M is no sparsity.
         activation_bits: 8, 4 (column-parallel inputs only) or None; of ternary weights.
         order: "quant_then_mask", or "mask_then_quant": gamma is the mean over survivors; of ternary weights.
@@ -27,7 +27,7 @@ class LinearSettings:
         masked_gradient: "dense" lets pruned weights learn; "masked" is dW * mask.
         sr_ste_decay: adds decay * (1 - mask) * W to dW (SR-STE, arXiv 2102.04010), at every call of backward: who
             accumulates K micro-batches divides it by K.
-        backward: "exact", "int8_dgrad" (dX from int8) or "int8" (dW too); of quantised activations.
+        backward: "exact", "int8_dgrad" (dX from int8) or "int8" (dW too); of quantized activations.
         backend: the `sbn_kernels` backend, by name; "auto" is cpu on CPU, triton on CUDA.
         forward_form: how the forward product reads the codes on CUDA, one of `sbn_kernels.FORMS`; "auto" is measured.
     """
@@ -63,7 +63,7 @@ class LinearSettings:
             raise ValueError(f"linear.sr_ste_decay: {self.sr_ste_decay} must be finite and >= 0; 0 turns it off")
         if self.weight_format == "dense" and (self.order, self.mask_source) != ("quant_then_mask", "latent"):
             raise ValueError(
-                f"linear.weight_format: dense weights are not quantised, so order {self.order!r} and mask_source "
+                f"linear.weight_format: dense weights are not quantized, so order {self.order!r} and mask_source "
                 f"{self.mask_source!r} say nothing; leave both at their defaults"
             )
         if (self.order, self.mask_source) == ("mask_then_quant", "quantized"):

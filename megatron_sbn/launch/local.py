@@ -13,11 +13,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 
 from megatron_sbn.errors import STOPPED
 from megatron_sbn.launch.environment import LAUNCHED
-from megatron_sbn.launch.stop_signals import blocked
+from megatron_sbn.launch.stop_signals import blocked, unblock
 
 GRACE_SECONDS = 15.0
 # Of a run that stopped when asked to: rank 0 delivers to MLflow for up to 30 s more, and the last sample of its machine
@@ -67,6 +68,8 @@ def launch(
                 for rank in range(ranks):
                     command = [python, "-m", module, *arguments]
                     processes.append(_start(command, rank, ranks, machines, environment or {}))
+            if LAUNCHED in os.environ:
+                unblock()  # this process was started with signals blocked, as ranks are
             return _wait(processes, deadline)
         finally:
             _end(processes)
@@ -76,7 +79,7 @@ def _start(
     command: list[str], rank: int, ranks: int, machines: Machines, more: Mapping[str, str]
 ) -> "subprocess.Popen[bytes]":
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ, **more}
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, **same_code(), **more}
     environment |= {
         "RANK": str(machines.number * ranks + rank),
         "LOCAL_RANK": str(rank),
@@ -87,6 +90,18 @@ def _start(
         LAUNCHED: "1",
     }
     return subprocess.Popen(command, env=environment)
+
+
+def same_code() -> dict[str, str]:
+    """Variables with which another process of this interpreter imports the package that this one runs.
+
+    `python -m` looks into the working folder first, where another copy may lie.
+    """
+    root = Path(__file__).parents[2]
+    safe = {"PYTHONSAFEPATH": "1"}
+    if root.name in ("site-packages", "dist-packages"):
+        return safe
+    return safe | {"PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))}
 
 
 def _wait(processes: "list[subprocess.Popen[bytes]]", deadline: float | None) -> int:

@@ -1,6 +1,6 @@
 """SIGTERM and SIGUSR1 to a rank, from its first moment on: remembered, and its end where it does not get on.
 
-    blocked by the launcher -> StopSignals entered before any import that takes time -> training/signals.py asks it
+    blocked by the launcher -> StopSignals entered before any import that takes time -> training/stop_request.py asks it
 
 A handler only takes a note. Python runs it when the main thread is back in the interpreter, which a hanging collective
 never is; so the signal's number is also read from the interpreter's wake-up pipe by a thread, which ends the process at

@@ -3,7 +3,7 @@
 `y = x / sqrt(mean(x^2) + eps) * weight` over the hidden dimension (Zhang and Sennrich 2019, arXiv 1910.07467).
 Megatron-Core's own torch norm refuses sequence parallelism, where each rank sees a part of the tokens and the weight's
 gradient must be summed over the tensor-parallel group: the attribute `sequence_parallel` asks for that sum
-(parallel/gradients.py).
+(parallel/gradient_sync.py).
 """
 
 from collections.abc import Callable

@@ -30,7 +30,7 @@ def settings_at(linear: Linear, step: int, micro_batches: int = 1) -> LinearSett
     SR-STE's decay is added in every backward pass, so each of a step's `micro_batches` gets its share.
     """
     values = linear.at(step).model_dump(exclude={"mask_interval", "mask_freeze_step", "phases"})
-    # What only quantised arithmetic has a meaning for rests while a phase is without it.
+    # What only quantized arithmetic has a meaning for rests while a phase is without it.
     if values["weight_format"] == "dense":
         values |= {"order": "quant_then_mask", "mask_source": "latent", "backward": "exact"}
     elif values["activation_bits"] is None:

@@ -1,7 +1,7 @@
 """Ranks and groups of one process: made once from the recipe's layout, then passed, never global.
 
 The grid, slowest axis first, is [pipeline, data, tensor]: neighbouring ranks share a tensor-parallel group, as in
-Megatron-Core, whose own `parallel_state` is initialised here with the same sizes.
+Megatron-Core, whose own `parallel_state` is initialized here with the same sizes.
 
 Experts are whole on a rank, so they see another grid of the same ranks, [pipeline, expert data, expert]: neighbouring
 ranks hold different experts, and an expert's replicas are the ranks along `expert_data`.

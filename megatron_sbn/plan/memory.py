@@ -15,7 +15,7 @@ from megatron_sbn.plan.activations import FP32
 from megatron_sbn.plan.hardware import Keeps
 from megatron_sbn.plan.shapes import Layout
 
-BUCKET = 1 << 27  # elements of ZeRO's reduction bucket: parallel/zero.py
+BUCKET = 1 << 27  # elements of ZeRO's reduction bucket: parallel/zero/engine.py
 BLOCK_BYTES = 192 * 2**20  # of the loss: layers/loss.py
 _ALIGNMENT = 2  # elements, times the data-parallel size, to which DeepSpeed pads each group of parameters
 

@@ -16,7 +16,7 @@ from megatron_sbn.text_table import numeric, prefixed
 SHOWN = 12  # layouts
 
 _ASSUMED = (
-    ("int8_gemm", "of int8 peak, forward products of quantised layers"),
+    ("int8_gemm", "of int8 peak, forward products of quantized layers"),
     ("floating_gemm", "of bf16 peak, backward products, floating layers, head"),
     ("attention", "of bf16 peak, attention"),
     ("bandwidth", "of memory bandwidth"),

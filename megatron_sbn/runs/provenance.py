@@ -1,8 +1,8 @@
 """Where a run comes from: commit, versions, machine, job, command; and how secrets are kept out of all of it.
 
 Every value is text, made to be an MLflow tag. Versions are read from package metadata, so nothing is imported for
-them. Whatever leaves the process passes `mask_secrets` (masking.py), because tracking URIs may hold a password and turn
-up in recipes, command lines and error messages.
+them. Whatever leaves the process passes `mask_secrets` (redaction.py), because tracking URIs may hold a password and
+turn up in recipes, command lines and error messages.
 """
 
 import os

@@ -3,7 +3,8 @@
     {"step": 12, "time": 1767225600.25, "system/cpu_utilization_percentage": 93.1, ...}
 
 `step` counts the samples of the run folder and goes on when a job starts again; `time` is the sample's. The file has
-the form of metrics.jsonl and goes to MLflow the same way (undelivered.py), so samples survive a server that is away.
+the form of metrics.jsonl and goes to MLflow the same way (tracking/pending_points.py), so samples survive a server that
+is away.
 MLflow's own monitor is not used: it talks to the server for every sample and ends for good at the first failure. The
 names are those of its monitor, for which MLflow's UI has a page of its own.
 

@@ -18,7 +18,7 @@ from megatron_sbn.layers.linear import SparseBitLinear
 
 
 @dataclass(frozen=True)
-class Polarisation:
+class Polarization:
     """Histograms over the same bins; what lies outside of them is counted in the outermost.
 
     Attributes:
@@ -32,7 +32,7 @@ class Polarisation:
     thresholds: np.ndarray
 
 
-def polarisation(layer: SparseBitLinear, group: dist.ProcessGroup, bins: int = 120, limit: float = 3.0) -> Polarisation:
+def polarization(layer: SparseBitLinear, group: dist.ProcessGroup, bins: int = 120, limit: float = 3.0) -> Polarization:
     """The whole layer's histograms. Every rank of the tensor-parallel `group` calls it and gets the same.
 
     An expert is whole on its rank: its histograms are that rank's own, without the group.
@@ -48,7 +48,7 @@ def polarisation(layer: SparseBitLinear, group: dist.ProcessGroup, bins: int = 1
     if layer.weight_shard.shares > 1:
         dist.all_reduce(counts, group=group)
     weights, thresholds = counts.cpu().numpy()
-    return Polarisation(edges, weights, thresholds)
+    return Polarization(edges, weights, thresholds)
 
 
 def _scales(layer: SparseBitLinear, weight: Tensor, group: dist.ProcessGroup) -> Tensor:

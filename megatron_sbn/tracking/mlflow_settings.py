@@ -3,7 +3,7 @@
 import os
 
 # What mlflow reads when it is imported or called; whoever sets these outside keeps his values. Retries are
-# tracking.py's work, so that mlflow's own do not hold its thread for minutes.
+# mlflow_delivery.py's work, so that mlflow's own do not hold its thread for minutes.
 _MLFLOW_SETTINGS = (
     ("MLFLOW_DISABLE_TELEMETRY", "true"),
     ("MLFLOW_LOGGING_LEVEL", "ERROR"),

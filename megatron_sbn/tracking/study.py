@@ -7,7 +7,7 @@ Runs of a study start at the same time on different machines, and MLflow makes n
 parent makes one, and everybody takes the oldest (start time, then id), when it starts and again when it ends; a parent
 that was made in vain has no children and is deleted by its maker.
 
-MLflow's client comes from tracking.py, which also turns its failures into one line.
+MLflow's client comes from mlflow_delivery.py, which also turns its failures into one line.
 """
 
 from collections.abc import Iterable

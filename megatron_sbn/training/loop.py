@@ -48,7 +48,7 @@ from megatron_sbn.training.stragglers import Stragglers
 def run(recipe: Recipe, signals: StopSignals) -> int:
     """Trains a recipe on this rank, from its start or its last checkpoint.
 
-    Returns 0, or 75 (errors.STOPPED) where it was asked to stop (`signals.py`) and what it did is checkpointed.
+    Returns 0, or 75 (errors.STOPPED) where it was asked to stop (`stop_request.py`) and what it did is checkpointed.
     """
     with without_cuda():
         parallel = parallel_state.initialize(recipe)

@@ -1,5 +1,5 @@
-"""Being asked to stop: SIGTERM, SIGUSR1, the kill-switch file `STOP` (run_status.py), and `training.time_limit` seconds
-after its start end a run at a step boundary, checkpointed.
+"""Being asked to stop: SIGTERM, SIGUSR1, the kill-switch file `STOP` (runs/status.py), and `training.time_limit`
+seconds after its start end a run at a step boundary, checkpointed.
 
     signal -> a note on this rank (stop_signals.py) -> MAX over all ranks at the next step boundary
            -> checkpoint, if a step was done since the last -> exit status 75

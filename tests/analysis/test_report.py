@@ -56,7 +56,7 @@ def test_curves_are_means_and_ranges_over_seeds(study: Path) -> None:
     assert ternary.low == (100.0, 104.0, 108.0, 120.0)
     assert ternary.high == (106.0, 110.0, 114.0, 126.0)
     assert dense.mean == (93.0, 98.0, 107.0, 153.0)
-    scaled = dense.normalised()
+    scaled = dense.normalized()
     assert scaled is not None
     assert scaled.mean == pytest.approx((1.0, 98 / 93, 107 / 93, 153 / 93))
 
@@ -134,7 +134,7 @@ def test_the_folder_that_one_is_in_has_its_name(
     assert capsys.readouterr().out.splitlines()[1].split() == ["key", "dense-8-seed1", "dense-6-seed1"]
 
 
-def test_a_study_without_a_dense_run_has_no_normalised_column(tmp_path: Path) -> None:
+def test_a_study_without_a_dense_run_has_no_normalized_column(tmp_path: Path) -> None:
     run_folder(tmp_path / "s", "ternary", 6, 1)
     run_folder(tmp_path / "s", "ternary", 4, 1)
     assert main(["report", str(tmp_path / "s"), "--output", str(tmp_path / "page")]) == 0

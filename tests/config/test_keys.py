@@ -28,6 +28,8 @@ def test_every_key_has_a_meaning() -> None:
         ("linear.activation_bits", "8 | 4 | null", "8"),
         ("linear.backward", "exact | int8_dgrad | int8", "exact"),
         ("linear.phases", "list", "[]"),
+        ("data.train", "path | list", "(required)"),
+        ("data.validation", "path | list | null", "null"),
         ("optimizer.adam_beta1", "number >= 0, < 1", "0.9"),
         ("training.seed", "whole number >= 0", "1234"),
     ],
@@ -47,5 +49,8 @@ def test_words_choose_keys(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "linear.mask_interval" in out
     assert "model.hidden_size" not in out
+    assert main(["keys", "wgmma"]) == 0
+    assert "linear.forward_form" in capsys.readouterr().out
     assert main(["keys", "nonesuch"]) == 2
-    assert "no recipe key has nonesuch" in capsys.readouterr().err
+    assert "no recipe key has nonesuch; sbn keys lists all" in capsys.readouterr().err
+    assert main(["keys", "--markdown", "mask"]) == 2

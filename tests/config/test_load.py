@@ -316,7 +316,7 @@ def test_only_rank_0_speaks_for_all() -> None:
 
 
 def test_the_recipe_knows_every_backend_and_form_of_the_kernels() -> None:
-    """config.py imports no torch, so it lists them itself."""
+    """schema.py imports no torch, so it lists them itself."""
     import typing
 
     import sbn_kernels

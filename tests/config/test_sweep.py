@@ -207,27 +207,32 @@ def test_run_trains_one_recipe_in_its_own_folder(monkeypatch: pytest.MonkeyPatch
 def test_all_that_are_not_finished_are_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first, second, *_ = load_sweep(TINY).variants
+    first, second, third, *_ = load_sweep(TINY).variants
     done, shorter = tmp_path / "n-of-8-tiny" / first.name, tmp_path / "n-of-8-tiny" / second.name
     for folder, step in ((done, first.recipe.training.steps), (shorter, 1)):
         folder.mkdir(parents=True)
         write_status(folder, "FINISHED", 0, step)
     given = {}
 
-    def run_all(commands: dict[str, list[str]], at_most: int) -> dict[str, int]:
+    def run_all(commands: dict[str, many.Command], at_most: int) -> dict[str, many.Outcome]:
         given.update(commands)
         assert at_most == 3
-        return dict.fromkeys(commands, 0) | {second.name: 3}
+        return dict.fromkeys(commands, many.Outcome(0)) | {
+            second.name: many.Outcome(3, "step 2: loss is nan"),
+            third.name: many.Outcome(75, begun=False),
+        }
 
     monkeypatch.setattr(many, "run_all", run_all)
     assert main(["sweep", "run", str(TINY), "--all", "--at-most", "3", "--folder", str(tmp_path)]) == 3
     assert len(given) == 27
     assert first.name not in given
-    assert given[second.name][3:] == ["sweep", "run", str(TINY), "--number", "1", "--folder", str(tmp_path)]
+    assert given[second.name].ranks == 1
+    assert given[second.name].words[3:] == ["sweep", "run", str(TINY), "--number", "1", "--folder", str(tmp_path)]
     out = capsys.readouterr().out
     assert f"finished already: {first.name}" in out
-    assert "28 recipes: 27 finished, 1 not" in out
-    assert f"{second.name}: status 3; see {shorter}/logs" in out
+    assert "28 recipes: 26 finished, 2 not" in out
+    assert f"{second.name}: status 3: step 2: loss is nan" in out
+    assert f"{third.name}: not begun" in out
 
 
 def test_a_number_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -354,7 +354,7 @@ def test_dead_worker_is_told(inputs, tmp_path, tokenizer):
         "    except SbnError as error:\n        print(error.status, error)\n"
     )
     result = subprocess.run([sys.executable, str(bomb)], capture_output=True, text=True, timeout=LIMIT_SECONDS)
-    assert result.stdout == "1 a tokenisation worker died (out of memory?); try again with fewer --workers\n"
+    assert result.stdout == "1 a tokenization worker died (out of memory?); try again with fewer --workers\n"
     assert list((tmp_path / "o").iterdir()) == []
     assert SbnError.status == 1
 
@@ -364,5 +364,5 @@ def test_progress_in_a_log(inputs, tmp_path, tokenizer, capfd):
     out, err = capfd.readouterr()
     assert out == ""
     (line,) = err.splitlines()
-    assert line.startswith("tokenising: 100% of 0.0 MB, 50 documents, ")
+    assert line.startswith("tokenizing: 100% of 0.0 MB, 50 documents, ")
     assert line.endswith(" tokens")

@@ -40,7 +40,7 @@ class RankError(AssertionError):
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: object, timeout: float = LIMIT_SECONDS
 ) -> list[Any]:
-    """`function(*args)` on every rank, inside an initialised process group; results in the order of ranks.
+    """`function(*args)` on every rank, inside an initialized process group; results in the order of ranks.
 
     `function` is at module level; arguments and results are pickled. Raises RankError when a rank raises, or when no
     rank has come to another phase, or to its end, for `timeout` seconds.

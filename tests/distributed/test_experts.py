@@ -25,7 +25,7 @@ from megatron_sbn.errors import NumericalError
 from megatron_sbn.layers.experts import average_expert_tokens
 from megatron_sbn.parallel.shard import is_expert
 from megatron_sbn.telemetry.mask_statistics import Telemetry
-from megatron_sbn.telemetry.polarization import polarisation
+from megatron_sbn.telemetry.polarization import polarization
 from megatron_sbn.training.schedule import learning_rate, weight_decay
 
 EXPERTS = ("model.num_moe_experts=4", "model.moe_ffn_hidden_size=48", "model.num_layers=2")
@@ -261,7 +261,7 @@ def look(overrides: tuple[str, ...]) -> tuple[list[int], dict[str, list[np.ndarr
             state.prepare(1)
         sizes = [call.args[0].numel() for call in reduced.call_args_list]
         names = [name for name in state.layers if "layers.0" in name and name.endswith(("linear_fc2", "linear_proj"))]
-        made = {name: polarisation(state.layers[name], group, bins=12) for name in names}
+        made = {name: polarization(state.layers[name], group, bins=12) for name in names}
     return sizes, {name: [one.weights, one.thresholds] for name, one in made.items()}
 
 

@@ -208,10 +208,10 @@ def expected_gamma(layer: str, weight: Tensor) -> np.ndarray:
 
 
 def expected_codes(weight: np.ndarray, gamma: np.ndarray, n: int, m: int) -> np.ndarray:
-    """Quantise, then mask: int8 [out, in]; on a tie the lower index is kept."""
+    """Quantize, then mask: int8 [out, in]; on a tie the lower index is kept."""
     groups = np.abs(weight).reshape(len(weight), -1, m)  # [out, groups, m]
     larger = groups[..., None, :] > groups[..., :, None]
     earlier_tie = (groups[..., None, :] == groups[..., :, None]) & np.tri(m, k=-1, dtype=bool)
     keep = ((larger | earlier_tie).sum(-1) < n).reshape(weight.shape)
-    quantised = np.clip(np.rint(weight * (np.float32(1) / gamma)[:, None]), -1, 1)
-    return (quantised * keep).astype(np.int8)
+    quantized = np.clip(np.rint(weight * (np.float32(1) / gamma)[:, None]), -1, 1)
+    return (quantized * keep).astype(np.int8)

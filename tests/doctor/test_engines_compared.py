@@ -55,6 +55,50 @@ def test_a_number_of_any_step_is_compared(
     assert [name for name, value in found.items() if value] == [column]
 
 
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "same"),
+    [([1.0, NAN], [1.0, 2.0], False), ([1.0, 2.0], [1.0, NAN], False), ([NAN], [NAN], True), ([0.0], [0.0], True),
+     ([1.0], [0.0], False), ([-0.0], [0.0], False)],
+)  # fmt: skip
+def test_what_is_no_number_is_compared_too(ours: list[float], theirs: list[float], same: bool) -> None:
+    assert (engines._numbers(ours, theirs) == 0) == same
+    first, second = (Trial({"hidden": torch.tensor(values)}, [1.0], [1.0], [{}]) for values in (ours, theirs))
+    assert (engines.differences(first, second, 1)["hidden"] == 0) == same
+
+
+def test_a_tensor_that_only_one_has_is_a_difference() -> None:
+    more = Trial(FIRST.tensors | {"b.codes": HIDDEN}, FIRST.losses, FIRST.grad_norms, [{}], FIRST.resumed_losses)
+    assert engines.differences(more, FIRST, 2)["codes"] == math.inf
+
+
+def test_ranks_that_fail_leave_the_others_to_be_compared(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = layouts.candidates
+    kept = ("tensor 2", layouts.SPREAD)
+    monkeypatch.setattr(engines, "candidates", lambda recipe: {k: v for k, v in every(recipe).items() if k in kept})
+    started: list[int] = []
+
+    def run_trials(group: dict[str, object], steps: int, start: object) -> dict[str, Trial]:
+        started.append(len(started))
+        if len(started) == 4:  # two ranks of the second environment
+            raise engines.TrialError("tensor 2: a rank ended with status 1, see above")
+        return dict.fromkeys(group, FIRST)
+
+    monkeypatch.setattr(engines, "run_trials", run_trials)
+    file = tmp_path / "told.json"
+    assert main(["doctor", QUICK, "--engines", sys.executable, "--json", str(file)]) == 1
+    out = capsys.readouterr().out
+    assert "failed: tensor 2: a rank ended with status 1" in out
+    assert "1 of 2 differ, inf" in out
+    told = json.loads(file.read_text())
+    assert told["environments"][1]["differences"]["tensor 2"]["codes"] == "inf"
+    assert told["environments"][1]["differences"][layouts.SPREAD]["codes"] == 0
+
+
 def test_a_missing_tensor_is_a_difference() -> None:
     fewer = Trial({"hidden": HIDDEN}, FIRST.losses, FIRST.grad_norms, [{}], FIRST.resumed_losses, FIRST.resumed_norms)
     assert engines.differences(fewer, FIRST, 2)["codes"] == math.inf
@@ -75,7 +119,7 @@ def test_another_environment_is_compared(
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "equal"
     assert out.splitlines()[-2].startswith("note: the same bits with megatron-core ")
-    rows = [line.split()[4:] for line in out.splitlines() if line.startswith("0.")]
+    rows = [line.split()[len(engines.NAMES) :] for line in out.splitlines() if line.startswith("0.")]
     assert rows == [["equal"] * len(engines.COLUMNS)] * 2
     assert "megatron_sbn.doctor.rank" in (tmp_path / "calls").read_text()
     told = json.loads(file.read_text())
@@ -101,6 +145,8 @@ def test_the_note_names_every_release_once() -> None:
     [
         (None, "cannot be run: "),
         ("exit 3", "it ended without a word; give the bin/python"),
+        ("true", "is no Python: it answered ''"),
+        ("echo hello", "is no Python: it answered 'hello"),
         (f'exec {sys.executable} -S "$@"', "No module named"),
     ],
 )
@@ -113,3 +159,11 @@ def test_an_interpreter_that_cannot_answer_is_named(script: str | None, told: st
         engines.ask(str(python), {"PYTHONPATH": str(code)})
     assert str(error.value).startswith(f"--engines {python}: ")
     assert told in str(error.value)
+
+
+def test_what_an_interpreter_prints_at_its_start_is_passed_over(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho welcome\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    with engines._code_for_others() as code:
+        assert set(engines.NAMES) <= set(engines.ask(str(python), {"PYTHONPATH": str(code)}).releases)

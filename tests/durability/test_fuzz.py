@@ -104,7 +104,7 @@ def test_what_is_wrong_is_found(name: str, box: Sandbox, monkeypatch: pytest.Mon
         lambda: complain("sbn: a recipe is a mapping"),
         lambda: write("a.txt"),
         lambda: os.rename(write("a.txt") or "a.txt", "b.txt") or 0,  # noqa: PTH104
-        lambda: complain("tokenising: 100% of 0.0 MB, 1 documents", "sbn: empty corpus"),
+        lambda: complain("tokenizing: 100% of 0.0 MB, 1 documents", "sbn: empty corpus"),
         lambda: sys.exit(complain("usage: sbn [-h]", "sbn: error: unknown: x")),
     ],
 )

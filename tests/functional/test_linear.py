@@ -45,7 +45,7 @@ def test_recorded_outputs_of_the_published_code(case: tuple) -> None:
     compute = {"torch.float32": torch.float32, "torch.bfloat16": torch.bfloat16}[dtype]
     weight_format = {"bitnet": "ternary", "bf16sparse": "dense"}[kind]
     results = run(x.to(compute), w, gy, sparsity=(n, m), splits=splits, weight_format=weight_format)
-    # The published code multiplies fake-quantised bf16 operands; exact integers differ by those roundings (2^-8 each).
+    # The published code multiplies fake-quantized bf16 operands; exact integers differ by those roundings (2^-8 each).
     tolerance = 1e-5 if compute == torch.float32 else 2**-7
     for name, ours, theirs in zip(("y", "gx", "gw"), results, expected, strict=True):
         assert relative(ours, theirs) < tolerance, name

@@ -27,11 +27,11 @@ from megatron_sbn.functional.collectives import LocalCollectives
         ({"sr_ste_decay": float("nan")}, "linear.sr_ste_decay: nan must be finite"),
         (
             {"weight_format": "dense", "order": "mask_then_quant"},
-            "linear.weight_format: dense weights are not quantised",
+            "linear.weight_format: dense weights are not quantized",
         ),
         (
             {"weight_format": "dense", "mask_source": "quantized"},
-            "linear.weight_format: dense weights are not quantised",
+            "linear.weight_format: dense weights are not quantized",
         ),
         ({"order": "mask_then_quant", "mask_source": "quantized"}, "linear.order: 'mask_then_quant' needs mask_source"),
         ({"weight_format": "dense", "backward": "int8"}, "linear.backward: 'int8' needs ternary weights"),

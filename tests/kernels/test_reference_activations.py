@@ -83,9 +83,9 @@ def test_slices_of_the_input_with_the_common_maximum_have_the_codes_of_the_whole
     x_q, s_x = kernels.quantize_activations(x)
     pieces = x.chunk(shards, dim=-1)
     abs_max = torch.stack([kernels.activation_abs_max(p) for p in pieces]).amax(0)
-    quantised = [kernels.quantize_activations(p, abs_max=abs_max) for p in pieces]
-    assert torch.equal(torch.cat([q for q, _ in quantised], dim=-1), x_q)
-    assert all(torch.equal(s, s_x) for _, s in quantised)
+    quantized = [kernels.quantize_activations(p, abs_max=abs_max) for p in pieces]
+    assert torch.equal(torch.cat([q for q, _ in quantized], dim=-1), x_q)
+    assert all(torch.equal(s, s_x) for _, s in quantized)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

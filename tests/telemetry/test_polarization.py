@@ -5,7 +5,7 @@ import pytest
 
 from megatron_sbn.config import Linear
 from megatron_sbn.layers.weight_quantizer import WeightQuantizer
-from megatron_sbn.telemetry.polarization import polarisation
+from megatron_sbn.telemetry.polarization import polarization
 
 
 def histogram(values, edges):
@@ -20,7 +20,7 @@ def test_against_numpy(layers, parallel, weight_format, name):
     layer.weight.data[0, :8] *= 30  # beyond the limits
     layer.weight.data[-1] *= 5  # parts of different scale
     WeightQuantizer(layers, Linear(weight_format=weight_format), parallel.tensor.group).prepare(0)
-    result = polarisation(layer, parallel.tensor.group, bins=60, limit=3.0)
+    result = polarization(layer, parallel.tensor.group, bins=60, limit=3.0)
     weight = layer.weight.detach().numpy().astype(np.float64)
     parts = 2 if "gated" in name else 1
     scales = np.abs(weight).reshape(parts, -1).mean(1).repeat(len(weight) // parts)
@@ -39,11 +39,11 @@ def test_against_numpy(layers, parallel, weight_format, name):
 def test_no_threshold_without_sparsity(layers, parallel):
     layer = layers["decoder.layers.1.row"]
     WeightQuantizer(layers, Linear(sparsity=(8, 8)), parallel.tensor.group).prepare(0)
-    result = polarisation(layer, parallel.tensor.group)
+    result = polarization(layer, parallel.tensor.group)
     assert not result.thresholds.any()
     assert result.weights.sum() == layer.weight.numel()
 
 
 def test_bad_bins(layers, parallel):
     with pytest.raises(ValueError, match="bins = 0"):
-        polarisation(layers["decoder.layers.1.row"], parallel.tensor.group, bins=0)
+        polarization(layers["decoder.layers.1.row"], parallel.tensor.group, bins=0)

@@ -172,7 +172,7 @@ def codes_from_gamma(
 ) -> tuple[Tensor, Tensor | None]:
     """Return (codes int8 [out, in], mask bool [out, in] or None): see `reference.codes_from_gamma`.
 
-    Masks from quantised weights are all ties, for which counting ranks is the method: the reference makes them.
+    Masks from quantized weights are all ties, for which counting ranks is the method: the reference makes them.
     """
     if mask_source != "latent" and mask is None and n < m:
         return reference.codes_from_gamma(w, gamma_per_row, n, m, mask_source=mask_source, with_mask=with_mask)

@@ -19,7 +19,7 @@ the unit roundoff of dY's type, and L the number of segments (fp16 adds 2^-25 to
 
     |error| <= u |dX| + (out + 2 L + 2) 2^-24 S             and u S more in the general way
 
-The bits depend on the tile, hence on what was measured (`tuning`). Quantised rows need none of this: with
+The bits depend on the tile, hence on what was measured (`tuning`). Quantized rows need none of this: with
 `(g_q, s) = quantize_rows(dY * gamma)`, `ternary_gemm.ternary_linear(g_q, s, C^T, ones)` is dX, on int8 tensor cores.
 """
 
