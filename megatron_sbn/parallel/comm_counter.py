@@ -56,6 +56,8 @@ METHODS: Mapping[str, tuple[str, int]] = {
     "all_to_all_single": ("all_to_all", 1),
     "reduce": ("reduce", 0),
     "gather": ("gather", 1),
+    "gather_single": ("gather", 1),  # from torch 2.14 on, as the next
+    "gather_into_tensor": ("gather", 1),
     "scatter": ("scatter", 1),
     "broadcast": ("broadcast", 0),
     "send": ("send", 0),
