@@ -26,7 +26,6 @@ TESTED_BY = {
     "megatron_sbn/errors.py": "training/test_run.py",
     "megatron_sbn/functional/input_quantizers.py": "functional/test_linear.py",
     "megatron_sbn/functional/weight_handle.py": "distributed/test_layouts.py",
-    "megatron_sbn/launch/local.py": "training/test_signals.py",
     "megatron_sbn/launch/stop_signals.py": "training/test_signals.py",
     "megatron_sbn/layers/attention.py": "layers/test_attention_and_norm.py",
     "megatron_sbn/layers/head.py": "distributed/test_vocabulary_parallel_loss.py",

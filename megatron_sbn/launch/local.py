@@ -98,6 +98,8 @@ def same_code() -> dict[str, str]:
     `python -m` looks into the working folder first, where another copy may lie.
     """
     root = Path(__file__).parents[2]
+    if os.pathsep in str(root):  # PYTHONPATH has no place for it
+        return {}
     safe = {"PYTHONSAFEPATH": "1"}
     if root.name in ("site-packages", "dist-packages"):
         return safe
