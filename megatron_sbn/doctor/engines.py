@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -90,8 +90,11 @@ def _trials(layouts: Mapping[str, tuple[int, Recipe]], steps: int, start: Start,
     trials: dict[str, Trial] = {}
     for ranks in sorted({ranks for ranks, _ in layouts.values()}):
         group = {name: layout for name, layout in layouts.items() if layout[0] == ranks}
+        # A start numbers its own layouts, so each number of ranks has its checkpoints in a folder of its own.
+        place = f"{ranks}-ranks"
+        own = replace(start, save=start.save and start.save / place, resume=start.resume and start.resume / place)
         try:
-            trials |= run_trials(group, steps, start)
+            trials |= run_trials(group, steps, own)
         except TrialError as error:
             if essential:
                 raise

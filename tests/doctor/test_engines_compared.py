@@ -80,10 +80,10 @@ def test_ranks_that_fail_leave_the_others_to_be_compared(
     every = layouts.candidates
     kept = ("tensor 2", layouts.SPREAD)
     monkeypatch.setattr(engines, "candidates", lambda recipe: {k: v for k, v in every(recipe).items() if k in kept})
-    started: list[int] = []
+    started: list[engines.Start] = []
 
-    def run_trials(group: dict[str, object], steps: int, start: object) -> dict[str, Trial]:
-        started.append(len(started))
+    def run_trials(group: dict[str, object], steps: int, start: engines.Start) -> dict[str, Trial]:
+        started.append(start)
         if len(started) == 4:  # two ranks of the second environment
             raise engines.TrialError("tensor 2: a rank ended with status 1, see above")
         return dict.fromkeys(group, FIRST)
@@ -91,6 +91,10 @@ def test_ranks_that_fail_leave_the_others_to_be_compared(
     monkeypatch.setattr(engines, "run_trials", run_trials)
     file = tmp_path / "told.json"
     assert main(["doctor", QUICK, "--engines", sys.executable, "--json", str(file)]) == 1
+    saved = [start.save for start in started]
+    assert saved[:2] == [start.resume for start in started[:2]] == [start.resume for start in started[2:]]
+    assert len(set(saved[:2])) == 2, "a start numbers its layouts from 0"
+    assert saved[2:] == [None, None]
     out = capsys.readouterr().out
     assert "failed: tensor 2: a rank ended with status 1" in out
     assert "1 of 2 differ, inf" in out
