@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -33,14 +34,17 @@ def flush_to_disk(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged(paths: Sequence[Path], *, obsolete: Sequence[Path] = ()) -> Iterator[None]:
+def staged(
+    paths: Sequence[Path], *, obsolete: Sequence[Path] = (), partials: Sequence[Path] | None = None
+) -> Iterator[None]:
     """Rename the partial files of `paths` to their final names, in that order, if the body succeeds; else remove them.
 
     `obsolete` files are removed before the first rename: those that would be wrong beside a new file of another name
-    (the index of the previous run). Raises InputError where the folder cannot be written or the disk is full, and for
-    a device, pipe or folder, in whose place a rename would put a file.
+    (the index of the previous run). `partials` are other names for the partial files than those of `partial_path`.
+    Raises InputError where the folder cannot be written or the disk is full, and for a device, pipe or folder, in whose
+    place a rename would put a file.
     """
-    partials = [partial_path(path) for path in paths]
+    partials = partials or [partial_path(path) for path in paths]
     for path in paths:
         with contextlib.suppress(OSError):  # a name that cannot be is met when it is written
             if path.exists() and not path.is_file():
@@ -64,10 +68,14 @@ def staged(paths: Sequence[Path], *, obsolete: Sequence[Path] = ()) -> Iterator[
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file whole or not at all. Raises InputError where it cannot be written."""
+    """Write a small file whole or not at all. Raises InputError where it cannot be written.
+
+    Its partial file is this thread's own: of several writers at once, such as a run and `sbn sync`, the last one wins.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.partial")
     try:
-        with staged([path]):
-            partial_path(path).write_bytes(content)
+        with staged([path], partials=[partial]):
+            partial.write_bytes(content)
     except ValueError as error:  # a path that no file can have
         raise InputError(f"{path}: cannot be written: {error}") from error
 

@@ -1,6 +1,7 @@
 """Files appear whole and in order, or not at all."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,18 @@ def test_one_writer_at_a_time(tmp_path):
     assert _names(prefix.parent) == []
     with exclusive(prefix):
         pass
+
+
+def test_writers_of_one_file_at_the_same_time_do_not_fail_each_other(tmp_path):
+    """A run and `sbn sync` both keep its tracking.json; threads here, since a partial file is a thread's own."""
+    path = tmp_path / "record.json"
+    contents = [bytes([letter]) * 5000 for letter in b"abcd"]
+
+    def write(content: bytes) -> None:
+        for _ in range(100):
+            write_whole(path, content)
+
+    with ThreadPoolExecutor(len(contents)) as pool:
+        list(pool.map(write, contents))
+    assert path.read_bytes() in contents
+    assert _names(tmp_path) == ["record.json"]

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E501
 # One case a line.
+import contextlib
 from itertools import product
 from pathlib import Path
 
@@ -165,11 +166,20 @@ def test_a_world_that_does_not_fit_is_refused(overrides: str, world: int, told: 
 
 
 @pytest.mark.parametrize(
-    ("overrides", "world"),
-    [("", 1), ("", 4), ("parallel.tensor=4", 16), ("parallel.pipeline=2 parallel.virtual_pipeline=2", 4)],
+    ("overrides", "fitting"),
+    [
+        ("", [1, 2, 4]),
+        ("parallel.tensor=4", [4, 8, 16]),
+        ("parallel.pipeline=2 parallel.virtual_pipeline=2", [2, 4]),
+    ],
 )
-def test_a_world_that_fits_is_not_refused(overrides: str, world: int, base: Path) -> None:
-    validate_world_size(recipe(base, overrides), world)
+def test_worlds_that_fit_are_taken_and_all_others_refused(overrides: str, fitting: list[int], base: Path) -> None:
+    taken = []
+    for world in range(1, 33):
+        with contextlib.suppress(RecipeError):
+            validate_world_size(recipe(base, overrides), world)
+            taken.append(world)
+    assert taken == fitting
 
 
 def test_the_way_out_works(base: Path) -> None:
