@@ -54,7 +54,6 @@ TESTED_BY = {
     "megatron_sbn/tracking/tags.py": "tracking/test_study.py",
     "megatron_sbn/train.py": "training/test_run.py",
     "megatron_sbn/training/checkpoint_manager.py": "distributed/test_resume.py",
-    "megatron_sbn/training/console.py": "training/test_run.py",
     "megatron_sbn/training/loop.py": "training/test_run.py",
     "megatron_sbn/training/run_folder.py": "training/test_run.py",
     "megatron_sbn/training/step.py": "distributed/test_optimizer_step.py",

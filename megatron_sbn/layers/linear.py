@@ -7,7 +7,7 @@ gamma, masks and codes are not made here: `WeightQuantizer` makes those of all l
 them in `prepared`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,8 +23,30 @@ from megatron_sbn.layers.collectives import ColumnParallelCollectives, RowParall
 from megatron_sbn.layers.norm import RMSNorm
 from megatron_sbn.parallel.shard import LogicalShard, column_shard, gated_shard, row_shard, unsharded
 
+# What Megatron-Core 0.16 to 0.19 hands to a linear layer and this one has no use for. Anything else is an error.
+IGNORED_AT_CONSTRUCTION = frozenset(
+    {
+        "init_method",  # values follow from the seed and the name: parallel/shard.py
+        "skip_bias_add",  # see `returns_bias`
+        "is_expert",  # experts.py builds its own
+        "tp_comm_buffer_name",  # of Transformer Engine's overlap
+        "stride",  # of Megatron-Core's own checkpoints
+        "name",
+        "embedding_activation_buffer",  # None unless defer_embedding_wgrad_compute, which no recipe sets
+        "grad_output_buffer",
+    }
+)
+IGNORED_IN_FORWARD = frozenset({"runtime_gather_output"})  # None from GPTModel: logits stay sharded
+
 DENSE = LinearSettings(weight_format="dense", sparsity=(8, 8))
 NOT_PREPARED = PreparedWeight()
+
+
+def check_ignored(given: Mapping[str, object], ignored: frozenset[str]) -> None:
+    """Raise TypeError for an argument that is not among those which may be ignored."""
+    unknown = sorted(set(given) - ignored)
+    if unknown:
+        raise TypeError(f"unknown to Sparse-BitNet's linear layers: {', '.join(unknown)}; another Megatron-Core?")
 
 
 class SparseBitLinear(nn.Module):
@@ -101,9 +123,10 @@ class SparseBitLinear(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(
-        self, x: Tensor, weight: Tensor | None = None, *, producer: Quantizer = PLAIN_QUANTIZER, **_: object
+        self, x: Tensor, weight: Tensor | None = None, *, producer: Quantizer = PLAIN_QUANTIZER, **ignored: object
     ) -> tuple[Tensor, Tensor | None]:
         """[tokens, batch, in] -> ([tokens, batch, out], bias where the caller adds it, else None)."""
+        check_ignored(ignored, IGNORED_IN_FORWARD)
         own_bias = None if self.returns_bias else self.bias
         used = self.store if weight is None else weight
         gain = None
@@ -129,8 +152,9 @@ class ColumnParallelLinear(SparseBitLinear):
         bias: bool,
         gather_output: bool = False,
         skip_weight_param_allocation: bool = False,
-        **_: object,
+        **ignored: object,
     ) -> None:
+        check_ignored(ignored, IGNORED_AT_CONSTRUCTION)
         super().__init__(config)
         if gather_output:
             raise ValueError("gather_output is not supported: outputs stay sharded over the tensor-parallel group")
@@ -203,8 +227,9 @@ class RowParallelLinear(SparseBitLinear):
         tp_group: dist.ProcessGroup,
         bias: bool,
         input_is_parallel: bool,
-        **_: object,
+        **ignored: object,
     ) -> None:
+        check_ignored(ignored, IGNORED_AT_CONSTRUCTION)
         super().__init__(config)
         if not input_is_parallel:
             raise ValueError("input_is_parallel must be true: inputs come sharded from a column-parallel layer")

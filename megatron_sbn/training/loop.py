@@ -6,7 +6,7 @@ Steps are counted by what is done: step 1 is the first update, and checkpoint st
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -92,6 +92,25 @@ class Ending:
     status: EndStatus = "FINISHED"
 
 
+@dataclass(frozen=True)
+class Periodic:
+    """What happens every `interval` steps (0: never), and after the last step unless `after_last` is False.
+
+    Attributes:
+        phase: its name for the heartbeat.
+        action: called with the number of steps that are done.
+    """
+
+    phase: str
+    interval: int
+    action: Callable[[int], None]
+    after_last: bool = True
+
+    def is_due(self, done: int, last: bool) -> bool:
+        """Whether it happens after `done` steps; `last` says whether none follows."""
+        return self.interval > 0 and (done % self.interval == 0 or (last and self.after_last))
+
+
 class Loop:
     """One run on one rank."""
 
@@ -120,6 +139,7 @@ class Loop:
             self.run_id = state.run_id
         else:
             stages.state.prepare(0)
+        self.periodic = self._periodic()
         self.metrics = MetricsFile(self.folder.metrics) if parallel.rank == 0 else None
         if self.metrics is not None:
             self.metrics.truncate_after(self.first if folder.continues else -1)  # a start anew measures step 0 again
@@ -133,11 +153,11 @@ class Loop:
             "\n".join(run_summary.startup_summary(self.recipe, self.parallel, self.folder, self.first, kernels))
         )
         console.begin(self.first)
-        pace = run_summary.EtaEstimator(self.first, training.steps)
         reason = Reason.NONE
         with self._tracked() as ending, self.traffic:
-            if self.first == 0:
-                self._measure(console, 0)
+            if self.first == 0 and training.telemetry_interval:
+                self.heart.enter("telemetry", 0)
+                self._measure(0)
             step = self.first
             while step < training.steps:
                 self.heart.enter("agreeing to go on", step)
@@ -153,10 +173,7 @@ class Loop:
                     step = self._after_bad_step(step, error)
                     continue
                 step += 1
-                self._after_step(console, step, result, seconds)
-                expected = pace.note(step, seconds)
-                if expected is not None:
-                    console.say(expected)
+                self._after_step(step, result, seconds)
             else:
                 self.checkpoints.saver.finish()
                 tell(self.folder, self.parallel, "FINISHED", 0, training.steps)
@@ -172,6 +189,7 @@ class Loop:
         saver = self.checkpoints.saver
         saver.finish()
         if done > self.first and saver.published != done:
+            self.heart.enter("saving", done)
             self._save(done)
             saver.finish()
             if saver.published != done:
@@ -229,52 +247,64 @@ class Loop:
             self.tracker.rewind(f"{event}; back to step {restored}")
         return restored
 
-    def _after_step(self, console: Console, done: int, result: StepResult, seconds: float) -> None:
+    def _periodic(self) -> list[Periodic]:
+        """What happens after steps, in this order."""
+        training = self.recipe.training
+        return [
+            Periodic("validation", training.validation_interval if self.evaluator else 0, self._validate),
+            Periodic("telemetry", training.telemetry_interval, self._measure),
+            Periodic(
+                "comparing the ranks",
+                training.rank_check_interval if self.parallel.world_size > 1 else 0,
+                lambda _: self.stragglers.check(),
+                after_last=False,
+            ),
+            Periodic("saving", self.recipe.checkpoint.interval, self._save),
+        ]
+
+    def _after_step(self, done: int, result: StepResult, seconds: float) -> None:
         training, last = self.recipe.training, done == self.recipe.training.steps
         tokens_per_second = training.global_batch_size * self.recipe.model.seq_length / seconds
         logged = done % training.log_interval == 0 or last
-        console.step(done, result, tokens_per_second, logged)
+        self.console.step(done, result, tokens_per_second, logged)
         if logged:
-            dense, sparse = model_flops_per_token(self.recipe, done - 1)
-            values = {
-                "loss": result.loss,
-                "grad_norm": result.grad_norm,
-                "lr": result.lr,
-                "weight_decay": result.weight_decay,
-                "tokens_per_second": tokens_per_second,
-                "model_flops_per_second_dense": dense * tokens_per_second,
-                "model_flops_per_second_sparse": sparse * tokens_per_second,
-            }
-            if training.on_bad_step != "stop":
-                values["skipped_batches"] = self.batches - done
-            self._record(done, values | step_metrics(self.comm_totals, self.parallel))
-        if self.evaluator and training.validation_interval and (done % training.validation_interval == 0 or last):
-            self.heart.enter("validation", done)
-            values = self.evaluator.run(self.trainer)
-            self._record(done, values)
-            console.say(f"step {done}: validation perplexity {values['validation_perplexity']:.3f}")
-        if training.telemetry_interval and (done % training.telemetry_interval == 0 or last):
-            self._measure(console, done)
-        if training.rank_check_interval and done % training.rank_check_interval == 0 and self.parallel.world_size > 1:
-            self.heart.enter("comparing the ranks", done)
-            self.stragglers.check()
-        if self.recipe.checkpoint.interval and (done % self.recipe.checkpoint.interval == 0 or last):
-            self._save(done)
+            self._log_step(done, result, tokens_per_second)
+        for periodic in self.periodic:
+            if periodic.is_due(done, last):
+                self.heart.enter(periodic.phase, done)
+                periodic.action(done)
 
-    def _measure(self, console: Console, done: int) -> None:
-        if not self.recipe.training.telemetry_interval:
-            return
-        self.heart.enter("telemetry", done)
+    def _log_step(self, done: int, result: StepResult, tokens_per_second: float) -> None:
+        dense, sparse = model_flops_per_token(self.recipe, done - 1)
+        values = {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "weight_decay": result.weight_decay,
+            "tokens_per_second": tokens_per_second,
+            "model_flops_per_second_dense": dense * tokens_per_second,
+            "model_flops_per_second_sparse": sparse * tokens_per_second,
+        }
+        if self.recipe.training.on_bad_step != "stop":
+            values["skipped_batches"] = self.batches - done
+        self._record(done, values | step_metrics(self.comm_totals, self.parallel))
+
+    def _validate(self, done: int) -> None:
+        assert self.evaluator is not None, "an interval of validation has data to validate on"
+        values = self.evaluator.run(self.trainer)
+        self._record(done, values)
+        self.console.say(f"step {done}: validation perplexity {values['validation_perplexity']:.3f}")
+
+    def _measure(self, done: int) -> None:
         values = self.telemetry.measure(done)
         self._record(done, values)
-        console.say(f"step {done}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        self.console.say(f"step {done}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
     def _record(self, done: int, values: dict[str, float]) -> None:
         if self.metrics is not None:
             self.metrics.append(done, values)
 
     def _save(self, done: int) -> None:
-        self.heart.enter("saving", done)
         run_id = self.tracker.run_id if self.tracker is not None else None
         if self.metrics is not None:
             self.metrics.flush_to_disk()

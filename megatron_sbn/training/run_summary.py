@@ -1,7 +1,6 @@
-"""What a run says about itself on rank 0: one screen at the start, the expected time once it is known, where to look.
+"""What a run says about itself on rank 0: a summary at the start, and where everything is at the end.
 
-Figures of the model and of memory are the plan's (`megatron_sbn/plan`); time is measured in this job, or left out.
-Passwords in URIs are masked.
+Figures of the model and of memory are the plan's (`megatron_sbn/plan`). Passwords in URIs are masked.
 """
 
 from pathlib import Path
@@ -14,10 +13,8 @@ from megatron_sbn.plan.memory import worst_rank
 from megatron_sbn.plan.shapes import Layout, model_parameters
 from megatron_sbn.redaction import mask_secrets
 from megatron_sbn.runs.folder import RunFolder
-from megatron_sbn.text_table import clock, count_text, size_text
+from megatron_sbn.text_table import count_text, size_text
 from megatron_sbn.tracking.sqlite_file import default_uri
-
-TIMED_STEPS = 5  # of this job, the first of them left out: it makes and measures what later ones use
 
 
 def startup_summary(
@@ -31,10 +28,6 @@ def startup_summary(
     per_replica = training.global_batch_size // parallel.data.size // training.micro_batch_size
     tokens = f"{count_text(training.steps * each)} tokens in all, {count_text(each)} a step"
     extent = f"steps {first + 1} to {training.steps}, {tokens}"
-    known = first + TIMED_STEPS
-    time = f"unknown until step {known}, then from the speed of this job's steps"
-    if known >= training.steps:
-        time = f"unknown: it takes {TIMED_STEPS} steps to tell, and no more are left"
     return [
         f"{recipe.name} {begins}: {count_text(sum(kinds.values()))} parameters; run folder {folder.path}",
         _row("model", ", ".join(f"{name} {count_text(count)}" for name, count in kinds.items() if count)),
@@ -43,11 +36,10 @@ def startup_summary(
             "batch", f"{per_replica} micro-batches of {training.micro_batch_size} x {model.seq_length} tokens a replica"
         ),
         _row("linear", _linear(recipe)),
-        *(f"kernels: {layer}: {served}" for layer, served in kernels.items()),
+        *(_row("kernels", f"{layer}: {served}") for layer, served in kernels.items()),
         _row("tokens", extent),
         _row("memory", _memory(recipe, parallel)),
         _row("saving", _saving(recipe, sum(kinds.values()))),
-        _row("time", time),
         _row("mlflow", mlflow_place(recipe, folder.path)),
     ]
 
@@ -62,27 +54,6 @@ def shutdown_summary(recipe: Recipe, folder: RunFolder, ended: str) -> list[str]
         _row("checkpoint", none if saved is None else str(saved)),
         _row("mlflow", mlflow_place(recipe, folder.path)),
     ]
-
-
-class EtaEstimator:
-    """Expected time from the speed of the steps after this job's first."""
-
-    def __init__(self, first: int, last: int) -> None:
-        self.first, self.last = first, last
-        self._seconds: list[float] = []
-
-    def note(self, done: int, seconds: float) -> str | None:
-        """Takes the time of a step; once, when enough are known, the line that says what is expected."""
-        if done > self.first + 1:
-            self._seconds.append(seconds)
-        if done != self.first + TIMED_STEPS or done == self.last:
-            return None
-        mean = sum(self._seconds) / len(self._seconds)
-        return _row(
-            "time",
-            f"{clock(mean * (self.last - done))} for {self.last - done} steps, at the {mean:.3g} s of steps "
-            f"{self.first + 2} to {done}; without validation, telemetry and checkpoints",
-        )
 
 
 def mlflow_place(recipe: Recipe, run: Path) -> str:

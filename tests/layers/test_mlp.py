@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from packaging.specifiers import SpecifierSet
 
+from megatron_sbn.engines import REQUIRED
 from megatron_sbn.layers.mlp import silu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -59,3 +61,8 @@ def test_only_the_input_is_saved() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         silu(torch.ones(4, dtype=torch.bfloat16, requires_grad=True))
     assert [t.dtype for t in saved] == [torch.bfloat16]
+
+
+def test_a_subclass_of_mlp_is_not_built_by_all_releases() -> None:
+    """Fails once 0.16 and 0.17 are not taken any more; `as_mlp_submodule` then builds what fuse_swiglu makes."""
+    assert "0.17.1" in SpecifierSet(REQUIRED["megatron-core"]), "build GatedMlp in layers/spec.py, drop fuse_swiglu"

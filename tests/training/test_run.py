@@ -89,10 +89,10 @@ def test_a_run_leaves_what_its_folder_promises(uninterrupted: tuple[Path, str]) 
     said = (run / "logs" / "rank-0.log").read_text().splitlines()
     opening = said[: next(index for index, line in enumerate(said) if line.startswith("step 0"))]
     assert len(opening) <= 20
-    rows = ("model", "layout", "batch", "linear", "tokens", "memory", "saving", "time", "mlflow")
-    assert [line.split()[0] for line in opening if line.startswith("  ")] == list(rows)
-    assert sum(line.startswith("kernels: ") for line in opening) == 4
-    assert any(line.startswith("  time ") and "at the" in line for line in said[len(opening) :])
+    rows = ("model", "layout", "batch", "linear", "tokens", "memory", "saving", "mlflow")
+    named = [line.split()[0] for line in opening if line.startswith("  ")]
+    assert [name for name in named if name != "kernels"] == list(rows)
+    assert named.count("kernels") == 4
     assert said[-4] == f"done: {STEPS} steps; run folder {run}"
     assert str(run / "checkpoints" / f"step-{STEPS:08d}") in said[-2]
     assert said[0] in printed
