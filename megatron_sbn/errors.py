@@ -7,7 +7,7 @@
 | 2 | bad recipe or input |
 | 3 | numerical failure (NaN or Inf) |
 | 4 | no valid checkpoint |
-| 75 | stopped because it was asked to (SIGTERM, SIGUSR1, STOP file), what was done is saved: start it again to go on |
+| 75 | stopped when asked to (SIGTERM, SIGUSR1, Ctrl-C, hang-up, STOP file), what was done is saved: start it again |
 | 128 + n | ended by signal n, or by a second one or the deadline after the first: nothing was saved at that moment |
 
 Every message is one line that names the field or file, the value, and the way out. What people and files say may be
@@ -54,6 +54,12 @@ class CheckpointError(SbnError):
     """No valid checkpoint where one is needed."""
 
     status = 4
+
+
+class StopRequestedError(SbnError):
+    """Asked to stop before the first step: nothing was begun, so there is nothing to save."""
+
+    status = STOPPED
 
 
 class RankLostError(SbnError):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from megatron_sbn import engines
 from megatron_sbn.errors import RecipeError, SbnError
 from megatron_sbn.launch import environment
+from megatron_sbn.launch.output import outlive_reader
 from megatron_sbn.launch.stop_signals import StopSignals
 from megatron_sbn.redaction import show_anything
 
@@ -28,6 +29,7 @@ def main(arguments: list[str]) -> int:
         print(USAGE)
         return 0 if arguments else RecipeError.status
     show_anything()
+    outlive_reader()
     environment.end_with_launcher()
     with StopSignals() as signals:
         try:

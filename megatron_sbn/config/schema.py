@@ -311,7 +311,9 @@ class Checkpoint(Section):
     """When to save, how many to keep, and whether an existing run folder is continued."""
 
     interval: NonNegative = 0
-    """Steps between checkpoints."""
+    """Steps between checkpoints; 0: none between."""
+    save_last: bool = True
+    """Saves the last step too, whatever the interval. A run that is stopped is always saved."""
     keep: Positive = 2
     """Newest checkpoints to keep; with 2 a damaged one has another before it."""
     keep_every: NonNegative = 0
@@ -323,7 +325,7 @@ class Checkpoint(Section):
     resume: Literal["auto", "never", "required"] = "auto"
     """auto: continue what run_dir holds. never, required: refuse if there is something, or nothing."""
     signal_deadline: NonNegative = 600
-    """Seconds from SIGTERM or SIGUSR1 to a forced exit; 0: none."""
+    """Seconds from the first signal that asks to stop to a forced exit; 0: none."""
 
 
 class Tracking(Section):

@@ -38,6 +38,14 @@ def world_size() -> int:
     return size
 
 
+def local_world_size() -> int:
+    """Ranks of a node, where each has as many; else the whole world."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return max(1, _number("LOCAL_WORLD_SIZE"))
+    nodes = _number("SLURM_STEP_NUM_NODES") if in_srun_task() else 1
+    return max(1, world_size() // max(1, nodes))
+
+
 def local_rank() -> int:
     """This process's rank on its node."""
     if "LOCAL_RANK" in os.environ:
@@ -64,13 +72,14 @@ def master_address() -> str:
 
 
 def master_port() -> int:
-    """MASTER_PORT, else one made of job and step: the same on all nodes, another for a job beside this one.
+    """MASTER_PORT, else one made of job, step and restart: the same on all nodes, another for a job beside this one.
 
     Between 15000 and 29999, below the ports that Linux gives to outgoing connections.
     """
     if "MASTER_PORT" in os.environ:
         return _number("MASTER_PORT")
-    return 15000 + (_number("SLURM_JOB_ID") + 1009 * _number("SLURM_STEP_ID")) % 15000
+    own = _number("SLURM_JOB_ID") + 1009 * _number("SLURM_STEP_ID") + 4003 * _number("SLURM_RESTART_COUNT")
+    return 15000 + own % 15000
 
 
 def first_host(nodes: str) -> str:

@@ -18,14 +18,14 @@ from types import FrameType
 
 from megatron_sbn.errors import STOPPED
 from megatron_sbn.launch.environment import LAUNCHED
-from megatron_sbn.launch.stop_signals import blocked, unblock
+from megatron_sbn.launch.stop_signals import blocked, heeded, unblock
 
 GRACE_SECONDS = 15.0
 # Of a run that stopped when asked to: rank 0 delivers to MLflow for up to 30 s more, and the last sample of its machine
 # takes up to 10, when the others have left.
 STOPPED_SECONDS = 45.0
 _POLL_SECONDS = 0.1
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_INTERRUPTED = b"\nsbn: stops after this step and saves; Ctrl-C again ends at once and saves nothing\n"
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,10 @@ def launch(
 ) -> int:
     """Runs `PYTHON -m MODULE ARGUMENTS` on `ranks` ranks of this machine; returns the first failing rank's status.
 
-    When one rank fails the others are asked to end (SIGTERM), then killed. SIGINT, SIGTERM and SIGUSR1 are passed on;
-    75 (stopped when asked to) is the status if it is a rank's. Ranks begin with SIGTERM and SIGUSR1 blocked, so that
-    none is killed before it listens: MODULE has to `stop_signals.unblock`. After `seconds`, if given, ranks that have
+    When one rank fails the others are asked to end (SIGTERM), then killed. `stop_signals.SIGNALS` are passed on, and
+    Ctrl-Z; a terminal reaches the ranks through this process alone, for each has a process group of its own.
+    75 (stopped when asked to) is the status if it is a rank's. Ranks begin with these signals blocked, so that none is
+    killed before it listens: MODULE has to `stop_signals.unblock`. After `seconds`, if given, ranks that have
     not finished are ended, and TimeoutError names them. `environment` is added to that of this process.
     """
     deadline = time.monotonic() + seconds if seconds is not None else None
@@ -89,7 +90,7 @@ def _start(
         "MASTER_PORT": str(machines.port),
         LAUNCHED: "1",
     }
-    return subprocess.Popen(command, env=environment)
+    return subprocess.Popen(command, env=environment, process_group=0)
 
 
 def same_code() -> dict[str, str]:
@@ -149,12 +150,25 @@ def _end(processes: "list[subprocess.Popen[bytes]]") -> None:
 
 @contextlib.contextmanager
 def _forward_signals(processes: "list[subprocess.Popen[bytes]]") -> Iterator[None]:
+    interrupts = 0
+
     def forward(number: int, _frame: FrameType | None) -> None:
+        nonlocal interrupts
+        if number == signal.SIGINT:
+            interrupts += 1
+            if interrupts == 1:
+                os.write(sys.stderr.fileno(), _INTERRUPTED)  # print may be what the signal came into
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in _FORWARDED}
+    def suspend(_number: int, frame: FrameType | None) -> None:
+        forward(signal.SIGSTOP, frame)
+        os.kill(os.getpid(), signal.SIGSTOP)  # until the shell's fg or bg
+        forward(signal.SIGCONT, frame)
+
+    previous = {number: signal.signal(number, forward) for number in heeded()}
+    previous[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, suspend)
     try:
         yield
     finally:

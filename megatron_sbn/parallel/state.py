@@ -7,10 +7,8 @@ Experts are whole on a rank, so they see another grid of the same ranks, [pipeli
 ranks hold different experts, and an expert's replicas are the ranks along `expert_data`.
 """
 
-import datetime
 import os
-import socket
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,12 +17,9 @@ from megatron.core import parallel_state as megatron_state
 from megatron.core import tensor_parallel
 
 from megatron_sbn.config import Recipe
-from megatron_sbn.errors import RankLostError, RecipeError
+from megatron_sbn.errors import RecipeError
 from megatron_sbn.launch import environment
-
-TIMEOUT = datetime.timedelta(minutes=30)
-_CONNECTING = datetime.timedelta(seconds=5)
-_STORE_KEY = "megatron_sbn/store"
+from megatron_sbn.parallel import rendezvous
 
 
 @dataclass(frozen=True)
@@ -83,12 +78,15 @@ class ParallelState:
         )
 
 
-def initialize(recipe: Recipe) -> ParallelState:
-    """Joins the process group and makes the recipe's groups. The world size must have been checked."""
+def initialize(recipe: Recipe, look: Callable[[], None] = lambda: None) -> ParallelState:
+    """Joins the process group and makes the recipe's groups. The world size must have been checked.
+
+    `look` is called again and again while ranks are missing; what it raises ends the wait (rendezvous.py).
+    """
     rank, world_size = environment.rank(), environment.world_size()
     device = _local_device(recipe.device)
     if not dist.is_initialized():
-        _join(rank, world_size, device)
+        rendezvous.join("nccl" if device.type == "cuda" else "gloo", look)
     parallel = recipe.parallel
     megatron_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
@@ -139,50 +137,3 @@ def _local_device(wanted: str) -> torch.device:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def _join(rank: int, world_size: int, device: torch.device) -> None:
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if environment.in_srun_task() and world_size > 1:
-        os.environ["MASTER_ADDR"] = environment.master_address()
-        os.environ["MASTER_PORT"] = str(environment.master_port())
-    if environment.store_outlives_ranks() and world_size > 1:
-        store = _fresh_store(rank, world_size)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
-        return
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=TIMEOUT)
-        return
-    if world_size > 1:
-        raise RecipeError("environment variable MASTER_ADDR is not set; start several ranks with torchrun or srun")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    store = dist.TCPStore("127.0.0.1", port, 1, is_master=True)
-    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
-
-
-def _fresh_store(rank: int, world_size: int) -> dist.Store:
-    """A store of this attempt's own, in rank 0's process; its address is in the launcher's store.
-
-    torchrun keeps one store over its restarts, with the addresses that the ranks of the last attempt left in it:
-    whoever connected by those would wait for the dead. The address of a dead rank 0's store answers no more, and so is
-    read again until it is that of a living one. Raises RankLostError where there is none within TIMEOUT.
-    """
-    shared, *_ = next(dist.rendezvous("env://", rank, world_size, timeout=TIMEOUT))
-    host = os.environ["MASTER_ADDR"]
-    if rank == 0:
-        own = dist.TCPStore(host, 0, world_size, is_master=True, timeout=TIMEOUT, wait_for_workers=False)
-        shared.set(_STORE_KEY, f"{host} {own.port}")
-        return own
-    deadline = time.monotonic() + TIMEOUT.total_seconds()
-    while time.monotonic() < deadline:
-        address, port = shared.get(_STORE_KEY).decode().split()
-        try:
-            store = dist.TCPStore(address, int(port), world_size, timeout=_CONNECTING, wait_for_workers=False)
-        except dist.DistNetworkError:
-            time.sleep(1)
-            continue
-        store.set_timeout(TIMEOUT)
-        return store
-    raise RankLostError(f"rank 0 does not answer at {host} within {TIMEOUT}; look at its log")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from signal import Signals
 from typing import Literal
 
 import torch
@@ -41,7 +42,7 @@ from megatron_sbn.training.evaluate import Evaluator
 from megatron_sbn.training.heartbeat import Heartbeat, name_lost_rank
 from megatron_sbn.training.run_folder import open_run_folder, recorded, tell
 from megatron_sbn.training.step import StepResult, Trainer
-from megatron_sbn.training.stop_request import Reason, StopRequest
+from megatron_sbn.training.stop_request import Reason, StopRequest, check_before_first_step
 from megatron_sbn.training.stragglers import Stragglers
 
 
@@ -51,10 +52,14 @@ def run(recipe: Recipe, signals: StopSignals) -> int:
     Returns 0, or 75 (errors.STOPPED) where it was asked to stop (`stop_request.py`) and what it did is checkpointed.
     """
     with without_cuda():
-        parallel = parallel_state.initialize(recipe)
+        parallel = parallel_state.initialize(recipe, lambda: check_before_first_step(signals))
         with open_run_folder(recipe, parallel) as folder:
             request = StopRequest(folder.path, parallel, signals, recipe.training.time_limit)
             heart = _heartbeat(recipe, parallel, folder)
+            signals.before_exit = lambda number: tell(
+                *(folder, parallel, "FAILED", 128 + number, saved_step(folder.path)),
+                f"ended at once by {Signals(number).name}, nothing was saved at that moment",
+            )
             with recorded(folder, parallel), heart, name_lost_rank(heart, parallel.world_size):
                 reason = Loop(recipe, parallel, folder, heart).run(request)
         parallel_state.finalize()
@@ -94,7 +99,7 @@ class Ending:
 
 @dataclass(frozen=True)
 class Periodic:
-    """What happens every `interval` steps (0: never), and after the last step unless `after_last` is False.
+    """What happens every `interval` steps (0: at none), and after the last step where `after_last` says so.
 
     Attributes:
         phase: its name for the heartbeat.
@@ -104,11 +109,11 @@ class Periodic:
     phase: str
     interval: int
     action: Callable[[int], None]
-    after_last: bool = True
+    after_last: bool
 
     def is_due(self, done: int, last: bool) -> bool:
         """Whether it happens after `done` steps; `last` says whether none follows."""
-        return self.interval > 0 and (done % self.interval == 0 or (last and self.after_last))
+        return (self.interval > 0 and done % self.interval == 0) or (last and self.after_last)
 
 
 class Loop:
@@ -249,17 +254,16 @@ class Loop:
 
     def _periodic(self) -> list[Periodic]:
         """What happens after steps, in this order."""
-        training = self.recipe.training
+        training, saving = self.recipe.training, self.recipe.checkpoint
+        validation = training.validation_interval if self.evaluator else 0
+        check = training.rank_check_interval if self.parallel.world_size > 1 else 0
         return [
-            Periodic("validation", training.validation_interval if self.evaluator else 0, self._validate),
-            Periodic("telemetry", training.telemetry_interval, self._measure),
+            Periodic("validation", validation, self._validate, after_last=validation > 0),
             Periodic(
-                "comparing the ranks",
-                training.rank_check_interval if self.parallel.world_size > 1 else 0,
-                lambda _: self.stragglers.check(),
-                after_last=False,
+                "telemetry", training.telemetry_interval, self._measure, after_last=training.telemetry_interval > 0
             ),
-            Periodic("saving", self.recipe.checkpoint.interval, self._save),
+            Periodic("comparing the ranks", check, lambda _: self.stragglers.check(), after_last=False),
+            Periodic("saving", saving.interval, self._save, after_last=saving.save_last),
         ]
 
     def _after_step(self, done: int, result: StepResult, seconds: float) -> None:
@@ -321,9 +325,6 @@ class Loop:
             with sampled(self.folder.path, interval):
                 yield ending
             status = ending.status
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
         finally:
             if tracker is not None:
                 tracker.close(status)

@@ -41,9 +41,6 @@ def recorded(folder: RunFolder, parallel: ParallelState) -> Iterator[None]:
     except SbnError as error:
         reason, status = mask_secrets(str(error)), error.status
         raise
-    except KeyboardInterrupt:
-        reason, status = "interrupted", 130
-        raise
     finally:
         previous = read_status(folder.path) if parallel.rank == 0 else None
         if previous is not None and previous.state == "RUNNING":

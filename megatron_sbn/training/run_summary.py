@@ -47,11 +47,10 @@ def startup_summary(
 def shutdown_summary(recipe: Recipe, folder: RunFolder, ended: str) -> list[str]:
     """Lines after the last step: how it `ended`, and where everything is."""
     saved = newest(folder.checkpoints)
-    none = "none" if recipe.checkpoint.interval else "none: checkpoint.interval = 0"
     return [
         f"{ended}; run folder {folder.path}",
         _row("metrics", str(folder.metrics)),
-        _row("checkpoint", none if saved is None else str(saved)),
+        _row("checkpoint", "none" if saved is None else str(saved)),
         _row("mlflow", mlflow_place(recipe, folder.path)),
     ]
 
@@ -83,11 +82,12 @@ def _linear(recipe: Recipe) -> str:
 
 def _saving(recipe: Recipe, parameters: int) -> str:
     settings = recipe.checkpoint
-    if not settings.interval:
-        return "never: checkpoint.interval = 0"
     more = f", and every {settings.keep_every} for good" if settings.keep_every else ""
     size = size_text(12 * parameters)  # fp32 masters and both moments
-    return f"{size} every {settings.interval} steps, the newest {settings.keep} kept{more}"
+    last = "after the last step" if settings.save_last else "where the run is stopped"
+    if not settings.interval:
+        return f"{size} {last} only (checkpoint.interval = 0)"
+    return f"{size} every {settings.interval} steps and {last}, the newest {settings.keep} kept{more}"
 
 
 def _memory(recipe: Recipe, parallel: ParallelState) -> str:

@@ -1,10 +1,12 @@
-"""Being asked to stop: SIGTERM, SIGUSR1, the kill-switch file `STOP` (runs/status.py), and `training.time_limit`
-seconds after its start end a run at a step boundary, checkpointed.
+"""Being asked to stop: a run ends at a step boundary, checkpointed.
+
+By SIGTERM, SIGUSR1, Ctrl-C (SIGINT) or a hang-up (SIGHUP); by the kill-switch file `STOP` (runs/status.py); by
+`training.time_limit`, seconds since its start.
 
     signal -> a note on this rank (stop_signals.py) -> MAX over all ranks at the next step boundary
            -> checkpoint, if a step was done since the last -> exit status 75
 
-A signal that came while the engines were imported counts at the first boundary.
+A signal that came while the engines were imported counts at the first boundary, or while ranks wait for others to come.
 """
 
 import enum
@@ -14,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_sbn.errors import StopRequestedError
 from megatron_sbn.launch.stop_signals import StopSignals
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.runs.status import switched_off
@@ -25,10 +28,18 @@ class Reason(enum.IntEnum):
     """Why a run stops before its last step; where ranks differ the greatest counts."""
 
     NONE = 0
-    SIGUSR1 = 1
-    SIGTERM = 2
-    STOP_FILE = 3
-    TIME_LIMIT = 4
+    SIGHUP = 1
+    SIGINT = 2
+    SIGUSR1 = 3
+    SIGTERM = 4
+    STOP_FILE = 5
+    TIME_LIMIT = 6
+
+
+def check_before_first_step(signals: StopSignals) -> None:
+    """Raises StopRequestedError where this rank was asked to stop."""
+    for number in signals.noted:
+        raise StopRequestedError(f"{number.name}: stopped before the first step, with nothing to save")
 
 
 class StopRequest:

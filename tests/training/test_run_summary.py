@@ -56,5 +56,5 @@ def test_the_end_says_where_things_are(tmp_path: Path) -> None:
     recipe = load_recipe(RECIPES / "quickstart.yaml", ["checkpoint.interval=0", "tracking.enabled=false"])
     text = "\n".join(shutdown_summary(recipe, RunFolder(tmp_path, None), "done: 9 steps"))
     assert str(tmp_path / "metrics.jsonl") in text
-    assert "none: checkpoint.interval = 0" in text
+    assert "checkpoint none" in text
     assert "off (tracking.enabled = false)" in text

@@ -1,9 +1,13 @@
 """A run that is asked to stop: checkpointed at a step boundary, status 75, and going on with the same losses."""
 
+import fcntl
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -84,6 +88,91 @@ def test_a_signalled_run_goes_on_with_the_same_losses(recipe: Path) -> None:
     assert [line["step"] for line in samples] == list(range(len(samples)))
     assert len(samples) >= 3  # one a start at least
     assert [point.step for point in history(run, "system/cpu_utilization_percentage")] == list(range(len(samples)))
+
+
+def on_terminal(command: list[str]) -> tuple["subprocess.Popen[bytes]", int]:
+    """A command in a session of its own, whose terminal is this side's file descriptor."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"},
+        preexec_fn=lambda: (os.setsid(), fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)),
+    )  # fmt: skip
+    os.close(theirs)
+    return process, ours
+
+
+def read_until(terminal: int, text: str, shown: str = "") -> str:
+    """What the terminal shows until there is `text`, or until it is left."""
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while text not in shown:
+        assert time.monotonic() < deadline, shown
+        if not select.select([terminal], [], [], 1)[0]:
+            continue
+        try:
+            shown += os.read(terminal, 65536).decode(errors="replace")
+        except OSError:  # how Linux says that nobody has the other side open
+            assert text == "the end", shown
+            return shown
+    return shown
+
+
+def test_ctrl_c_on_a_terminal_saves_and_a_hang_up_too(recipe: Path, tmp_path: Path) -> None:
+    """Two ranks: the terminal signals its whole foreground group, and then is gone for good."""
+    run = tmp_path / "run"
+    words = ["train", str(recipe), f"run_dir={run}", "--nproc-per-node", "2", "tracking.enabled=false"]
+    command = [sys.executable, "-m", "megatron_sbn.cli", *words, "training.steps=100000"]
+    process, terminal = on_terminal(command)
+    shown = read_until(terminal, "loss ")
+    os.write(terminal, b"\x03")
+    shown = read_until(terminal, "the end", shown)
+    assert process.wait(LIMIT_SECONDS) == STOPPED, shown
+    os.close(terminal)
+    assert shown.count("Ctrl-C again ends at once") == 1
+    assert "Traceback" not in shown
+    status = read_status(run)
+    assert status is not None
+    assert (status.state, status.reason) == ("STOPPED", "SIGINT")
+    assert (run / "checkpoints" / "latest").read_text().strip() == f"step-{status.step:08d}"
+
+    process, terminal = on_terminal(command)
+    read_until(terminal, "loss ")
+    os.close(terminal)  # hang-up: SIGHUP, and whatever is printed from now on has nowhere to go
+    assert process.wait(LIMIT_SECONDS) == STOPPED
+    again = read_status(run)
+    assert again is not None
+    assert (again.state, again.reason) == ("STOPPED", "SIGHUP")
+    assert again.step > status.step
+
+
+def test_a_second_ctrl_c_ends_at_once_and_the_status_says_so(tmp_path: Path) -> None:
+    """Of a rank that never comes to a step boundary; the first is no repetition of the second."""
+    script = tmp_path / "frozen.py"
+    script.write_text(
+        FROZEN.replace(
+            "signals.allow", "signals.before_exit = lambda n: print('left', n, flush=True)\n    signals.allow"
+        )
+    )
+    with subprocess.Popen([sys.executable, str(script), "0"], stdout=subprocess.PIPE, text=True) as process:
+        await_line(process, "ready")
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(LIMIT_SECONDS) == 128 + signal.SIGINT
+        assert process.stdout is not None
+        assert process.stdout.read() == "left 2\n"
+
+
+def test_under_nohup_a_hang_up_is_nothing() -> None:
+    with subprocess.Popen(["nohup", sys.executable, "-c", FROZEN, "0"], stdout=subprocess.PIPE, text=True) as process:
+        await_line(process, "ready")
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGHUP)
+        assert process.poll() is None
+        process.kill()
 
 
 @pytest.mark.slow
