@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_sbn.atomic_files import write_atomically
-from megatron_sbn.checkpoint.manifest import Manifest, read_manifest, read_state
+from megatron_sbn.checkpoint.manifest import MANIFEST, Manifest, read_manifest, read_state
 from megatron_sbn.errors import CheckpointError
 from megatron_sbn.runs.folder import CHECKPOINTS
 
@@ -81,6 +81,29 @@ def saved_step(run: Path) -> int:
     """The step of the checkpoint that a run folder's `latest` names; 0 where there is none."""
     latest = pointed(run / CHECKPOINTS)
     return (step_of(latest) or 0) if latest is not None else 0
+
+
+def resolve(source: str) -> Path:
+    """The checkpoint that RUN[@STEP] names: a run's, by its step or the one in force; or a checkpoint's own folder.
+
+    Raises CheckpointError where it is not there; whether it is valid is not looked at.
+    """
+    text, at, number = source.rpartition("@")
+    run, step = (Path(text), int(number)) if at and number.isdigit() else (Path(source), None)
+    if step is None and (run / MANIFEST).exists():
+        return run
+    there = saved(run / CHECKPOINTS) or saved(run)
+    steps = [step_of(path) for path in there]
+    if not there:
+        raise CheckpointError(
+            f"{source}: there is no checkpoint; name a run's folder (RUN or RUN@STEP) or a checkpoint"
+        )
+    if step is None:
+        return newest(there[0].parent) or there[0]
+    if step not in steps:
+        known = ", ".join(str(one) for one in sorted(one for one in steps if one is not None))
+        raise CheckpointError(f"{source}: there is no checkpoint of step {step}; there are {known}")
+    return there[steps.index(step)]
 
 
 def check_files(path: Path, manifest: Manifest, names: Iterable[str]) -> None:

@@ -58,11 +58,24 @@ def open_newest(folder: Path, parallel: ParallelState, at_most: int | None = Non
     raise error
 
 
+def open_one(path: Path, parallel: ParallelState) -> Opened:
+    """That checkpoint. Raises CheckpointError on every rank where it is not valid."""
+    opened = None
+    with capture_error() as opening:
+        opened = _open(path, parallel, [])
+    problem = first_error_on_any_rank(opening.problem, parallel)
+    if problem or opened is None:
+        error = CheckpointError(problem)
+        error.on_every_rank = True
+        raise error
+    return opened
+
+
 def _open(path: Path, parallel: ParallelState, problems: list[str]) -> Opened:
     manifest = read_manifest(path)
     names = sorted(manifest.files)
     folders.check_files(path, manifest, names[parallel.rank :: parallel.world_size])
     state = read_state(path)
-    if folders.step_of(path) != state.step:
+    if folders.step_of(path) not in (None, state.step):
         raise CheckpointError(f"{path}: holds step {state.step}; give it its own name back")
     return Opened(path, manifest, state, tuple(problems))

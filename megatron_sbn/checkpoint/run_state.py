@@ -65,12 +65,7 @@ class ResumableState:
         self.zero.reset_moments(updates)
         for logical in self.parameters:
             self._restore_weight(reader, logical)
-            fragment = self.zero.fragment(logical)
-            if fragment is not None:
-                for key, flat in fragment.tensors.items():
-                    found = flat_ranges(logical.shard, fragment.start, flat.numel())
-                    shifted = (FlatRange(run.region, run.start - fragment.start) for run in found)
-                    reader.fill(flat, tensor_name(key, logical.name), logical.shard.shape, shifted)
+            self._restore_fragment(reader, logical, {MASTER, *MOMENTS})
         self.ternary.load_masks(self._read_masks(reader, MASKS, masks), masks)
         if telemetry is None:
             self.telemetry.forget()
@@ -78,10 +73,27 @@ class ResumableState:
             references = self._read_masks(reader, TELEMETRY_MASKS, telemetry.sparsity)
             self.telemetry.take(Counters(telemetry.step, telemetry.flips, telemetry.sparsity), references)
 
+    def restore_weights(self, reader: Reader) -> None:
+        """Takes the weights and their masters alone. Raises CheckpointError as `restore` does."""
+        for logical in self.parameters:
+            self._restore_weight(reader, logical)
+            self._restore_fragment(reader, logical, {MASTER})
+
     def _writes(self, logical: LogicalParameter) -> bool:
         """Whether this rank is the one of those with the same elements that writes them."""
         in_common = not logical.is_expert and logical.shard.shares < self.parallel.tensor.size
         return logical.counts and (self.parallel.tensor.rank == 0 or not in_common)
+
+    def _restore_fragment(self, reader: Reader, logical: LogicalParameter, keys: set[str]) -> None:
+        """This rank's range of the master and the moments that `keys` names."""
+        fragment = self.zero.fragment(logical)
+        if fragment is None:
+            return
+        for key, flat in fragment.tensors.items():
+            if key in keys:
+                found = flat_ranges(logical.shard, fragment.start, flat.numel())
+                shifted = (FlatRange(run.region, run.start - fragment.start) for run in found)
+                reader.fill(flat, tensor_name(key, logical.name), logical.shard.shape, shifted)
 
     def _restore_weight(self, reader: Reader, logical: LogicalParameter) -> None:
         with self.zero.gathered([logical.parameter], write=True):

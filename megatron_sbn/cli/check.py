@@ -4,13 +4,23 @@ import argparse
 from pathlib import Path
 
 from megatron_sbn.cli.options import Commands, add_command, add_overrides, positive
+from megatron_sbn.errors import InputError
 
 
 def checkpoint(options: argparse.Namespace) -> int:
     """What checkpoints hold, and whether they are valid."""
     from megatron_sbn.checkpoint import command
 
-    path = Path(options.path)
+    if options.action == "average":
+        from megatron_sbn.checkpoint.average import average
+
+        if options.output is None:
+            raise InputError("sbn checkpoint average: give --output FOLDER, where the new checkpoint goes")
+        print(f"saved {average(options.path, Path(options.output))}; start with it: start_from, start_with=weights")
+        return 0
+    if len(options.path) > 1:
+        raise InputError(f"sbn checkpoint {options.action}: takes one PATH, not {len(options.path)}")
+    path = Path(options.path[0])
     return command.verify(path) if options.action == "verify" else command.show(path, options.tensors)
 
 
@@ -35,12 +45,16 @@ def plan(options: argparse.Namespace) -> int:
 
 def add_checkpoint(commands: Commands) -> None:
     """Its options."""
-    command = add_command(commands, "checkpoint", checkpoint, "show what a checkpoint holds, or verify its files")
-    command.add_argument("action", choices=("show", "verify"), help="show reads the manifest, verify every file")
-    command.add_argument("path", metavar="PATH", help="a checkpoint, or a run's folder for all of its checkpoints")
+    command = add_command(commands, "checkpoint", checkpoint, "show, verify or average checkpoints")
+    actions = "show reads the manifest, verify every file; average writes the mean of several checkpoints' weights"
+    command.add_argument("action", choices=("show", "verify", "average"), help=actions)
+    paths = "a checkpoint, or a run's folder for all of its checkpoints; average: RUN[@STEP] each"
+    command.add_argument("path", metavar="PATH", nargs="+", help=paths)
+    command.add_argument("--output", metavar="FOLDER", help="average: the new checkpoint")
     command.add_argument("--tensors", action="store_true", help="show: name, type and shape of every tensor")
     command.epilog = (
         "example: sbn checkpoint verify runs/first\n"
+        "         sbn checkpoint average runs/first@40 runs/first@50 --output averaged\n"
         "exit status: 0, or 4 where a checkpoint is not valid or there is none"
     )
 

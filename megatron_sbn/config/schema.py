@@ -350,6 +350,10 @@ class Recipe(Section):
     """Of the run, in its folder and in MLflow."""
     run_dir: Folder | None = None
     """The run folder; null: a new one, runs/NAME-TIME."""
+    start_from: Folder | None = None
+    """RUN[@STEP]: a new run begins from a checkpoint of another; null: from new weights."""
+    start_with: Literal["everything", "weights"] = "everything"
+    """What it takes: everything goes on at that step; weights begin at step 0, with new moments and schedules."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: on GPUs where there are any; cpu: on the CPU anyway; cuda: refused where there is no GPU."""
     model: Model

@@ -1,6 +1,7 @@
 """The run folder: everything that one run leaves behind, in one place. The only place that names its files.
 
-recipe.yaml           the resolved recipe, passwords masked
+recipe.yaml           the resolved recipe of the last start, passwords masked
+recipe_changes.jsonl  what later starts changed in it, and at which step (recipe_changes.py)
 environment.txt       installed packages, of a tracked run
 metrics.jsonl         one object a line (metrics_file.py, docs/metrics.md)
 system_metrics.jsonl  samples of rank 0's machine, of a tracked run (system_metrics.py)
@@ -14,7 +15,7 @@ STOP                  made by a person, here or beside a study's runs: the run s
 from dataclasses import dataclass
 from pathlib import Path
 
-RECIPE, ENVIRONMENT = "recipe.yaml", "environment.txt"
+RECIPE, RECIPE_CHANGES, ENVIRONMENT = "recipe.yaml", "recipe_changes.jsonl", "environment.txt"
 METRICS, SYSTEM_METRICS, TRACKING = "metrics.jsonl", "system_metrics.jsonl", "tracking.json"
 CHECKPOINTS, LOGS = "checkpoints", "logs"
 STATUS, STOP = "status.json", "STOP"
@@ -22,15 +23,26 @@ STATUS, STOP = "status.json", "STOP"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of one run; `continues` says whether it has checkpoints, from one of which it goes on."""
+    """Paths of one run.
+
+    Attributes:
+        continues: whether it has checkpoints, from one of which it goes on.
+        changed: what this start changes in the recipe that it continues, a line each.
+    """
 
     path: Path
     continues: bool
+    changed: tuple[str, ...] = ()
 
     @property
     def recipe(self) -> Path:
         """The resolved recipe."""
         return self.path / RECIPE
+
+    @property
+    def recipe_changes(self) -> Path:
+        """What later starts changed."""
+        return self.path / RECIPE_CHANGES
 
     @property
     def environment(self) -> Path:

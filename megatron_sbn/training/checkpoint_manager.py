@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from megatron_sbn import __version__
 from megatron_sbn.checkpoint.collective_errors import capture_error, first_error_on_any_rank
-from megatron_sbn.checkpoint.loading import Opened, open_newest
+from megatron_sbn.checkpoint.directory import resolve
+from megatron_sbn.checkpoint.loading import Opened, open_newest, open_one
 from megatron_sbn.checkpoint.manifest import DataPosition, Layout, State, TelemetryState
 from megatron_sbn.checkpoint.run_state import ResumableState, parameter_names
 from megatron_sbn.checkpoint.saver import Saver
@@ -93,25 +94,47 @@ class CheckpointManager:
         opened = open_newest(self.folder.checkpoints, self.parallel, at_most)
         for problem in opened.passed_over:
             self._say(f"a checkpoint is not valid: {problem}; the one before it is used")
+        self._take(opened, weights_only=False)
+        self.saver.published = opened.state.step
+        if at_most is not None:
+            self.saver.go_back(opened.state.step)
+        return opened.state
+
+    def branch(self, source: str, weights_only: bool) -> State:
+        """Takes everything, or the weights alone, from another run's checkpoint, RUN[@STEP], and prepares the layers.
+
+        Raises CheckpointError on every rank as `restore` does; other data is no matter with the weights alone.
+        """
+        with capture_error() as resolving:
+            path = resolve(source)
+        problem = first_error_on_any_rank(resolving.problem, self.parallel)
+        if problem:
+            raise _on_every_rank(problem)
+        opened = open_one(path, self.parallel)
+        self._take(opened, weights_only)
+        return opened.state
+
+    def _take(self, opened: Opened, weights_only: bool) -> None:
         known = self._parameter_names()
         with capture_error() as checking:
-            self._check(opened, known)
+            self._check(opened, known, weights_only)
         problem = first_error_on_any_rank(checking.problem, self.parallel)
         if not problem:
             with capture_error() as reading, Reader(opened.path, opened.manifest) as reader:
                 state = opened.state
-                self.contents.restore(reader, state.optimizer_steps, state.masks, state.telemetry)
+                if weights_only:
+                    self.contents.restore_weights(reader)
+                else:
+                    # Masks of another N:M, from the run that this one branched off, are of no use.
+                    kept = state.masks == self.recipe.linear.at(state.step).sparsity
+                    masks = state.masks if kept else None
+                    self.contents.restore(reader, state.optimizer_steps, masks, state.telemetry)
             problem = first_error_on_any_rank(reading.problem, self.parallel)
         if problem:
-            error = CheckpointError(problem)
-            error.on_every_rank = True
-            raise error
-        self.saver.published = opened.state.step
-        if at_most is not None:
-            self.saver.go_back(opened.state.step)
-        self.trainer.judge.recall(opened.state.losses, opened.state.norms)
-        self.trainer.stages.state.prepare(opened.state.step)
-        return opened.state
+            raise _on_every_rank(problem)
+        if not weights_only:
+            self.trainer.judge.recall(opened.state.losses, opened.state.norms)
+        self.trainer.stages.state.prepare(0 if weights_only else opened.state.step)
 
     def _parameter_names(self) -> set[str]:
         """Global names of the parameters of all ranks."""
@@ -120,7 +143,7 @@ class CheckpointManager:
         dist.all_gather_object(gathered, own)
         return {name for names in gathered for name in names}
 
-    def _check(self, opened: Opened, known: set[str]) -> None:
+    def _check(self, opened: Opened, known: set[str], weights_only: bool) -> None:
         """Raises CheckpointError for a checkpoint of another model, or other data, than the recipe's."""
         data, training = opened.state.data, self.recipe.training
         for key, saved, wanted in (
@@ -128,7 +151,7 @@ class CheckpointManager:
             ("training.global_batch_size", data.global_batch_size, training.global_batch_size),
             ("model.seq_length", data.seq_length, self.recipe.model.seq_length),
         ):
-            if saved != wanted:
+            if saved != wanted and not weights_only:
                 raise CheckpointError(
                     f"{opened.path}: {key} was {saved} and is {wanted}, which would change what is read next; "
                     f"set it to {saved}, or name another run_dir"
@@ -136,3 +159,9 @@ class CheckpointManager:
         for name in parameter_names(list(opened.manifest.tensors)):
             if name not in known:
                 raise CheckpointError(f"{opened.path}: holds {name}, which this model lacks; use its own recipe")
+
+
+def _on_every_rank(problem: str) -> CheckpointError:
+    error = CheckpointError(problem)
+    error.on_every_rank = True
+    return error

@@ -142,6 +142,10 @@ class Loop:
             state = self.checkpoints.restore()
             self.first, self.batches, self.bad_steps = state.step, state.data.batches, state.bad_steps
             self.run_id = state.run_id
+        elif recipe.start_from is not None:
+            state = self.checkpoints.branch(recipe.start_from, recipe.start_with == "weights")
+            if recipe.start_with == "everything":
+                self.first, self.batches, self.bad_steps = state.step, state.data.batches, state.bad_steps
         else:
             stages.state.prepare(0)
         self.periodic = self._periodic()
@@ -340,6 +344,7 @@ class Loop:
                 "layout": self.parallel.describe(),
                 "run_folder": str(self.folder.path.resolve()),
             }
+            | ({"start_from": recipe.start_from} if recipe.start_from else {})
         )
         write_atomically(self.folder.environment, installed_packages().encode())
         return Tracker(
@@ -350,5 +355,5 @@ class Loop:
             params=recipe.flat(),
             tags=tags,
             run_id=self.run_id,
-            artifacts=[self.folder.recipe, self.folder.environment, *batch_scripts()],
+            artifacts=[self.folder.recipe, self.folder.recipe_changes, self.folder.environment, *batch_scripts()],
         )

@@ -4,6 +4,7 @@
 every start is a new run in runs/NAME-TIME.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,11 +15,13 @@ import torch.distributed as dist
 from megatron_sbn.atomic_files import exclusive, write_atomically
 from megatron_sbn.checkpoint.directory import clean, holds_any, saved_step
 from megatron_sbn.config import Recipe
-from megatron_sbn.errors import CheckpointError, InputError, SbnError
+from megatron_sbn.errors import CheckpointError, InputError, RecipeError, SbnError
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.redaction import mask_secrets
-from megatron_sbn.runs.folder import CHECKPOINTS, LOGS, RECIPE, RunFolder
+from megatron_sbn.runs.folder import CHECKPOINTS, LOGS, RECIPE, RECIPE_CHANGES, RunFolder
+from megatron_sbn.runs.recipe_changes import check_changes, describe, earlier_recipe, keep_changes
 from megatron_sbn.runs.status import State, read_status, write_status
+from megatron_sbn.training.schedule import learning_rate
 
 RUNS = Path("runs")
 
@@ -51,39 +54,67 @@ def recorded(folder: RunFolder, parallel: ParallelState) -> Iterator[None]:
 def open_run_folder(recipe: Recipe, parallel: ParallelState) -> Iterator[RunFolder]:
     """The run's folder, the same on every rank; rank 0 makes it, locks it and writes the resolved recipe into it.
 
-    Raises CheckpointError (resume: required without a checkpoint; a folder that `resume: never` would overwrite) and
-    InputError where it cannot be written or another run is in it, on every rank.
+    Raises on every rank: CheckpointError (resume: required without a checkpoint; a folder that `resume: never` would
+    overwrite), InputError where it cannot be written or another run is in it, RecipeError where the recipe changes what
+    must not change in a run (recipe_changes.py).
     """
     with ExitStack() as stack:
         yield _agree(_decide(recipe, stack) if parallel.rank == 0 else None)
 
 
-def _agree(own: RunFolder | CheckpointError | InputError | None) -> RunFolder:
+def _agree(own: RunFolder | SbnError | None) -> RunFolder:
     """Rank 0's decision on every rank."""
     decision: list[object] = [own]
     dist.broadcast_object_list(decision, src=0)
     (decided,) = decision
-    if isinstance(decided, (CheckpointError, InputError)):
+    if isinstance(decided, SbnError):
         decided.on_every_rank = True
         raise decided
     assert isinstance(decided, RunFolder)
     return decided
 
 
-def _decide(recipe: Recipe, stack: ExitStack) -> RunFolder | CheckpointError | InputError:
+def _decide(recipe: Recipe, stack: ExitStack) -> RunFolder | SbnError:
     path = Path(recipe.run_dir) if recipe.run_dir else RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         stack.enter_context(exclusive(path / "run"))
         continues = _continues(recipe, path)
+        changed = _changed(recipe, path) if continues else ()
         for folder in (path / CHECKPOINTS, path / LOGS):
             folder.mkdir(parents=True, exist_ok=True)
         clean(path / CHECKPOINTS)
         write_atomically(path / RECIPE, mask_secrets(recipe.to_yaml()).encode())
-    except (CheckpointError, InputError) as error:
+    except (CheckpointError, InputError, RecipeError) as error:
         return error
     except OSError as error:
         return InputError(f"run_dir = {path}: cannot be written: {error.strerror}; name another folder")
-    return RunFolder(path, continues)
+    return RunFolder(path, continues, changed)
+
+
+def _changed(recipe: Recipe, path: Path) -> tuple[str, ...]:
+    """What this start changes in a run, a line each, and keeps it. Raises RecipeError for what may not change."""
+    was, done = earlier_recipe(path / RECIPE), saved_step(path)
+    if was is None:
+        return (f"unknown: {path / RECIPE} is not a recipe of this version",)
+    changed = check_changes(was, recipe, done, path)
+    if not changed:
+        return ()
+    keep_changes(path / RECIPE_CHANGES, done, changed)
+    return (*describe(changed), *_changed_rate(was, recipe, done))
+
+
+def _changed_rate(was: Recipe, recipe: Recipe, done: int) -> list[str]:
+    """The learning rate of the last step and the next, where it is not what was to follow."""
+    if done == 0 or done == recipe.training.steps:
+        return []
+    last, expected, following = learning_rate(was, done - 1), learning_rate(was, done), learning_rate(recipe, done)
+    if math.isclose(expected, following, rel_tol=1e-3):
+        return []
+    line = f"learning rate: {last:.3g} at step {done}, {following:.3g} at step {done + 1}"
+    decay = was.optimizer.lr_decay_steps or was.training.steps
+    if decay != (recipe.optimizer.lr_decay_steps or recipe.training.steps) and not recipe.optimizer.stages:
+        line += f"; optimizer.lr_decay_steps={decay} keeps the schedule ({expected:.3g})"
+    return [line]
 
 
 def _continues(recipe: Recipe, path: Path) -> bool:

@@ -23,6 +23,8 @@ def startup_summary(
     """Lines before the first step; `first` steps are done, `kernels` is `WeightQuantizer.kernels()`."""
     model, training = recipe.model, recipe.training
     begins = f"continues after step {first}" if first else "starts"
+    if recipe.start_from is not None and not folder.continues:
+        begins += f" with {recipe.start_with} of {recipe.start_from}"
     kinds = model_parameters(recipe)
     each = training.global_batch_size * model.seq_length
     per_replica = training.global_batch_size // parallel.data.size // training.micro_batch_size
@@ -38,6 +40,7 @@ def startup_summary(
         _row("linear", _linear(recipe)),
         *(_row("kernels", f"{layer}: {served}") for layer, served in kernels.items()),
         _row("tokens", extent),
+        *(_row("changed", line) for line in folder.changed),
         _row("memory", _memory(recipe, parallel)),
         _row("saving", _saving(recipe, sum(kinds.values()))),
         _row("mlflow", mlflow_place(recipe, folder.path)),
