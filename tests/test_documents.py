@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from tested_by import TESTED_BY
 
+from megatron_sbn.runs import folder
+
 ROOT = Path(__file__).parents[1]
 HEADING = re.compile(r"docs/([\w/-]+\.md), \"([^\"]+)\"")
 PAGE = re.compile(r"docs/([\w/-]+\.md)")
@@ -64,6 +66,20 @@ def test_cited_pages_and_headings_exist() -> None:
 @pytest.mark.parametrize("page", [p for p in tracked("*.md") if p.name != "results-log.md"], ids=lambda p: p.name)
 def test_linked_and_named_files_exist(page: Path) -> None:
     assert list(wrong_links(page, page.read_text())) == []
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = ROOT / "docs" / "README.md"
+    linked = {(index.parent / target).resolve() for target in LINK.findall(index.read_text())}
+    pages = [page for page in tracked("docs/*.md", "recipes/*.md", "slurm/*.md") if page != index]
+    assert [str(page.relative_to(ROOT)) for page in pages if page not in linked] == []
+
+
+def test_the_run_folder_page_names_every_file() -> None:
+    page = (ROOT / "docs" / "run-folder.md").read_text()
+    names = [value for name, value in vars(folder).items() if name.isupper()]
+    assert len(names) > 8
+    assert [name for name in names if f"`{name}" not in page] == []
 
 
 def test_what_is_not_there_is_found() -> None:
