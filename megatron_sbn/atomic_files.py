@@ -67,7 +67,7 @@ def staged(
                 partial.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Write a small file whole or not at all. Raises InputError where it cannot be written.
 
     Its partial file is this thread's own: of several writers at once, such as a run and `sbn sync`, the last one wins.
@@ -94,7 +94,7 @@ def make_folder(path: Path) -> Path:
 def exclusive(prefix: Path) -> Iterator[None]:
     """Hold the lock of the output `prefix`; InputError if another process writes there or the folder cannot be written.
 
-    The kernel drops the lock of a killed process. A file system without locks is told and gone on with.
+    The kernel drops the lock of a killed process. Where the file system has no locks, a line says so and work goes on.
     """
     try:
         lock = prefix.with_name(f".{prefix.name}.lock")

@@ -6,7 +6,7 @@
 | 1 | anything else |
 | 2 | bad recipe or input |
 | 3 | numerical failure (NaN or Inf) |
-| 4 | no whole checkpoint |
+| 4 | no valid checkpoint |
 | 75 | stopped because it was asked to (SIGTERM, SIGUSR1, STOP file), what was done is saved: start it again to go on |
 | 128 + n | ended by signal n, or by a second one or the deadline after the first: nothing was saved at that moment |
 
@@ -51,7 +51,7 @@ class NumericalError(SbnError):
 
 
 class CheckpointError(SbnError):
-    """No whole checkpoint where one is needed."""
+    """No valid checkpoint where one is needed."""
 
     status = 4
 

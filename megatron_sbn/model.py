@@ -25,7 +25,7 @@ from megatron_sbn.layers.linear import SparseBitLinear
 from megatron_sbn.layers.mlp import fuse_swiglu, silu
 from megatron_sbn.layers.spec import block_spec
 from megatron_sbn.layers.weight_quantizer import WeightQuantizer
-from megatron_sbn.parallel.shard import LogicalParameter, LogicalShard, initial_normal, row_shard, whole
+from megatron_sbn.parallel.shard import LogicalParameter, LogicalShard, initial_normal, row_shard, unsharded
 from megatron_sbn.parallel.state import ParallelState
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -221,7 +221,7 @@ def _logical_parameters(chunk: GPTModel, parallel: ParallelState) -> list[Logica
             shard = row_shard((rows, parameter.shape[1]), parallel.tensor.rank, parallel.tensor.size)
             parameter.tensor_model_parallel = parallel.tensor.size > 1
         else:
-            shard = shards.get(name) or whole(tuple(parameter.shape))
+            shard = shards.get(name) or unsharded(tuple(parameter.shape))
         tied = name == HEAD and chunk.share_embeddings_and_output_weights
         result.append(LogicalParameter(EMBEDDING if tied else _global_name(chunk, name), parameter, shard))
         # The embedding's copy on the last stage is a replica: it counts once in the gradient norm.

@@ -1,7 +1,7 @@
 """Entry of every rank: `torchrun --nproc-per-node N -m megatron_sbn.train RECIPE [section.key=value ...]`.
 
 The recipe is checked, against the number of ranks too, before torch is imported: a bad one costs nothing and is
-told in one line. The loop itself is training/loop.py. What takes time is imported after the rank listens for signals.
+one line. The loop itself is training/loop.py. What takes time is imported after the rank listens for signals.
 """
 
 import os

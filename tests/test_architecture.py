@@ -29,12 +29,12 @@ def complaints(root: Path, layers: Sequence[Sequence[str]]) -> list[str]:
     graph = arrows(root)
     rows = {name: row for row, names in enumerate(layers) for name in names}
     placed = [name for names in layers for name in names]
-    told = [f"{name} is in no row" for name in sorted(graph) if name not in rows]
-    told += [f"{name} is in two rows" for name in sorted(set(placed)) if placed.count(name) > 1]
-    told += [f"{name} is not there" for name in sorted(set(placed) - set(graph))]
+    found = [f"{name} is in no row" for name in sorted(graph) if name not in rows]
+    found += [f"{name} is in two rows" for name in sorted(set(placed)) if placed.count(name) > 1]
+    found += [f"{name} is not there" for name in sorted(set(placed) - set(graph))]
     for own, others in sorted(graph.items()):
-        told += [f"{own} -> {o}" for o in sorted(others) if own in rows and o in rows and rows[o] >= rows[own]]
-    return told
+        found += [f"{own} -> {o}" for o in sorted(others) if own in rows and o in rows and rows[o] >= rows[own]]
+    return found
 
 
 def test_imports_go_down() -> None:
@@ -65,7 +65,7 @@ def package(folder: Path, **modules: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("modules", "told"),
+    ("modules", "expected"),
     [
         ({"low": "", "high": "from rooms.low import x\n"}, []),
         ({"low": "def f():\n    import rooms.high\n", "high": ""}, ["low -> high"]),
@@ -76,8 +76,8 @@ def package(folder: Path, **modules: str) -> Path:
         ({"low": "", "high": "", "side": "import rooms.high\n"}, ["side is in no row"]),
     ],
 )
-def test_what_breaks_the_order_is_told(modules: dict[str, str], told: list[str], tmp_path: Path) -> None:
-    assert complaints(package(tmp_path, **modules), (("low",), ("high",))) == told
+def test_what_breaks_the_order_is_named(modules: dict[str, str], expected: list[str], tmp_path: Path) -> None:
+    assert complaints(package(tmp_path, **modules), (("low",), ("high",))) == expected
 
 
 def test_rooms_that_import_each_other_are_a_circle(tmp_path: Path) -> None:

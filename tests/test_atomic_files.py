@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sbn.atomic_files import exclusive, make_folder, partial_path, staged, write_whole
+from megatron_sbn.atomic_files import exclusive, make_folder, partial_path, staged, write_atomically
 from megatron_sbn.errors import InputError
 
 
@@ -35,7 +35,7 @@ def test_what_is_no_file_is_not_replaced_by_one(tmp_path, kind):
     before = path.lstat()
     names = _names(tmp_path)
     with pytest.raises(InputError, match="there: is no file that can be written anew; name another"):
-        write_whole(path, b"new")
+        write_atomically(path, b"new")
     assert (path.lstat(), _names(tmp_path)) == (before, names)
 
 
@@ -88,17 +88,17 @@ def test_a_partial_file_that_was_not_written(tmp_path):
 
 
 def test_write_whole(tmp_path):
-    write_whole(tmp_path / "a", b"one")
-    write_whole(tmp_path / "a", b"two")
+    write_atomically(tmp_path / "a", b"one")
+    write_atomically(tmp_path / "a", b"two")
     assert (tmp_path / "a").read_bytes() == b"two"
     assert _names(tmp_path) == ["a"]
     with pytest.raises(InputError, match=r"none.*cannot be written: No such file"):
-        write_whole(tmp_path / "none" / "a", b"one")
+        write_atomically(tmp_path / "none" / "a", b"one")
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300])
 def test_paths_that_no_file_can_have(tmp_path, name):
-    for fails in (lambda path: write_whole(path, b""), make_folder, lambda path: exclusive(path).__enter__()):
+    for fails in (lambda path: write_atomically(path, b""), make_folder, lambda path: exclusive(path).__enter__()):
         with pytest.raises(InputError, match="cannot"):
             fails(tmp_path / name)
     with pytest.raises(InputError, match="has an empty name"):
@@ -133,7 +133,7 @@ def test_writers_of_one_file_at_the_same_time_do_not_fail_each_other(tmp_path):
 
     def write(content: bytes) -> None:
         for _ in range(100):
-            write_whole(path, content)
+            write_atomically(path, content)
 
     with ThreadPoolExecutor(len(contents)) as pool:
         list(pool.map(write, contents))

@@ -28,8 +28,8 @@ def test_counts_are_whole_and_not_endless(text: str, capsys: pytest.CaptureFixtu
 def test_unknown_words_are_shown_without_secrets_and_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["sync", "run", "--uro", "http://someone:hush@host", "\x1b[2J\n"])
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told == r"sbn: error: unknown: --uro http://***@host \x1b[2J\n"
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == r"sbn: error: unknown: --uro http://***@host \x1b[2J\n"
 
 
 def documented() -> list[str]:

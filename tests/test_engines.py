@@ -1,4 +1,4 @@
-"""Which releases of the engines are taken, and how one that is not is told."""
+"""Which releases of the engines are taken, and how one that is not is refused."""
 
 import logging
 import re
@@ -28,7 +28,7 @@ def test_these_engines_are_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "release", "told"),
+    ("engine", "release", "expected"),
     [
         ("megatron-core", "0.15.2", "megatron-core 0.15.2 is installed; pip install 'megatron-core>=0.16.1,<0.20'"),
         ("megatron-core", "0.20.0", "megatron-core 0.20.0 is installed"),
@@ -41,7 +41,7 @@ def test_these_engines_are_taken() -> None:
     ],
 )
 def test_another_release_is_one_line(
-    engine: str, release: str | None, told: str | None, monkeypatch: pytest.MonkeyPatch
+    engine: str, release: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = engines.version
 
@@ -51,12 +51,12 @@ def test_another_release_is_one_line(
         return release if name == engine and release is not None else real(name)
 
     monkeypatch.setattr(engines, "version", version)
-    if told is None:
+    if expected is None:
         engines.check_installed()
         return
     with pytest.raises(RecipeError) as error:
         engines.check_installed()
-    assert str(error.value).startswith(told)
+    assert str(error.value).startswith(expected)
 
 
 def test_warnings_that_nobody_can_act_on_are_dropped(caplog: pytest.LogCaptureFixture) -> None:

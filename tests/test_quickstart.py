@@ -61,7 +61,7 @@ def test_the_corpus_is_the_library_without_what_was_installed_into_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "overrides", "ranks", "told"),
+    ("gpus", "overrides", "ranks", "expected"),
     [
         (0, [], 2, "training on 2 CPU ranks"),
         (1, [], 1, "training on 1 GPU rank"),
@@ -74,7 +74,7 @@ def test_a_single_gpu_gets_one_rank(
     gpus: int,
     overrides: list[str],
     ranks: int,
-    told: str,
+    expected: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -91,4 +91,4 @@ def test_a_single_gpu_gets_one_rank(
     monkeypatch.setattr(quickstart, "launch", launch)
     assert quickstart.run(overrides) == 3
     assert started == [ranks]
-    assert told in capsys.readouterr().out
+    assert expected in capsys.readouterr().out

@@ -84,6 +84,6 @@ def report(runs: Sequence[Run]) -> str:
                 rows.append((metric, f"{budget:.4g}", *map(str, readings)))
         lines += ["", f"at equal {what}", *aligned(("metric", what, *names), rows)]
     speeds = [[value for _, value in run.points("tokens_per_second")] for run in runs]
-    told = [f"{median(speed):,.0f}" if speed else "-" for speed in speeds]
-    lines += ["", *aligned(("median over steps", *names), [("tokens_per_second", *told)])]
+    cells = [f"{median(speed):,.0f}" if speed else "-" for speed in speeds]
+    lines += ["", *aligned(("median over steps", *names), [("tokens_per_second", *cells)])]
     return "\n".join(lines)

@@ -25,7 +25,7 @@ from megatron_sbn.analysis.figures import (
     perplexity_over_sparsity,
     speed_over_ranks,
 )
-from megatron_sbn.atomic_files import make_folder, write_whole
+from megatron_sbn.atomic_files import make_folder, write_atomically
 from megatron_sbn.errors import InputError
 from megatron_sbn.redaction import one_line
 from megatron_sbn.runs.finished_run import Run, read_run
@@ -63,8 +63,8 @@ def tracked_as(folder: Path) -> tuple[str, str]:
     if not found:
         raise InputError(f"{folder}: no run of it is tracked under a study (tracking.study); set that, and `sbn sync`")
     if len(found) > 1:
-        told = ", ".join(f"{name} at {uri}" for uri, name in sorted(found))
-        raise InputError(f"{folder}: its runs are of several studies ({told}); {way_out}")
+        studies = ", ".join(f"{name} at {uri}" for uri, name in sorted(found))
+        raise InputError(f"{folder}: its runs are of several studies ({studies}); {way_out}")
     ((uri, name),) = found
     if "***" in uri:
         raise InputError(f"{folder}: its tracking URI {uri} lacks its password; {way_out}")
@@ -172,16 +172,16 @@ def write_report(name: str, runs: Sequence[Run], output: Path) -> list[Path]:
         page += ["", "## Speed over ranks", "", "![tokens per second over ranks](scaling.png)", ""]
         page += _scaling_table(layouts)
     page += ["", "Every run: [runs.csv](runs.csv). Metrics are defined in docs/metrics.md."]
-    write_whole(output / "runs.csv", _csv(runs).encode())
-    write_whole(output / "index.md", ("\n".join(page) + "\n").encode())
+    write_atomically(output / "runs.csv", _csv(runs).encode())
+    write_atomically(output / "index.md", ("\n".join(page) + "\n").encode())
     return written
 
 
 def _summary(runs: Sequence[Run]) -> list[str]:
     ended = [run for run in runs if finished(run)]
     tokens = sorted({int(run.tokens(run.recipe.training.steps)) for run in runs})
-    told = " or ".join(f"{count / 1e6:.3g}M" for count in tokens)
-    lines = [f"{len(runs)} runs, {len(ended)} finished; {told} tokens each."]
+    sizes = " or ".join(f"{count / 1e6:.3g}M" for count in tokens)
+    lines = [f"{len(runs)} runs, {len(ended)} finished; {sizes} tokens each."]
     lines += [f"Not finished: {run.name}." for run in runs if run not in ended]
     return lines
 
@@ -201,10 +201,10 @@ def _table(made: Sequence[Curve], group: int) -> list[str]:
     for curve in made:
         point = collapse_point(curve)
         where = f"at {point}:{group}" if point is not None else "nowhere in this study"
-        told = f"perplexity first exceeds {COLLAPSE:.2f} of {group}:{group} {where}"
+        finding = f"perplexity first exceeds {COLLAPSE:.2f} of {group}:{group} {where}"
         if curve.normalized() is None:
-            told = f"no finished run at {group}:{group}, so nothing to tell a collapse by"
-        lines.append(f"- {curve.name}: {told}.")
+            finding = f"no finished run at {group}:{group}, so nothing to tell a collapse by"
+        lines.append(f"- {curve.name}: {finding}.")
     return lines
 
 

@@ -21,7 +21,7 @@ class Attempt:
 
 @contextmanager
 def capture_error() -> Iterator[Attempt]:
-    """A block whose failure is kept for the other ranks to be told, instead of being raised."""
+    """A block whose failure is kept, for all ranks to raise together."""
     outcome = Attempt()
     try:
         yield outcome
@@ -32,12 +32,12 @@ def capture_error() -> Iterator[Attempt]:
 
 
 def first_error_on_any_rank(problem: str, parallel: ParallelState) -> str:
-    """The problem of the first rank that has one, told on every rank; nothing where there is none."""
+    """The problem of the first rank that has one, on every rank; nothing where there is none."""
     count = torch.tensor(int(bool(problem)), device=parallel.device)
     dist.all_reduce(count)
     if not count:
         return ""
-    told: list[str] = [""] * parallel.world_size
-    dist.all_gather_object(told, problem)
-    rank = next(index for index, text in enumerate(told) if text)
-    return told[rank] if parallel.world_size == 1 else f"rank {rank}: {told[rank]}"
+    problems: list[str] = [""] * parallel.world_size
+    dist.all_gather_object(problems, problem)
+    rank = next(index for index, text in enumerate(problems) if text)
+    return problems[rank] if parallel.world_size == 1 else f"rank {rank}: {problems[rank]}"

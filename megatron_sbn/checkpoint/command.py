@@ -26,7 +26,7 @@ def show(path: Path, tensors: bool) -> int:
 
 
 def verify(path: Path) -> int:
-    """Reads every file and compares it with the manifest; returns 0, or 4 where one is not whole."""
+    """Reads every file and compares it with the manifest; returns 0, or 4 where one is not valid."""
     status = 0
     for checkpoint, mark in _checkpoints(path):
         try:
@@ -35,7 +35,7 @@ def verify(path: Path) -> int:
             print(f"sbn: {error}", file=sys.stderr)
             status = error.status
         else:
-            print(f"{checkpoint}{mark}: whole, {len(manifest.files)} files of {size_text(manifest.bytes)}")
+            print(f"{checkpoint}{mark}: valid, {len(manifest.files)} files of {size_text(manifest.bytes)}")
     return status
 
 
@@ -55,7 +55,7 @@ def _rows(manifest: Manifest, state: State) -> list[str]:
     data = state.data
     masks = f"{state.masks[0]}:{state.masks[1]}, saved" if state.masks else "made from the weights"
     parameters = sum(
-        _product(tensor.shape)
+        _numel(tensor.shape)
         for name, tensor in manifest.tensors.items()
         if tensor.dtype == "F32" and not name.startswith("optimizer.")
     )
@@ -72,7 +72,7 @@ def _rows(manifest: Manifest, state: State) -> list[str]:
     return [f"  {name.ljust(9)} {text}" for name, text in rows]
 
 
-def _product(shape: tuple[int, ...]) -> int:
+def _numel(shape: tuple[int, ...]) -> int:
     count = 1
     for size in shape:
         count *= size

@@ -1,11 +1,11 @@
-"""The folder of a run's checkpoints: which are there, which is in force, whether one is whole, which are removed.
+"""The folder of a run's checkpoints: which are there, which is in force, whether one is valid, which are removed.
 
     checkpoints/step-00000100/       manifest.json, state.json, shard-RRRRR-K.safetensors
     checkpoints/latest               text: the name of the one in force
     checkpoints/.step-....partial    being written; .step-....removed: being removed. Nothing reads them
 
 A checkpoint appears under its name whole, by a rename; `latest` is replaced after that. Where the one that `latest`
-names is not whole, the one before it is used; later ones are not, for they belong to a run that was given up, and are
+names is not valid, the one before it is used; later ones are not, for they belong to a run that was given up, and are
 removed when the run has saved what is to be kept, or passes them.
 Imports no torch.
 """
@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_sbn.atomic_files import write_whole
+from megatron_sbn.atomic_files import write_atomically
 from megatron_sbn.checkpoint.manifest import Manifest, read_manifest, read_state
 from megatron_sbn.errors import CheckpointError
 from megatron_sbn.runs.folder import CHECKPOINTS
@@ -37,7 +37,7 @@ def step_of(path: Path) -> int | None:
 
 
 def saved(folder: Path) -> list[Path]:
-    """The checkpoints by their names, newest first; whether they are whole is not looked at."""
+    """The checkpoints by their names, newest first; whether they are valid is not looked at."""
     try:
         found = [path for path in folder.iterdir() if step_of(path) is not None and path.is_dir()]
     except FileNotFoundError:
@@ -68,7 +68,7 @@ def candidates(folder: Path) -> list[Path]:
 
 
 def holds_any(folder: Path) -> bool:
-    """Whether something was saved here, whole or not."""
+    """Whether something was saved here, valid or not."""
     return bool(saved(folder)) or (folder / LATEST).exists()
 
 
@@ -100,7 +100,7 @@ def check_files(path: Path, manifest: Manifest, names: Iterable[str]) -> None:
 
 
 def verify(path: Path) -> Manifest:
-    """Checks every file of a checkpoint. Raises CheckpointError, naming the first that is not whole."""
+    """Checks every file of a checkpoint. Raises CheckpointError, naming the first that is not valid."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: is no folder; name a checkpoint, or a run")
     manifest = read_manifest(path)
@@ -153,7 +153,7 @@ def publish(folder: Path, step: int, after: int | None = None) -> Path:
 
 def set_latest(folder: Path, step: int) -> None:
     """Puts the checkpoint of a step in force. Raises InputError."""
-    write_whole(folder / LATEST, f"{step_name(step)}\n".encode())
+    write_atomically(folder / LATEST, f"{step_name(step)}\n".encode())
 
 
 def prune(folder: Path, keep: int, keep_every: int) -> None:

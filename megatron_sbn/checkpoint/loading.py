@@ -1,4 +1,4 @@
-"""The checkpoint that a run continues from: the newest whole one, found and verified by all ranks together.
+"""The checkpoint that a run continues from: the newest valid one, found and verified by all ranks together.
 
 Each rank hashes its share of the files, so a checkpoint is read once for that, whatever the number of ranks.
 """
@@ -17,7 +17,7 @@ from megatron_sbn.parallel.state import ParallelState
 
 @dataclass(frozen=True)
 class Opened:
-    """A whole checkpoint. `passed_over` says what is wrong with those that should have been used before it."""
+    """A valid checkpoint. `passed_over` says what is wrong with those that should have been used before it."""
 
     path: Path
     manifest: Manifest
@@ -26,9 +26,9 @@ class Opened:
 
 
 def open_newest(folder: Path, parallel: ParallelState, at_most: int | None = None) -> Opened:
-    """The newest whole checkpoint of a run that has some; with `at_most`, of those with at most so many steps.
+    """The newest valid checkpoint of a run that has some; with `at_most`, of those with at most so many steps.
 
-    Raises CheckpointError on every rank, naming what is wrong with each, where none is whole.
+    Raises CheckpointError on every rank, naming what is wrong with each, where none is valid.
     """
     tried: list[Path] = []
     with capture_error() as listing:
@@ -48,8 +48,12 @@ def open_newest(folder: Path, parallel: ParallelState, at_most: int | None = Non
             return opened
         problems.append(problem)
     limit = "" if at_most is None else f" of at most {at_most} steps"
-    told = "; ".join(problems) or ("there is none" if limit else f"{folder / folders.LATEST} names what is not there")
-    error = CheckpointError(f"{folder}: no checkpoint{limit} is whole: {told}; put one back, or name another run_dir")
+    reasons = "; ".join(problems) or (
+        "there is none" if limit else f"{folder / folders.LATEST} names what is not there"
+    )
+    error = CheckpointError(
+        f"{folder}: no checkpoint{limit} is valid: {reasons}; put one back, or name another run_dir"
+    )
     error.on_every_rank = True
     raise error
 

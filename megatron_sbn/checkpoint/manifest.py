@@ -41,8 +41,8 @@ class File(_Strict):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class SavedBox(_Strict):
-    """Where a box of a logical tensor is: in `file`, under the tensor's name."""
+class SavedRegion(_Strict):
+    """Where a region of a logical tensor is: in `file`, under the tensor's name."""
 
     file: str
     offsets: Dimensions
@@ -57,7 +57,7 @@ class SavedTensor(_Strict):
 
     dtype: Dtype
     shape: Dimensions
-    boxes: tuple[SavedBox, ...]
+    boxes: tuple[SavedRegion, ...]
 
 
 class Manifest(_Strict):
@@ -147,7 +147,7 @@ def read_manifest(folder: Path) -> Manifest:
     for name in manifest.files:
         if not FILE_NAME.fullmatch(name):
             raise CheckpointError(f"{path}: {name[:80]!r} is no name of a checkpoint's file")
-    for name in {box.file for tensor in manifest.tensors.values() for box in tensor.boxes}:
+    for name in {region.file for tensor in manifest.tensors.values() for region in tensor.boxes}:
         if name not in manifest.files:
             raise CheckpointError(f"{path}: {name[:80]!r} holds tensors and is not among the files")
     if STATE not in manifest.files:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_sbn.checkpoint.manifest import TelemetryState
-from megatron_sbn.checkpoint.regions import Run, piece, runs
+from megatron_sbn.checkpoint.regions import FlatRange, flat_ranges, shard_ranges
 from megatron_sbn.checkpoint.shards import Chunk, Reader
 from megatron_sbn.errors import CheckpointError
 from megatron_sbn.layers.weight_quantizer import WeightQuantizer
@@ -34,7 +34,7 @@ MASKS, TELEMETRY_MASKS = "masks.", "telemetry.masks."
 
 
 @dataclass(frozen=True)
-class Contents:
+class ResumableState:
     """The parts of a run that are saved, on this rank."""
 
     parameters: Sequence[LogicalParameter]
@@ -51,7 +51,7 @@ class Contents:
                 continue
             for key, flat in fragment.tensors.items():
                 name = tensor_name(key, logical.name)
-                for run in runs(logical.shard, fragment.start, flat.numel()):
+                for run in flat_ranges(logical.shard, fragment.start, flat.numel()):
                     yield _chunk(name, logical.shard, run, flat, fragment.start)
         yield from self._mask_chunks(MASKS, self.ternary.kept_masks(), self.ternary.mask_sparsity)
         counters = self.telemetry.counters()
@@ -68,8 +68,8 @@ class Contents:
             fragment = self.zero.fragment(logical)
             if fragment is not None:
                 for key, flat in fragment.tensors.items():
-                    found = runs(logical.shard, fragment.start, flat.numel())
-                    shifted = (Run(run.box, run.start - fragment.start) for run in found)
+                    found = flat_ranges(logical.shard, fragment.start, flat.numel())
+                    shifted = (FlatRange(run.region, run.start - fragment.start) for run in found)
                     reader.fill(flat, tensor_name(key, logical.name), logical.shard.shape, shifted)
         self.ternary.load_masks(self._read_masks(reader, MASKS, masks), masks)
         if telemetry is None:
@@ -84,11 +84,11 @@ class Contents:
         return logical.counts and (self.parallel.tensor.rank == 0 or not in_common)
 
     def _restore_weight(self, reader: Reader, logical: LogicalParameter) -> None:
-        with self.zero.whole([logical.parameter], write=True):
+        with self.zero.gathered([logical.parameter], write=True):
             # Under ZeRO-3 the first replica's values are sent to the others.
             if self.zero.stage < 3 or self.parallel.data.rank == 0:
                 local = torch.empty(logical.parameter.shape, dtype=torch.float32)
-                reader.fill(local.view(-1), logical.name, logical.shard.shape, piece(logical.shard))
+                reader.fill(local.view(-1), logical.name, logical.shard.shape, shard_ranges(logical.shard))
                 with torch.no_grad():
                     logical.parameter.data.copy_(local)
 
@@ -101,7 +101,7 @@ class Contents:
             if replica == 0:
                 shard = packed_shard(self.ternary.layers[name].weight_shard, sparsity[1])
                 flat = pack_groups(mask, sparsity[1]).view(-1)
-                for run in piece(shard):
+                for run in shard_ranges(shard):
                     yield _chunk(prefix + name, shard, run, flat, 0)
 
     def _read_masks(self, reader: Reader, prefix: str, sparsity: tuple[int, int] | None) -> dict[str, Tensor]:
@@ -115,7 +115,7 @@ class Contents:
             shard = packed_shard(layer.weight_shard, m)
             rows, columns = layer.store.shape
             packed = torch.empty(rows, columns // m * -(-m // 8), dtype=torch.uint8)
-            reader.fill(packed.view(-1), prefix + name, shard.shape, piece(shard))
+            reader.fill(packed.view(-1), prefix + name, shard.shape, shard_ranges(shard))
             masks[name] = unpack_groups(packed, m).to(layer.store.device)
         return masks
 
@@ -148,7 +148,7 @@ def unpack_groups(packed: Tensor, m: int) -> Tensor:
     return sbn_kernels.unpack_mask(packed.unflatten(-1, (-1, -(-m // 8))), m).flatten(1)
 
 
-def _chunk(name: str, shard: LogicalShard, run: Run, flat: Tensor, first: int) -> Chunk:
+def _chunk(name: str, shard: LogicalShard, run: FlatRange, flat: Tensor, first: int) -> Chunk:
     """A run's values, from the flat tensor that begins at element `first` of the piece."""
     start = run.start - first
-    return Chunk(name, shard.shape, run.box, flat[start : start + run.box.numel].view(run.box.sizes))
+    return Chunk(name, shard.shape, run.region, flat[start : start + run.region.numel].view(run.region.sizes))

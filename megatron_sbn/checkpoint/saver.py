@@ -22,7 +22,7 @@ from megatron_sbn.atomic_files import flush_to_disk
 from megatron_sbn.checkpoint import directory as folders
 from megatron_sbn.checkpoint.collective_errors import capture_error, first_error_on_any_rank
 from megatron_sbn.checkpoint.manifest import MANIFEST, STATE, State, manifest_text, state_text
-from megatron_sbn.checkpoint.run_state import Contents
+from megatron_sbn.checkpoint.run_state import ResumableState
 from megatron_sbn.checkpoint.shards import Chunk, Written, describe, merge, write_chunks
 from megatron_sbn.config import Checkpoint
 from megatron_sbn.errors import CheckpointError
@@ -57,7 +57,9 @@ class Saver:
         say: takes a line for people, on every rank.
     """
 
-    def __init__(self, folder: Path, contents: Contents, settings: Checkpoint, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, contents: ResumableState, settings: Checkpoint, say: Callable[[str], None]
+    ) -> None:
         self.folder = folder
         self.contents = contents
         self.settings = settings

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_sbn.atomic_files import flush_to_disk
-from megatron_sbn.checkpoint.manifest import Dtype, File, Manifest, SavedBox, SavedTensor
-from megatron_sbn.checkpoint.regions import Box, Run, apart
+from megatron_sbn.checkpoint.manifest import Dtype, File, Manifest, SavedRegion, SavedTensor
+from megatron_sbn.checkpoint.regions import FlatRange, Region, disjoint
 from megatron_sbn.errors import CheckpointError
 
 _DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "F32", torch.uint8: "U8"}
@@ -29,12 +29,12 @@ _OPEN_FILES = 32
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a logical tensor of shape `shape`, with the values inside it."""
+    """A region of a logical tensor of shape `shape`, with the values inside it."""
 
     name: str
     shape: tuple[int, ...]
-    box: Box
-    value: Tensor  # of the box's sizes
+    region: Region
+    value: Tensor  # of the region's sizes
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,15 @@ def write_chunks(folder: Path, rank: int, chunks: Iterable[Chunk]) -> Written:
         name = f"shard-{rank:05d}-{index}.safetensors"
         written.files[name] = _write_file(folder / name, content)
         for chunk in content.values():
-            box = SavedBox(file=name, offsets=chunk.box.offsets, sizes=chunk.box.sizes)
+            region = SavedRegion(file=name, offsets=chunk.region.offsets, sizes=chunk.region.sizes)
             known = written.tensors.get(chunk.name)
-            boxes = (*known.boxes, box) if known else (box,)
+            boxes = (*known.boxes, region) if known else (region,)
             written.tensors[chunk.name] = SavedTensor(dtype=_DTYPES[chunk.value.dtype], shape=chunk.shape, boxes=boxes)
     return written
 
 
 def _write_file(path: Path, content: dict[str, Chunk]) -> File:
-    places = {name: {"saved_offsets": list(chunk.box.offsets)} for name, chunk in content.items()}
+    places = {name: {"saved_offsets": list(chunk.region.offsets)} for name, chunk in content.items()}
     save_file(
         {name: chunk.value.contiguous() for name, chunk in content.items()},
         path,
@@ -100,12 +100,12 @@ def merge(parts: Sequence[Written]) -> Manifest:
 
 def check_cover(name: str, tensor: SavedTensor) -> None:
     """Raises CheckpointError where the boxes do not cover the tensor exactly once."""
-    whole = Box((0,) * len(tensor.shape), tensor.shape)
-    boxes = [Box(box.offsets, box.sizes) for box in tensor.boxes]
-    inside = all(len(box.offsets) == len(box.sizes) == len(tensor.shape) for box in boxes) and all(
-        box.overlap(whole) == box for box in boxes
+    whole = Region((0,) * len(tensor.shape), tensor.shape)
+    boxes = [Region(region.offsets, region.sizes) for region in tensor.boxes]
+    inside = all(len(region.offsets) == len(region.sizes) == len(tensor.shape) for region in boxes) and all(
+        region.overlap(whole) == region for region in boxes
     )
-    if not inside or sum(box.numel for box in boxes) != whole.numel or not apart(boxes):
+    if not inside or sum(region.numel for region in boxes) != whole.numel or not disjoint(boxes):
         raise CheckpointError(f"{name}: its boxes do not cover shape {list(tensor.shape)} exactly once")
 
 
@@ -126,7 +126,7 @@ class Reader:
         while self._open:
             self._open.popitem()[1][0].close()
 
-    def fill(self, target: Tensor, name: str, shape: tuple[int, ...], runs: Iterable[Run]) -> None:
+    def fill(self, target: Tensor, name: str, shape: tuple[int, ...], runs: Iterable[FlatRange]) -> None:
         """Writes the saved values into `target` [elements], where each run says.
 
         Raises CheckpointError where the tensor is missing, of another shape or type, or not there in full.
@@ -138,19 +138,19 @@ class Reader:
         if saved.dtype != _DTYPES[target.dtype]:
             raise CheckpointError(f"{self.folder}: {name} is saved as {saved.dtype}, not {_DTYPES[target.dtype]}")
         for run in runs:
-            wanted, filled = run.box, 0
+            wanted, filled = run.region, 0
             view = target[run.start : run.start + wanted.numel].view(wanted.sizes)
-            for box in saved.boxes:
-                common = wanted.overlap(Box(box.offsets, box.sizes))
+            for region in saved.boxes:
+                common = wanted.overlap(Region(region.offsets, region.sizes))
                 if common is not None:
-                    view[common.within(wanted)] = self._read(box, name, common).to(target.device)
+                    view[common.within(wanted)] = self._read(region, name, common).to(target.device)
                     filled += common.numel
             if filled != wanted.numel:
                 raise CheckpointError(f"{self.folder}: {name} lacks {wanted.numel - filled} of its elements")
 
-    def _read(self, saved: SavedBox, name: str, part: Box) -> Tensor:
-        """The values of a part of a saved box."""
-        home = Box(saved.offsets, saved.sizes)
+    def _read(self, saved: SavedRegion, name: str, part: Region) -> Tensor:
+        """The values of a part of a saved region."""
+        home = Region(saved.offsets, saved.sizes)
         try:
             held = self._file(saved.file).get_slice(name)
             if tuple(held.get_shape()) != home.sizes:

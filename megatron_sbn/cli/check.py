@@ -7,7 +7,7 @@ from megatron_sbn.cli.options import Commands, add_command, add_overrides, posit
 
 
 def checkpoint(options: argparse.Namespace) -> int:
-    """What checkpoints hold, and whether they are whole."""
+    """What checkpoints hold, and whether they are valid."""
     from megatron_sbn.checkpoint import command
 
     path = Path(options.path)
@@ -41,7 +41,7 @@ def add_checkpoint(commands: Commands) -> None:
     command.add_argument("--tensors", action="store_true", help="show: name, type and shape of every tensor")
     command.epilog = (
         "example: sbn checkpoint verify runs/first\n"
-        "exit status: 0, or 4 where a checkpoint is not whole or there is none"
+        "exit status: 0, or 4 where a checkpoint is not valid or there is none"
     )
 
 

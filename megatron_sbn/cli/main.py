@@ -1,7 +1,7 @@
 """The `sbn` command: its subcommands, and what becomes of their errors. Each has --help with an example.
 
-Imports neither torch nor the engines here: a bad recipe or a wrong option is told at once, and the worker processes of
-`sbn prepare`, which import this module again, start quickly.
+Imports neither torch nor the engines here: a bad recipe or a wrong option is an error at once, and the worker processes
+of `sbn prepare`, which import this module again, start quickly.
 """
 
 import argparse

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_sbn.atomic_files import make_folder, write_whole
+from megatron_sbn.atomic_files import make_folder, write_atomically
 from megatron_sbn.cli.options import Commands, add_command, add_job_options, positive
 from megatron_sbn.errors import RecipeError
 from megatron_sbn.runs.folder import LOGS
@@ -31,7 +31,7 @@ def write(options: argparse.Namespace) -> int:
         check_no_password(variant.recipe, options.output)
     make_folder(Path(options.output))
     for variant in study.variants:
-        write_whole(Path(options.output) / f"{variant.name}.yaml", variant.recipe.to_yaml().encode())
+        write_atomically(Path(options.output) / f"{variant.name}.yaml", variant.recipe.to_yaml().encode())
     print(f"wrote {len(study.variants)} recipes to {options.output}")
     return 0
 

@@ -4,7 +4,7 @@
 
 The failure budget counts failures in a row, of one job, without a newer checkpoint in between: a run that gets on is
 not given up for one bad node a week, and one that fails at one place is not paid for again and again. Statuses that
-come again whatever is tried (2 bad recipe or input, 3 numerical failure, 4 no whole checkpoint) are not retried at all.
+come again whatever is tried (2 bad recipe or input, 3 numerical failure, 4 no valid checkpoint) are not retried at all.
 """
 
 import json

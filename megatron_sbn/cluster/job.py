@@ -88,7 +88,7 @@ def begin(task: Task) -> int:
 
 
 def node(task: Task) -> int:
-    """This node's ranks; a failure is told in the run folder by whoever sees it first."""
+    """This node's ranks; a failure is recorded in the run folder by whoever sees it first."""
     nodes, own = environment.world_size(), environment.rank()
     # One node needs neither a name that resolves nor a port that another job's might meet.
     alone = nodes == 1
@@ -98,8 +98,8 @@ def node(task: Task) -> int:
     ranks = _ranks_per_node(task, machines.count)
     validate_world_size(task.recipe, ranks * machines.count)
     status = launch(task.words, ranks, machines=machines)
-    told = read_status(task.folder)
-    if status not in (0, STOPPED) and (told is None or told.state == "RUNNING"):
+    recorded = read_status(task.folder)
+    if status not in (0, STOPPED) and (recorded is None or recorded.state == "RUNNING"):
         log = f"sbn-{job}-node-{machines.number}.log"
         reason = f"node {machines.number} ({socket.gethostname()}): status {status}; see {log}"
         write_status(task.folder, "FAILED", status, saved_step(task.folder), reason)
@@ -125,7 +125,7 @@ def end(task: Task, srun_status: int, asked: str) -> int:
 
 
 def sizes(path: str, per_node: int | None) -> int:
-    """What scaling.sbatch runs, one after another; what is too large for the job's nodes is told and left out."""
+    """What scaling.sbatch runs, one after another; what is too large for the job's nodes is named and left out."""
     variants = load_sweep(path).variants
     available = _setting("SLURM_JOB_NUM_NODES", 1)
     per_node = per_node or _setting("SBN_NPROC_PER_NODE", 0) or _setting("SLURM_GPUS_ON_NODE", 0)

@@ -18,7 +18,7 @@ from pathlib import Path
 from shutil import rmtree, which
 from typing import Literal
 
-from megatron_sbn.atomic_files import exclusive, write_whole
+from megatron_sbn.atomic_files import exclusive, write_atomically
 from megatron_sbn.cluster.slurm_queue import queued
 from megatron_sbn.cluster.snapshot import Snapshot, find_code
 from megatron_sbn.config import Recipe, check_no_password, load_recipe
@@ -305,7 +305,7 @@ def _start(submission: Submission, place: Path, taken: list[str]) -> None:
         number = done.stdout.strip().partition(";")[0]
         taken.append(number)
         try:
-            write_whole(place / f"{job.name}.job", f"{number}\n".encode())
+            write_atomically(place / f"{job.name}.job", f"{number}\n".encode())
         except InputError as error:
             raise InputError(f"{error}; job {number} is submitted all the same: let it run, or scancel it") from None
         print(f"submitted job {number}: {_size(job)}; {command[-1]}")

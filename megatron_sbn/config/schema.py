@@ -152,7 +152,7 @@ class Linear(Section):
     sr_ste_decay: NonNegativeFloat = 0.0
     """SR-STE: adds this times (1 - mask) W to the gradient."""
     backward: Literal["exact", "int8_dgrad", "int8"] = "exact"
-    """exact; or dY rounded to int8 for dX (int8_dgrad), for both products (int8)."""
+    """exact; or dY quantized to int8 for dX (int8_dgrad), for both GEMMs (int8)."""
     backend: Literal["auto", "cpu", "triton", "reference"] = "auto"
     """Who computes: auto is cpu on CPU and triton on CUDA."""
     forward_form: ForwardForm = "auto"
@@ -177,7 +177,7 @@ class Linear(Section):
 
 
 class Parallel(Section):
-    """How the model is cut. Data-parallel size is what is left of the world."""
+    """How the model is sharded. Data-parallel size is what is left of the world."""
 
     tensor: Positive = 1
     """Tensor-parallel ranks."""
@@ -330,7 +330,7 @@ class Tracking(Section):
     """MLflow. metrics.jsonl in the run folder is written whatever is set here."""
 
     enabled: bool = True
-    """Whether MLflow is told."""
+    """Whether MLflow records the run."""
     uri: str | None = None
     """MLflow's tracking URI; null: sqlite:/// beside the run folders."""
     experiment: str = "megatron_sbn"

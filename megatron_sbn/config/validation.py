@@ -112,13 +112,13 @@ def _check_pipeline(recipe: Recipe) -> None:
         uneven = "or an uneven split with parallel.num_layers_in_first_pipeline_stage" if parallel.pipeline > 1 else ""
         _divisible(layers, "model.num_layers", chunks, name, uneven)
         return
-    told = ", ".join(f"{field} = {count}" for field, count in given.items())
+    settings = ", ".join(f"{field} = {count}" for field, count in given.items())
     if parallel.pipeline == 1 or chunks > parallel.pipeline:
-        raise RecipeError(f"{told}: needs parallel.pipeline > 1 without parallel.virtual_pipeline; leave it out")
+        raise RecipeError(f"{settings}: needs parallel.pipeline > 1 without parallel.virtual_pipeline; leave it out")
     left, stages = layers - sum(given.values()), parallel.pipeline - len(given)
     if left < stages or (left % stages if stages else left):
         raise RecipeError(
-            f"{told}: leaves {left} of model.num_layers = {layers} for {stages} other stages; "
+            f"{settings}: leaves {left} of model.num_layers = {layers} for {stages} other stages; "
             "leave each of them the same number, at least 1"
         )
 
@@ -167,28 +167,28 @@ def _check_used(recipe: Recipe, ternary: bool, quantized: bool) -> None:
 
 
 def _check_groups(recipe: Recipe, n: int, m: int, where: str) -> None:
-    """No group of M may straddle a shard: column-parallel weights and experts are whole along in, the others cut."""
+    """No group of M may straddle a shard; column-parallel weights and experts are not sharded along in."""
     model, tensor = recipe.model, recipe.parallel.tensor
     inputs = (
         ("model.hidden_size", model.hidden_size, 1),
         ("the attention width (heads x kv_channels)", model.num_attention_heads * model.head_dim, tensor),
         _mlp_width(recipe),
     )
-    for name, width, cut in inputs:
-        if (width // cut) % m:
-            by = f" over {cut} tensor-parallel ranks" if cut > 1 else ""
+    for name, width, shards in inputs:
+        if (width // shards) % m:
+            by = f" over {shards} tensor-parallel ranks" if shards > 1 else ""
             raise RecipeError(
-                f"{where}.sparsity = {n}:{m}: {name} = {width}{by} leaves {width // cut} weights a row, which groups "
-                f"of {m} do not fill; use a multiple of {m * cut}, another M, or fewer tensor-parallel ranks"
+                f"{where}.sparsity = {n}:{m}: {name} = {width}{by} leaves {width // shards} weights a row, which "
+                f"groups of {m} do not fill; use a multiple of {m * shards}, another M, or fewer tensor-parallel ranks"
             )
 
 
 def _mlp_width(recipe: Recipe) -> tuple[str, int, int]:
-    """(field, hidden features of an MLP, ranks that they are cut over)."""
+    """(field, hidden features of an MLP, ranks that they are sharded over)."""
     model = recipe.model
     own = model.num_moe_experts is not None and model.moe_ffn_hidden_size is not None
-    cut = recipe.parallel.tensor if model.num_moe_experts is None else 1
-    return "model.moe_ffn_hidden_size" if own else "model.ffn_hidden_size", model.mlp_width, cut
+    shards = recipe.parallel.tensor if model.num_moe_experts is None else 1
+    return "model.moe_ffn_hidden_size" if own else "model.ffn_hidden_size", model.mlp_width, shards
 
 
 def _check_exact(recipe: Recipe) -> None:

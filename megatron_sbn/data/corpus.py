@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sbn.atomic_files import exclusive, partial_path, staged, write_whole
+from megatron_sbn.atomic_files import exclusive, partial_path, staged, write_atomically
 from megatron_sbn.data.encoding import Encoded, EncodingJob, encode_files, is_held_out
 from megatron_sbn.data.progress import Progress
 from megatron_sbn.data.readers import BadRecord, blocks, documents, expand_inputs
@@ -140,7 +140,7 @@ def prepare(options: PrepareOptions, *, workers: int = 1) -> PrepareReport:
             )
             report = _write_shards(options, files, job, tokenizer, workers)
         manifest = _manifest(options, settings, report, job.digest, tokenizer)
-        write_whole(options.manifest, json.dumps(manifest, indent=1).encode() + b"\n")
+        write_atomically(options.manifest, json.dumps(manifest, indent=1).encode() + b"\n")
     return dataclasses.replace(report, paths=(*models, *bins, *indices, options.manifest))
 
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Counts bytes of `total` on stderr. `interval` seconds lie between two lines in a log; the end is always told."""
+    """Counts bytes of `total` on stderr, in a log every `interval` seconds and at the end."""
 
     def __init__(self, total: int, label: str, interval: float = 15.0) -> None:
         self._total = total
@@ -17,7 +17,7 @@ class Progress:
         self._interval = interval
         self._done = 0
         self._detail = ""
-        self._told = time.monotonic()
+        self._printed = time.monotonic()
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=label, file=sys.stderr) if terminal else None
 
@@ -39,10 +39,10 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(detail, refresh=False)
             self._bar.update(size)
-        elif time.monotonic() - self._told >= self._interval:
+        elif time.monotonic() - self._printed >= self._interval:
             self._tell()
 
     def _tell(self) -> None:
-        self._told = time.monotonic()
+        self._printed = time.monotonic()
         percent = 100 * self._done // max(self._total, 1)
         print(f"{self._label}: {percent}% of {self._total / 1e6:.1f} MB, {self._detail}", file=sys.stderr)

@@ -141,7 +141,7 @@ def _decompressed(raw: IO[bytes], suffix: str) -> Any:  # noqa: ANN401 - four li
 
 def _line_blocks(path: Path, raw: IO[bytes], size: int) -> Iterator[Block]:
     """Whole lines, about BLOCK_BYTES at a time."""
-    first, told = 1, 0
+    first, counted = 1, 0
     held: list[bytes] = []
     stream = None
     while True:
@@ -152,7 +152,7 @@ def _line_blocks(path: Path, raw: IO[bytes], size: int) -> Iterator[Block]:
             if path.suffix not in _COMPRESSED:
                 raise
             yield Block(
-                str(path), "bad", size - told, payload=f"{path}:{first}: cannot be decompressed: {error}".encode()
+                str(path), "bad", size - counted, payload=f"{path}:{first}: cannot be decompressed: {error}".encode()
             )
             return
         cut = piece.rfind(b"\n") + 1
@@ -164,8 +164,8 @@ def _line_blocks(path: Path, raw: IO[bytes], size: int) -> Iterator[Block]:
         held.append(piece[cut:])
         if lines:
             here = raw.tell()
-            yield Block(str(path), "jsonl", here - told, first, lines)
-            first, told = first + lines.count(b"\n"), here
+            yield Block(str(path), "jsonl", here - counted, first, lines)
+            first, counted = first + lines.count(b"\n"), here
         if not piece:
             return
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from megatron_sbn.atomic_files import write_whole
+from megatron_sbn.atomic_files import write_atomically
 from megatron_sbn.errors import InputError
 
 SAMPLE_CHARACTERS = 100_000_000  # what training a tokenizer looks at, at most: about 2 GB of memory
@@ -116,7 +116,7 @@ def train_tokenizer(documents: Iterable[str], output: str | Path, vocab_size: in
 
     Raises what `train_model` does, and InputError where the file cannot be written.
     """
-    write_whole(Path(output), train_model(documents, vocab_size, seed=seed))
+    write_atomically(Path(output), train_model(documents, vocab_size, seed=seed))
     return Tokenizer(output)
 
 

@@ -1,7 +1,7 @@
 """`sbn doctor RECIPE`: checks a recipe against its layout, and with --ranks against what the ranks really compute.
 
 Without ranks nothing is started: the recipe is read, every combination that cannot be right is refused, and what it
-needs is told. With them, one step of a tiny model of that very layout (`tiny`) is compared with a single rank's,
+needs is printed. With them, one step of a tiny model of that very layout (`tiny`) is compared with a single rank's,
 tensor by tensor; with --layouts, every layout of up to four ranks is; with --engines, other releases of the engines
 are compared.
 """
@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_sbn.atomic_files import write_whole
+from megatron_sbn.atomic_files import write_atomically
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.config.validation import min_world_size, validate_world_size
 from megatron_sbn.doctor.engines import check_engines
@@ -75,12 +75,12 @@ def check_ranks(recipe: Recipe, ranks: int, json_file: Path | None = None) -> bo
     for line in lines:
         if not line.equal:
             print(f"differs: {line.name} by {line.difference:.2e}, at most {line.limit:g} is expected")
-    for name, sent in trials["layout"].bytes_sent.items():
-        if sent:
+    for name, volume in trials["layout"].comm_bytes.items():
+        if volume:
             group, kind = name.split(".")
-            print(f"sent by all ranks in a step: {sent:>12,.0f} bytes  {group:<9}{kind}")
+            print(f"communication volume of all ranks in a step: {volume:>12,.0f} bytes  {group:<9}{kind}")
     if json_file is not None:
-        write_whole(json_file, json.dumps(report.as_json(lines, trials["layout"]), indent=2).encode() + b"\n")
+        write_atomically(json_file, json.dumps(report.as_json(lines, trials["layout"]), indent=2).encode() + b"\n")
     return all(line.equal for line in lines)
 
 
@@ -89,27 +89,27 @@ def check_layouts(recipe: Recipe, steps: int, json_file: Path | None = None) -> 
     from megatron_sbn.doctor import report
 
     wide = reference(recipe)
-    cuts = candidates(recipe)
-    trials = run_trials({"single": (1, wide), **cuts}, steps)
+    by_name = candidates(recipe)
+    trials = run_trials({"single": (1, wide), **by_name}, steps)
     single = trials.pop("single")
     print(f"{recipe.name}: a tiny model under every layout of up to four ranks, {steps} steps, beside one rank")
     ends = (f"loss at {steps}", "from one rank", "bytes a step")
     header = ("layout", "codes", "x_q", "hidden", "loss at 1", "grad norm", *ends)
     last = single.losses[-1]
     rows: list[tuple[str, ...]] = [("one rank", *("",) * 5, f"{last:.6f}", "", "")]
-    told, equal = {}, True
+    results, equal = {}, True
     for name, trial in trials.items():
-        lines = report.compare(cuts[name][1], trial, single)
+        lines = report.compare(by_name[name][1], trial, single)
         columns = [report.verdict(report.worst(lines, kind)) for kind in ("codes", "x_q", "hidden")]
         columns += [report.verdict(line) for line in lines[-2:]]
-        off, sent = abs(trial.losses[-1] - last), sum(trial.bytes_sent.values())
-        rows.append((name, *columns, f"{trial.losses[-1]:.6f}", f"{off:.1e}", f"{sent:,.0f}"))
+        off, volume = abs(trial.losses[-1] - last), sum(trial.comm_bytes.values())
+        rows.append((name, *columns, f"{trial.losses[-1]:.6f}", f"{off:.1e}", f"{volume:,.0f}"))
         equal = equal and all(line.equal for line in lines)
-        told[name] = report.as_json(lines, trial) | {"losses": trial.losses, "grad_norms": trial.grad_norms}
+        results[name] = report.as_json(lines, trial) | {"losses": trial.losses, "grad_norms": trial.grad_norms}
     print("\n".join(aligned(header, rows)))
     print(f"({SPREAD}: what rounding alone does to a run; codes, x_q and hidden states are those of the first step)")
     if json_file is not None:
-        write_whole(json_file, json.dumps(told, indent=2).encode() + b"\n")
+        write_atomically(json_file, json.dumps(results, indent=2).encode() + b"\n")
     return equal
 
 

@@ -21,7 +21,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import megatron_sbn
-from megatron_sbn.atomic_files import write_whole
+from megatron_sbn.atomic_files import write_atomically
 from megatron_sbn.config import Recipe
 from megatron_sbn.doctor.layouts import candidates
 from megatron_sbn.doctor.trials import Start, TrialError, run_trials
@@ -163,9 +163,9 @@ def _report(
     print("\n".join(aligned((*NAMES, *COLUMNS), rows)))
     for environment, by_layout in zip(environments, found, strict=True):
         for name, of_layout in by_layout.items():
-            told = ", ".join(f"{column} by {value:.1e}" for column, value in of_layout.items() if value)
-            if told:
-                print(f"differs: {environment.label}: {name}: {told}")
+            largest = ", ".join(f"{column} by {value:.1e}" for column, value in of_layout.items() if value)
+            if largest:
+                print(f"differs: {environment.label}: {name}: {largest}")
     equal = not any(value for by_layout in found for d in by_layout.values() for value in d.values())
     if equal:
         print(release_note(recipe, environments, len(first), steps))
@@ -181,7 +181,7 @@ def _report(
                 for environment, by_layout, trial in zip(environments, found, trials, strict=True)
             ],
         }
-        write_whole(json_file, json.dumps(told_to_programs, indent=2, allow_nan=False).encode() + b"\n")
+        write_atomically(json_file, json.dumps(told_to_programs, indent=2, allow_nan=False).encode() + b"\n")
     return equal
 
 

@@ -6,7 +6,7 @@ from megatron_sbn.doctor.tiny_recipe import MICRO_BATCH, one_rank, tiny_recipe
 from megatron_sbn.errors import RecipeError
 
 MAX_RANKS = 4
-_CUTS: dict[str, tuple[int, dict[str, object], dict[str, object]]] = {
+_LAYOUTS: dict[str, tuple[int, dict[str, object], dict[str, object]]] = {
     "tensor 2": (2, {"tensor": 2}, {}),
     "tensor 2, whole sequence": (2, {"tensor": 2, "sequence": False}, {}),
     "tensor 4": (4, {"tensor": 4}, {}),
@@ -27,19 +27,19 @@ SPREAD = "one rank, smaller micro-batches"
 
 
 def candidates(recipe: Recipe) -> dict[str, tuple[int, Recipe]]:
-    """Ranks and recipe of every layout that the recipe's model can be cut into; `SPREAD` is a single rank's."""
+    """Ranks and recipe of every layout that the recipe's model can be sharded into; `SPREAD` is a single rank's."""
     widest = _wide(recipe)
     found = {SPREAD: (1, _changed(one_rank(widest), {}, {}, {"micro_batch_size": MICRO_BATCH // 2}))}
-    for name, (ranks, parallel, model) in _CUTS.items():
+    for name, (ranks, parallel, model) in _LAYOUTS.items():
         if parallel.get("expert") and not recipe.model.num_moe_experts:
             continue
         try:
-            cut = _changed(one_rank(widest), parallel, model, {})
-            validate_recipe(cut)
-            validate_world_size(cut, ranks)
+            changed = _changed(one_rank(widest), parallel, model, {})
+            validate_recipe(changed)
+            validate_world_size(changed, ranks)
         except RecipeError:
             continue
-        found[name] = ranks, cut
+        found[name] = ranks, changed
     return found
 
 
@@ -49,7 +49,7 @@ def reference(recipe: Recipe) -> Recipe:
 
 
 def _wide(recipe: Recipe) -> Recipe:
-    """A tiny model that four ranks can cut either way."""
+    """A tiny model that four ranks can shard either way."""
     values = recipe.plain()
     values["parallel"] = {"tensor": MAX_RANKS}
     values["model"] |= {"num_query_groups": None}

@@ -1,7 +1,7 @@
-"""Logical tensors put together from the pieces that ranks hold, and their fingerprints.
+"""Logical tensors put together from the shards that ranks hold, and their fingerprints.
 
-Whatever a layout cuts, its pieces of one logical tensor cover it exactly once, and ranks that hold the same piece hold
-the same bits; `join` checks both. So results of two layouts can be compared tensor by tensor, by name.
+Whatever the layout, its shards of one logical tensor cover it exactly once, and ranks that hold the same shard hold
+the same bits; `assemble` checks both. So results of two layouts can be compared tensor by tensor, by name.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from megatron_sbn.parallel.shard import LogicalShard
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorShard:
     """A rank's part of a logical tensor; `counts` is False for the replica of a tied embedding."""
 
     shard: LogicalShard
@@ -27,21 +27,21 @@ class Piece:
     counts: bool = True
 
 
-Pieces = dict[str, Piece]
+TensorShards = dict[str, TensorShard]
 
 
-def join(ranks: Sequence[Mapping[str, Piece]]) -> dict[str, Tensor]:
-    """Logical tensors from all ranks' pieces. Raises ValueError where replicas differ or a part is missing."""
+def assemble(ranks: Sequence[Mapping[str, TensorShard]]) -> dict[str, Tensor]:
+    """Logical tensors from all ranks' shards. Raises ValueError where replicas differ or a part is missing."""
     joined: dict[str, Tensor] = {}
-    for name in sorted({name for pieces in ranks for name in pieces}):
+    for name in sorted({name for shards in ranks for name in shards}):
         distinct: dict[LogicalShard, Tensor] = {}
-        for rank, pieces in enumerate(ranks):
-            if name not in pieces:
+        for rank, shards in enumerate(ranks):
+            if name not in shards:
                 continue
-            piece = pieces[name]
-            known = distinct.setdefault(piece.shard, piece.value)
-            if not torch.equal(known, piece.value):
-                difference = (known.double() - piece.value.double()).abs().max()
+            part = shards[name]
+            known = distinct.setdefault(part.shard, part.value)
+            if not torch.equal(known, part.value):
+                difference = (known.double() - part.value.double()).abs().max()
                 raise ValueError(f"{name}: the replica of rank {rank} differs from another's by {difference}")
         joined[name] = _cover(name, distinct)
     return joined
@@ -57,7 +57,7 @@ def _cover(name: str, distinct: Mapping[LogicalShard, Tensor]) -> Tensor:
         shard.put(once, torch.ones(value.shape, dtype=torch.int32))
         covered += once
     if not bool((covered == 1).all()):
-        raise ValueError(f"{name}: the ranks' pieces do not cover it exactly once")
+        raise ValueError(f"{name}: the ranks' shards do not cover it exactly once")
     return logical
 
 
@@ -74,18 +74,18 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30))
 
 
-def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> None:
-    """One safetensors file; where each piece belongs is in its metadata."""
-    places = {name: [p.shard.shape, p.shard.rows, p.shard.columns, p.counts] for name, p in pieces.items()}
-    tensors = {name: piece.value.detach().cpu().contiguous() for name, piece in pieces.items()}
-    save_file(tensors, path, metadata={"pieces": json.dumps(places)})
+def write_shards(path: Path, shards: Mapping[str, TensorShard]) -> None:
+    """One safetensors file; where each shard belongs is in its metadata."""
+    places = {name: [p.shard.shape, p.shard.rows, p.shard.columns, p.counts] for name, p in shards.items()}
+    tensors = {name: part.value.detach().cpu().contiguous() for name, part in shards.items()}
+    save_file(tensors, path, metadata={"shards": json.dumps(places)})
 
 
-def read_pieces(path: Path) -> Pieces:
-    """What `write_pieces` wrote."""
-    pieces: Pieces = {}
+def read_shards(path: Path) -> TensorShards:
+    """What `write_shards` wrote."""
+    shards: TensorShards = {}
     with safe_open(path, framework="pt") as file:
-        for name, (shape, rows, columns, counts) in json.loads(file.metadata()["pieces"]).items():
-            cut = LogicalShard(tuple(shape), tuple((s, n) for s, n in rows), tuple(columns) if columns else None)
-            pieces[name] = Piece(cut, file.get_tensor(name), counts)
-    return pieces
+        for name, (shape, rows, columns, counts) in json.loads(file.metadata()["shards"]).items():
+            place = LogicalShard(tuple(shape), tuple((s, n) for s, n in rows), tuple(columns) if columns else None)
+            shards[name] = TensorShard(place, file.get_tensor(name), counts)
+    return shards

@@ -1,7 +1,7 @@
 """One rank of a trial: `python -m megatron_sbn.doctor.rank --steps N --output FOLDER RECIPE...` trains tiny recipes.
 
-What it saw of each goes to FOLDER/RECIPE-NAME/rank-R.safetensors (pieces of logical tensors, step 1) and rank-R.json
-(losses and gradient norms of every step, bytes that it sent in the first).
+What it saw of each goes to FOLDER/RECIPE-NAME/rank-R.safetensors (shards of logical tensors, step 1) and rank-R.json
+(losses and gradient norms of every step, its communication volume in the first).
 
 With `--save RUNS` a checkpoint of half of the steps is left in RUNS/RECIPE-NAME. With `--resume RUNS` the second half
 is trained again from there; its losses and norms go to FOLDER/RECIPE-NAME/resumed-R.json.
@@ -73,14 +73,14 @@ def _trainer(recipe: Recipe) -> "Iterator[Trainer]":
 
 
 def _trial(recipe: Recipe, steps: int, output: Path, save: Path | None) -> None:
-    from megatron_sbn.doctor.logical_tensors import Pieces, write_pieces
-    from megatron_sbn.doctor.recorder import mask_pieces, prepared_pieces, recorded_hidden_states, recorded_tokens
+    from megatron_sbn.doctor.logical_tensors import TensorShards, write_shards
+    from megatron_sbn.doctor.recorder import mask_shards, prepared_shards, recorded_hidden_states, recorded_tokens
     from megatron_sbn.parallel.comm_counter import CommCounter, group_names
 
     with _trainer(recipe) as trainer:
         stages, rank = trainer.stages, trainer.parallel.rank
         stages.state.prepare(0)
-        pieces: Pieces = prepared_pieces(stages) | mask_pieces(stages)
+        shards: TensorShards = prepared_shards(stages) | mask_shards(stages)
         traffic = CommCounter(group_names(trainer.parallel))
         with recorded_hidden_states(trainer) as hidden, recorded_tokens(trainer) as tokens, traffic:
             results = _train(trainer, 0, 1)
@@ -90,8 +90,8 @@ def _trial(recipe: Recipe, steps: int, output: Path, save: Path | None) -> None:
             checkpoints.save(steps // 2, steps // 2, None)
             checkpoints.saver.finish()
         results += _train(trainer, max(1, steps // 2), steps)
-        write_pieces(output / f"rank-{rank}.safetensors", pieces | hidden | tokens)
-        moved = {f"{group}.{kind}": sent for (group, kind), (_, sent) in traffic.totals().items()}
+        write_shards(output / f"rank-{rank}.safetensors", shards | hidden | tokens)
+        moved = {f"{group}.{kind}": volume for (group, kind), (_, volume) in traffic.totals().items()}
         (output / f"rank-{rank}.json").write_text(json.dumps(_numbers(results) | {"bytes": moved}), encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_sbn.config import Recipe
-from megatron_sbn.doctor.logical_tensors import fingerprint, join, read_pieces, relative
+from megatron_sbn.doctor.logical_tensors import assemble, fingerprint, read_shards, relative
 
 KINDS = ("gamma", "mask", "codes", "x_q", "s_x", "hidden")
 _OF_WEIGHTS = ("gamma", "mask", "codes")
@@ -29,29 +29,29 @@ class Trial:
     tensors: Mapping[str, Tensor]
     losses: list[float]
     grad_norms: list[float]
-    sent: list[dict[str, float]]  # by rank, then GROUP.KIND
+    bytes_by_rank: list[dict[str, float]]  # by rank, then GROUP.KIND
     resumed_losses: list[float] = field(default_factory=list)  # of the steps after a checkpoint, if it went on from one
     resumed_norms: list[float] = field(default_factory=list)
 
     @property
-    def bytes_sent(self) -> dict[str, float]:
+    def comm_bytes(self) -> dict[str, float]:
         """Bytes of the first step by group and kind, over all ranks."""
-        names = sorted({name for rank in self.sent for name in rank})
-        return {name: math.fsum(rank.get(name, 0.0) for rank in self.sent) for name in names}
+        names = sorted({name for rank in self.bytes_by_rank for name in rank})
+        return {name: math.fsum(rank.get(name, 0.0) for rank in self.bytes_by_rank) for name in names}
 
 
 def read_trial(folder: Path, ranks: int) -> Trial:
     """What `ranks` ranks left in a folder. Raises ValueError where replicas differ in a bit."""
-    told = [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
-    tensors = join([read_pieces(folder / f"rank-{rank}.safetensors") for rank in range(ranks)])
+    records = [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
+    tensors = assemble([read_shards(folder / f"rank-{rank}.safetensors") for rank in range(ranks)])
     paths = [folder / f"resumed-{rank}.json" for rank in range(ranks)]
     resumed = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
     for key in ("losses", "grad_norms"):
-        if any(other[key] != numbers[0][key] for numbers in (told, resumed) for other in numbers):
+        if any(other[key] != numbers[0][key] for numbers in (records, resumed) for other in numbers):
             raise ValueError(f"{key}: ranks do not agree")
     after = resumed[0] if resumed else {"losses": [], "grad_norms": []}
-    moved = [rank["bytes"] for rank in told]
-    return Trial(tensors, told[0]["losses"], told[0]["grad_norms"], moved, after["losses"], after["grad_norms"])
+    moved = [rank["bytes"] for rank in records]
+    return Trial(tensors, records[0]["losses"], records[0]["grad_norms"], moved, after["losses"], after["grad_norms"])
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def is_exact(recipe: Recipe) -> bool:
 
 def _line(recipe: Recipe, name: str, ours: Tensor | None, theirs: Tensor | None) -> Line:
     if ours is None or theirs is None or ours.shape != theirs.shape:
-        return Line(name, math.inf, 0.0, _told(ours), _told(theirs))
+        return Line(name, math.inf, 0.0, _shape_of(ours), _shape_of(theirs))
     exact = name.rpartition(".")[2] in _OF_WEIGHTS or is_exact(recipe)
     limit = 0.0 if exact else (2e-2 if recipe.model.bf16 else 1e-5)
     return Line(name, largest_difference(ours, theirs), limit, fingerprint(ours), fingerprint(theirs))
@@ -110,7 +110,7 @@ def fingerprint_of(trial: Trial, kind: str) -> str:
     return hashlib.sha256("".join(fingerprint(trial.tensors[name]) for name in names).encode()).hexdigest()
 
 
-def _told(tensor: Tensor | None) -> str:
+def _shape_of(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else f"shape {list(tensor.shape)}"
 
 
@@ -140,5 +140,5 @@ def verdict(line: Line | None) -> str:
 
 def as_json(lines: list[Line], ours: Trial) -> dict[str, Any]:
     """For a program: every line, and the bytes."""
-    told = [asdict(line) | {"equal": line.equal} for line in lines]
-    return {"equal": all(line.equal for line in lines), "tensors": told, "bytes": ours.bytes_sent}
+    rows = [asdict(line) | {"equal": line.equal} for line in lines]
+    return {"equal": all(line.equal for line in lines), "tensors": rows, "bytes": ours.comm_bytes}

@@ -1,4 +1,4 @@
-"""A recipe's layout with a model that starts in seconds: same arithmetic, same cuts, smallest widths that they allow.
+"""A recipe's layout with a model that starts in seconds: same arithmetic, same shards, smallest widths that they allow.
 
 Kept: everything of `linear` and `parallel`, heads per query group, ties, biases, rotary settings, number formats,
 recomputation, experts' choice, pipeline splits. Made small: widths, layers, vocabulary, sequence, batch, steps.

@@ -62,8 +62,8 @@ def run_trials(recipes: Mapping[str, tuple[int, Recipe]], steps: int, start: Sta
 
 
 def _launch(start: Start, files: list[Path], names: list[str], ranks: int, steps: int, output: Path) -> None:
-    told = f"{start.label}{'; '.join(names)}"
-    print(f"starting {ranks} rank{'s' if ranks > 1 else ''}: {told}", file=sys.stderr, flush=True)
+    title = f"{start.label}{'; '.join(names)}"
+    print(f"starting {ranks} rank{'s' if ranks > 1 else ''}: {title}", file=sys.stderr, flush=True)
     arguments = ["--steps", str(steps), "--output", str(output)]
     for option, folder in (("--save", start.save), ("--resume", start.resume)):
         arguments += [option, str(folder)] if folder is not None else []
@@ -74,9 +74,9 @@ def _launch(start: Start, files: list[Path], names: list[str], ranks: int, steps
             arguments, ranks, module=_RANK, seconds=seconds, python=start.python, environment=start.environment
         )
     except TimeoutError as error:
-        raise TrialError(f"{told}: {error} within {seconds:.0f} s") from None
+        raise TrialError(f"{title}: {error} within {seconds:.0f} s") from None
     if status:
-        raise TrialError(f"{told}: a rank ended with status {status}, see above")
+        raise TrialError(f"{title}: a rank ended with status {status}, see above")
 
 
 def _read(folder: Path, ranks: int, name: str) -> "Trial":

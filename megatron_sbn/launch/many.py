@@ -92,7 +92,7 @@ def run_all(commands: Mapping[str, Command], at_most: int) -> dict[str, Outcome]
                     if own.process.poll() is not None:
                         outcomes[name] = _ended(own)
                         del running[name]
-                        print(_told(name, outcomes[name]), flush=True)
+                        print(_outcome_line(name, outcomes[name]), flush=True)
                 time.sleep(_POLL_SECONDS)
         finally:
             _end(running)
@@ -136,7 +136,7 @@ def _ended(own: _Running) -> Outcome:
     return Outcome(status if status >= 0 else 128 - status, reason)
 
 
-def _told(name: str, outcome: Outcome) -> str:
+def _outcome_line(name: str, outcome: Outcome) -> str:
     if not outcome.status:
         return f"done: {name}"
     return f"status {outcome.status}: {name}{': ' if outcome.reason else ''}{outcome.reason}"

@@ -4,9 +4,9 @@
     y = sum over those e of FC2_e(p_e * SwiGLU(FC1_e(x)))
 
 Every expert is a gated MLP of two Sparse-BitNet linears with masks and scales of its own. An expert is whole on its
-rank: rows and columns of its weights are not cut, and its tokens are those of all ranks of the expert-parallel group,
-which Megatron-Core's dispatcher gathers and sums. That is Megatron-Core's `allgather` dispatcher on every machine: its
-`alltoall` one needs CUDA streams to be built.
+rank: its weights are not sharded, and its tokens are those of all ranks of the expert-parallel group, Megatron-Core's
+dispatcher gathers and sums. That is its `allgather` dispatcher on every machine: its `alltoall` one needs CUDA
+streams to be built.
 """
 
 import copy

@@ -21,7 +21,7 @@ from megatron_sbn.functional.input_quantizers import Quantizer, RmsNormQuantizer
 from megatron_sbn.functional.weight_handle import LocalWeight
 from megatron_sbn.layers.collectives import ColumnParallelCollectives, RowParallelCollectives
 from megatron_sbn.layers.norm import RMSNorm
-from megatron_sbn.parallel.shard import LogicalShard, column_shard, gated_shard, row_shard, whole
+from megatron_sbn.parallel.shard import LogicalShard, column_shard, gated_shard, row_shard, unsharded
 
 DENSE = LinearSettings(weight_format="dense", sparsity=(8, 8))
 NOT_PREPARED = PreparedWeight()
@@ -83,7 +83,7 @@ class SparseBitLinear(nn.Module):
 
     @property
     def store(self) -> LocalWeight:
-        """The weight as its readers see it, whole or cut over data parallelism; its shape is the true one."""
+        """The weight as its readers see it, whole or sharded over data parallelism; its shape is the true one."""
         return self._attached or LocalWeight(self.weight)
 
     @property
@@ -114,7 +114,7 @@ class SparseBitLinear(nn.Module):
 
 
 class ColumnParallelLinear(SparseBitLinear):
-    """Y = X W^T with the rows of W cut over the tensor-parallel group.
+    """Y = X W^T with the rows of W sharded over the tensor-parallel group.
 
     Shapes: X [tokens (/tp under sequence parallelism), batch, in] -> Y [tokens, batch, out/tp].
     """
@@ -133,12 +133,12 @@ class ColumnParallelLinear(SparseBitLinear):
     ) -> None:
         super().__init__(config)
         if gather_output:
-            raise ValueError("gather_output is not supported: outputs stay cut over the tensor-parallel group")
+            raise ValueError("gather_output is not supported: outputs stay sharded over the tensor-parallel group")
         rank, size = tp_group.rank(), tp_group.size()
         self.sequence_parallel = config.sequence_parallel
         self.layout = ColumnParallelCollectives(tp_group, config.sequence_parallel)
-        self.weight_shard = self._cut((output_size, input_size), rank, size)
-        self.bias_shard = self._cut((output_size,), rank, size) if bias else None
+        self.weight_shard = self._shard_of((output_size, input_size), rank, size)
+        self.bias_shard = self._shard_of((output_size,), rank, size) if bias else None
         if skip_weight_param_allocation:
             self.register_parameter("weight", None)
             return
@@ -146,7 +146,7 @@ class ColumnParallelLinear(SparseBitLinear):
         for parameter in self.parameters():
             parameter.tensor_model_parallel = size > 1  # type: ignore[attr-defined]
 
-    def _cut(self, shape: tuple[int, ...], rank: int, size: int) -> LogicalShard:
+    def _shard_of(self, shape: tuple[int, ...], rank: int, size: int) -> LogicalShard:
         return row_shard(shape, rank, size)
 
 
@@ -184,12 +184,12 @@ class GatedLinear(ColumnParallelLinear):
         half = self.store.shape[0] // 2
         return (((0, half),), ((half, half),))
 
-    def _cut(self, shape: tuple[int, ...], rank: int, size: int) -> LogicalShard:
+    def _shard_of(self, shape: tuple[int, ...], rank: int, size: int) -> LogicalShard:
         return gated_shard(shape, rank, size)
 
 
 class RowParallelLinear(SparseBitLinear):
-    """Y = X W^T with the columns of W cut over the tensor-parallel group.
+    """Y = X W^T with the columns of W sharded over the tensor-parallel group.
 
     Shapes: X [tokens, batch, in/tp] -> Y [tokens (/tp under sequence parallelism), batch, out].
     """
@@ -207,10 +207,10 @@ class RowParallelLinear(SparseBitLinear):
     ) -> None:
         super().__init__(config)
         if not input_is_parallel:
-            raise ValueError("input_is_parallel must be true: inputs come cut from a column-parallel layer")
+            raise ValueError("input_is_parallel must be true: inputs come sharded from a column-parallel layer")
         rank, size = tp_group.rank(), tp_group.size()
         self.layout = RowParallelCollectives(tp_group, config.sequence_parallel)
         self.weight_shard = column_shard((output_size, input_size), rank, size)
-        self.bias_shard = whole((output_size,)) if bias else None
+        self.bias_shard = unsharded((output_size,)) if bias else None
         self._allocate((output_size, input_size // size), output_size if bias else None)
         self.weight.tensor_model_parallel = size > 1  # type: ignore[attr-defined]

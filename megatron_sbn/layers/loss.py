@@ -38,7 +38,7 @@ _VOCABULARY_ROWS = 8192
 class _Head:
     """One rank's slice of the vocabulary."""
 
-    matrix: Tensor  # [vocabulary/tp, hidden] in the type of the products
+    matrix: Tensor  # [vocabulary/tp, hidden] in the type of the GEMMs
     group: dist.ProcessGroup | None
     first: int  # id of its first row
 
@@ -52,7 +52,7 @@ class _Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 [block, vocabulary/tp]."""
-        return _fp32_product(hidden, self.matrix.t())
+        return _fp32_gemm(hidden, self.matrix.t())
 
     def local(self, labels: Tensor) -> Tensor:
         """Row of each label in this slice; -1 if it is not here, or ignored."""
@@ -73,7 +73,7 @@ class _Head:
         return (lse - target_logit).where(kept, 0.0), lse.where(kept, torch.inf)
 
 
-def _fp32_product(a: Tensor, b: Tensor) -> Tensor:
+def _fp32_gemm(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, accumulated and returned in fp32."""
     with torch.autocast(a.device.type, enabled=False):
         if a.device.type == "cuda" and a.dtype != torch.float32:
@@ -86,7 +86,7 @@ def _add_block(head: _Head, hidden: Tensor, dz: Tensor, dh: Tensor, dw: Tensor) 
     dh.copy_(dz @ head.matrix if dz.device.type == "cuda" else dz.float() @ head.matrix.float())
     for first in range(0, len(dw), _VOCABULARY_ROWS):
         part = slice(first, first + _VOCABULARY_ROWS)
-        dw[part] += _fp32_product(dz[:, part].t(), hidden)
+        dw[part] += _fp32_gemm(dz[:, part].t(), hidden)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -174,7 +174,7 @@ def linear_cross_entropy(
     """Return the cross-entropy of every token, fp32 [tokens]; 0 where the label is `IGNORED`.
 
     Args:
-        hidden: [..., hidden], fp32, bf16 or fp16: the type of the products; dim 0 is what sequence parallelism cuts.
+        hidden: [..., hidden], fp32, bf16 or fp16: the type of the GEMMs; dim 0 is what sequence parallelism shards.
         weight: [vocabulary/tp, hidden], rows of this rank's slice of the vocabulary; receives dW accumulated in fp32.
         labels: int64 [tokens], of all tokens in the order of `hidden` flattened; ids of the whole vocabulary.
         group: the tensor-parallel group; None is one device.

@@ -72,7 +72,7 @@ class WeightQuantizer:
         self._mask_sparsity: tuple[int, int] | None = None
 
     def attach_weight(self, store: Callable[[nn.Parameter], LocalWeight], holders: dist.ProcessGroup) -> None:
-        """Cuts the weights further: `store` gives each its new place, `holders` together hold each weight once."""
+        """Shards the weights further: `store` gives each its new place, `holders` together hold each weight once."""
         for layer in self.layers.values():
             layer.attach_weight(store(layer.weight))
         self._holders = holders
@@ -111,7 +111,7 @@ class WeightQuantizer:
                 tokens, device = self._tokens_of(name), layer.store.device
                 served = sbn_kernels.served_by(settings.backend, form, mode, out_features, in_features, tokens, device)
             else:
-                served = "torch: floating products"
+                served = "torch: floating GEMMs"
             described[f"{name.rpartition('.')[2]} {out_features} x {in_features}"] = served
         return described
 

@@ -27,20 +27,20 @@ class Part:
     layer: str
     ranges: tuple[tuple[int, int], ...]  # (start, length)
     count: int
-    cut: bool  # whether other ranks hold more of it
+    sharded: bool  # whether other ranks hold more of it
 
     def views(self, t: Tensor) -> tuple[Tensor, ...]:
         """The part's rows of a tensor [rows, ...]."""
         return tuple(t[start : start + length] for start, length in self.ranges)
 
-    def pieces(self, first: int, flat: Tensor, columns: int) -> tuple[Tensor, ...]:
-        """The part's elements among those from `first` on of the flattened weight; maybe none, as one empty piece."""
-        cut = []
+    def elements(self, first: int, flat: Tensor, columns: int) -> tuple[Tensor, ...]:
+        """The part's elements among those from `first` on of the flattened weight; maybe none, as one empty tensor."""
+        found = []
         for start, length in self.ranges:
             low, high = max(start * columns - first, 0), min((start + length) * columns - first, len(flat))
             if low < high:
-                cut.append(flat[low:high])
-        return tuple(cut) or (flat[:0],)
+                found.append(flat[low:high])
+        return tuple(found) or (flat[:0],)
 
 
 def layer_mask(layer: SparseBitLinear, n: int, m: int) -> Tensor:
@@ -50,7 +50,7 @@ def layer_mask(layer: SparseBitLinear, n: int, m: int) -> Tensor:
 
 
 def parts_of(name: str, layer: SparseBitLinear) -> list[Part]:
-    """The parts of a layer. Rows or columns are cut equally, so a part's global count is its local one times tp."""
+    """The parts of a layer. Rows or columns are sharded equally, so a part's global count is its local one times tp."""
     columns = layer.store.shape[1]
     shares = layer.weight_shard.shares
     return [
@@ -74,13 +74,13 @@ def row_scales(
     Raises NumericalError, naming the layer, for a weight that is not finite.
     """
     parts = [part for name, layer in layers.items() for part in parts_of(name, layer)]
-    parts.sort(key=lambda part: not part.cut)  # those that take part in the sums come first
-    cut = sum(part.cut for part in parts)
-    pieces = [_elements(layers[part.layer], part) for part in parts]
+    parts.sort(key=lambda part: not part.sharded)  # those that take part in the sums come first
+    shared = sum(part.sharded for part in parts)
+    elements = [_elements(layers[part.layer], part) for part in parts]
     # MAX first: it fixes the unit of the sums, so that they are exact in any order.
-    maxima = sbn_kernels.abs_maxima(pieces, backend=settings.backend)
-    if cut:
-        dist.all_reduce(maxima[:cut], dist.ReduceOp.MAX, group=holders)
+    maxima = sbn_kernels.abs_maxima(elements, backend=settings.backend)
+    if shared:
+        dist.all_reduce(maxima[:shared], dist.ReduceOp.MAX, group=holders)
     for part, finite in zip(parts, maxima.isfinite().tolist(), strict=True):
         if not finite:
             error = NumericalError(f"{part.layer}.weight holds NaN or Inf; resume from the last good checkpoint")
@@ -97,9 +97,9 @@ def row_scales(
             name: masks[name] if name in masks else layer_mask(layer, n, m) for name, layer in layers.items()
         }
         kept = [_elements(layers[part.layer], part, survivors_of[part.layer]) for part in parts]
-    totals = sbn_kernels.fixed_point_sums(pieces, units, kept, backend=settings.backend)
-    if cut:
-        dist.all_reduce(totals[:cut], dist.ReduceOp.SUM, group=holders)
+    totals = sbn_kernels.fixed_point_sums(elements, units, kept, backend=settings.backend)
+    if shared:
+        dist.all_reduce(totals[:shared], dist.ReduceOp.SUM, group=holders)
     gammas = sbn_kernels.gamma_from_fixed_point(totals, units, count)
     per_row = {name: torch.empty(layer.store.shape[0], device=maxima.device) for name, layer in layers.items()}
     for part, gamma in zip(parts, gammas, strict=True):
@@ -114,4 +114,4 @@ def _elements(layer: SparseBitLinear, part: Part, whole: Tensor | None = None) -
     first, flat = store.fragment()
     if whole is not None:
         flat = whole.reshape(-1)[first : first + len(flat)]
-    return part.pieces(first, flat, store.shape[1])
+    return part.elements(first, flat, store.shape[1])

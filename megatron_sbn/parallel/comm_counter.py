@@ -117,11 +117,11 @@ class CommCounter:
             # Megatron-Core lends the world's group to a pipeline of two stages, for one of its two directions.
             name = "pipeline"
         count, total = self._totals.get((name, kind), (0, 0.0))
-        sent = _bytes_sent(kind, position, args, group.size(), group.rank()) if group.size() > 1 else 0.0
-        self._totals[name, kind] = (count + 1, total + sent)
+        volume = _volume(kind, position, args, group.size(), group.rank()) if group.size() > 1 else 0.0
+        self._totals[name, kind] = (count + 1, total + volume)
 
 
-def _bytes_sent(kind: str, position: int, args: tuple[Any, ...], size: int, rank: int) -> float:
+def _volume(kind: str, position: int, args: tuple[Any, ...], size: int, rank: int) -> float:
     """The table of the module, for n = `size`."""
     given = args[position]
     if kind == "all_reduce":
@@ -196,8 +196,8 @@ def group_names(parallel: ParallelState) -> dict[str, str]:
 
 def step_metrics(totals: Totals, parallel: ParallelState) -> dict[str, float]:
     """`bytes_GROUP` of one step, the sum over all ranks; without groups of one. A collective: all ranks call it."""
-    sent = [math.fsum(total for (group, _), (_, total) in totals.items() if group == name) for name in PER_STEP]
-    summed = torch.tensor(sent, dtype=torch.float64, device=parallel.device)
+    volumes = [math.fsum(total for (group, _), (_, total) in totals.items() if group == name) for name in PER_STEP]
+    summed = torch.tensor(volumes, dtype=torch.float64, device=parallel.device)
     dist.all_reduce(summed)
     expert_size = megatron_state.get_expert_model_parallel_world_size()
     sizes = (parallel.tensor.size, parallel.pipeline.size, parallel.data.size, expert_size)

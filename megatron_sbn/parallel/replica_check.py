@@ -1,4 +1,4 @@
-"""Ranks that hold the same piece of a logical tensor hold the same bits: checked at start, by an exchange of hashes.
+"""Ranks that hold the same shard of a logical tensor hold the same bits: checked at start, by an exchange of hashes.
 
 Weights are drawn from the seed and each tensor's name, so no rank is sent any; a rank with another version of a
 library, another seed or a damaged memory would train a model of its own without a word. Each rank tells, for every
@@ -19,8 +19,8 @@ from megatron_sbn.parallel.state import ParallelState
 
 def check_replicas(parameters: Sequence[LogicalParameter], parallel: ParallelState) -> None:
     """Raises NumericalError on every rank, naming parameter and ranks, where replicas differ in a bit."""
-    told = torch.tensor([[_place(p), _content(p.parameter)] for p in parameters], dtype=torch.int64)
-    everyone = _gather(told.to(parallel.device), parallel.world_size)
+    hashes = torch.tensor([[_place(p), _content(p.parameter)] for p in parameters], dtype=torch.int64)
+    everyone = _gather(hashes.to(parallel.device), parallel.world_size)
     names = {_place(p): p.name for p in parameters}
     by_place: dict[int, dict[int, list[int]]] = {}
     for rank, table in enumerate(everyone):
@@ -37,14 +37,14 @@ def check_replicas(parameters: Sequence[LogicalParameter], parallel: ParallelSta
             raise error
 
 
-def _gather(told: Tensor, world_size: int) -> list[Tensor]:
+def _gather(hashes: Tensor, world_size: int) -> list[Tensor]:
     """Every rank's table [parameters of that rank, 2], in the order of ranks."""
-    count = torch.tensor([len(told)], device=told.device)
+    count = torch.tensor([len(hashes)], device=hashes.device)
     counts = [torch.zeros_like(count) for _ in range(world_size)]
     dist.all_gather(counts, count)
     lengths = [int(length) for length in counts]
-    padded = told.new_zeros(max(lengths), 2)
-    padded[: len(told)] = told
+    padded = hashes.new_zeros(max(lengths), 2)
+    padded[: len(hashes)] = hashes
     tables = [torch.zeros_like(padded) for _ in range(world_size)]
     dist.all_gather(tables, padded)
     return [table[:length].cpu() for table, length in zip(tables, lengths, strict=True)]

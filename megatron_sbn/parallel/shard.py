@@ -23,7 +23,7 @@ def is_expert(name: str) -> bool:
 
 @dataclass(frozen=True)
 class LogicalShard:
-    """This rank's piece of a logical tensor of shape `shape`.
+    """This rank's shard of a logical tensor of shape `shape`.
 
     `rows` are (start, length) ranges of dim 0 in the order in which they are stored; `columns` is one range of dim 1
     (None: all of it, and for one-dimensional tensors).
@@ -40,12 +40,12 @@ class LogicalShard:
 
     @property
     def shares(self) -> int:
-        """How many equal pieces the logical tensor is cut into."""
+        """How many equal shards the logical tensor is divided into."""
         by_rows = self.shape[0] // sum(length for _, length in self.rows)
         return by_rows if self.columns is None else by_rows * (self.shape[1] // self.columns[1])
 
     def take(self, full: Tensor) -> Tensor:
-        """The stored local tensor, cut from the logical one."""
+        """The stored local tensor, a slice of the logical one."""
         local = torch.cat([full.narrow(0, start, length) for start, length in self.rows])
         return local if self.columns is None else local.narrow(1, *self.columns)
 
@@ -78,7 +78,7 @@ class LogicalParameter:
         return not vars(self.parameter).get("ds_pipe_replicated", False)
 
 
-def whole(shape: tuple[int, ...]) -> LogicalShard:
+def unsharded(shape: tuple[int, ...]) -> LogicalShard:
     """A tensor that every rank holds in full."""
     return LogicalShard(shape, ((0, shape[0]),))
 

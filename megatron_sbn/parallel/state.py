@@ -84,7 +84,7 @@ class ParallelState:
 
 
 def initialize(recipe: Recipe) -> ParallelState:
-    """Joins the process group and cuts it as the recipe says. The world size must have been checked already."""
+    """Joins the process group and makes the recipe's groups. The world size must have been checked."""
     rank, world_size = environment.rank(), environment.world_size()
     device = _local_device(recipe.device)
     if not dist.is_initialized():
@@ -135,7 +135,7 @@ def _local_device(wanted: str) -> torch.device:
             f"local rank {local_rank} has no GPU: this machine shows {gpus}; start at most {gpus} ranks on it, "
             "or set device=cpu"
         )
-    # One hardware queue: collectives that overlap with products then start in the order in which they were issued.
+    # One hardware queue: collectives that overlap with GEMMs then start in the order in which they were issued.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

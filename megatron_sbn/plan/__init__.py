@@ -1,1 +1,1 @@
-"""What a recipe will take on some devices, before any is asked for: memory, bytes sent, time. Imports no torch."""
+"""What a recipe will take on some devices: memory, communication volume, time. Imports no torch."""

@@ -1,4 +1,4 @@
-"""Bytes that a rank sends in one optimizer step, by group: docs/metrics.md's definitions, from shapes alone.
+"""Communication volume of a rank in one optimizer step, in bytes by group, from shapes; defined in docs/metrics.md.
 
     all-reduce 2 (n - 1)/n S    all-gather (n - 1) own S    reduce-scatter (n - 1)/n S    reduce S, root 0    send S
 
@@ -15,7 +15,7 @@ from megatron_sbn.plan.shapes import Layout
 GROUPS = ("tensor", "pipeline", "data", "expert")
 
 
-def sent_by_rank(layout: Layout, stage: int) -> dict[str, float]:
+def bytes_per_rank(layout: Layout, stage: int) -> dict[str, float]:
     """Bytes by group of one rank of a pipeline stage, the mean over the ranks of the stage."""
     sizes = dict(zip(GROUPS, (layout.tensor, layout.pipeline, layout.data, layout.expert), strict=True))
     made = {
@@ -27,12 +27,12 @@ def sent_by_rank(layout: Layout, stage: int) -> dict[str, float]:
     return {group: total for group, total in made.items() if sizes[group] > 1}
 
 
-def sent_by_all(layout: Layout) -> dict[str, float]:
+def bytes_of_all_ranks(layout: Layout) -> dict[str, float]:
     """Bytes by group over all ranks: the metrics bytes_GROUP."""
     total: dict[str, float] = defaultdict(float)
     for stage in range(layout.pipeline):
-        for group, sent in sent_by_rank(layout, stage).items():
-            total[group] += sent * layout.tensor * layout.data
+        for group, volume in bytes_per_rank(layout, stage).items():
+            total[group] += volume * layout.tensor * layout.data
     return dict(total)
 
 
@@ -78,7 +78,7 @@ def _tensor(layout: Layout, stage: int) -> float:
     if sequence:
         total += _all_reduce(_of_own_tokens(layout, stage) * FP32, ranks)
     if layout.recipe.parallel.zero_stage < 3:
-        total += _all_reduce(_cut_parts(layout, stage) * (FP32 + INT64), ranks)
+        total += _all_reduce(_sharded_parts(layout, stage) * (FP32 + INT64), ranks)
     return total
 
 
@@ -89,12 +89,12 @@ def _of_own_tokens(layout: Layout, stage: int) -> int:
     return layout.layers(stage) * (2 * model.hidden_size + routers) + model.hidden_size * layout.is_last(stage)
 
 
-def _cut_parts(layout: Layout, stage: int) -> int:
+def _sharded_parts(layout: Layout, stage: int) -> int:
     """Scales that several ranks make together."""
     if layout.recipe.linear.weight_format != "ternary":
         return 0
-    everything = layout.recipe.parallel.zero_stage == 3  # every weight is cut over data parallelism
-    return layout.layers(stage) * sum(one.parts * one.count for one in layout.linears() if one.cut or everything)
+    everything = layout.recipe.parallel.zero_stage == 3  # every weight is sharded over data parallelism
+    return layout.layers(stage) * sum(one.parts * one.count for one in layout.linears() if one.sharded or everything)
 
 
 def _pipeline(layout: Layout, stage: int) -> float:
@@ -115,14 +115,14 @@ def _data(layout: Layout, stage: int) -> float:
     elements = sum(matrices.values()) + vectors
     scalars = _all_reduce(INT64 + 2 * FP32, ranks)
     if layout.recipe.parallel.zero_stage == 3:
-        return _cut(layout, matrices, vectors, ranks) + scalars
+        return _zero3(layout, matrices, vectors, ranks) + scalars
     total = scalars + 2 * _scatter(elements * FP32, ranks)
     if layout.expert_data > 1:
         total += 2 * _scatter(sum(layout.experts(stage)) * FP32, layout.expert_data)
     return total
 
 
-def _cut(layout: Layout, matrices: dict[str, int], vectors: int, ranks: int) -> float:
+def _zero3(layout: Layout, matrices: dict[str, int], vectors: int, ranks: int) -> float:
     """ZeRO-3, one pipeline stage: gradients scattered once; weights gathered as often as they are read."""
     micro, linear = layout.micro_batches, layout.recipe.linear
     again = forward_passes(layout)
@@ -133,7 +133,7 @@ def _cut(layout: Layout, matrices: dict[str, int], vectors: int, ranks: int) -> 
     ends = matrices["embedding"] + matrices["head"]
     gathered = matrices["linears"] * times + ends * (3 * micro + 1) / 2 + vectors * 2 * micro
     holders = layout.tensor * layout.data
-    scales = _all_reduce(_cut_parts(layout, 0) * (FP32 + INT64), holders)
+    scales = _all_reduce(_sharded_parts(layout, 0) * (FP32 + INT64), holders)
     gradients = sum(matrices.values()) + vectors
     return _scatter((gathered + gradients) * FP32, ranks) + scales
 

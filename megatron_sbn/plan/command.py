@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from megatron_sbn.atomic_files import write_whole
+from megatron_sbn.atomic_files import write_atomically
 from megatron_sbn.config import Recipe
 from megatron_sbn.errors import RecipeError
 from megatron_sbn.plan.hardware import Efficiency, find_device
@@ -23,12 +23,12 @@ def run(recipe: Recipe, machines: Machines, json_file: Path | None) -> int:
     if not choice.fitting:
         raise RecipeError(_way_out(recipe, machines, choice, reason))
     if own is None:
-        print(f"The recipe's own layout is not possible: {reason}. The fastest that fits is told instead.\n")
+        print(f"The recipe's own layout is not possible: {reason}. The fastest that fits is shown instead.\n")
         own = choice.fitting[0]
     print(page(recipe, machines, own, choice))
     if json_file is not None:
         text = json.dumps(describe(recipe, machines, own, choice), indent=1) + "\n"
-        write_whole(json_file, text.encode())
+        write_atomically(json_file, text.encode())
     return 0
 
 

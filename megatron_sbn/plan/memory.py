@@ -44,13 +44,13 @@ def rank_memory(layout: Layout, stage: int, keeps: Keeps) -> RankMemory:
     host = states if layout.recipe.optimizer.cpu_offload else {}
     device = {} if host else states
     bucket = min(BUCKET, elements) * FP32
-    cut = layout.recipe.parallel.zero_stage == 3
+    zero3 = layout.recipe.parallel.zero_stage == 3
     lasting = {"parameters": parameters * FP32} | device | prepared(layout, stage, keeps)
     lasting |= {"gradients": elements * FP32}
-    if cut:  # ZeRO-3 keeps its buffers for good
+    if zero3:  # ZeRO-3 keeps its buffers for good
         lasting["ZeRO buffers"] = bucket + share * FP32
     passes = activations.saved(layout, stage, keeps) | workspace(layout, stage)
-    update = {"ZeRO bucket": 0.0 if cut else bucket, "share of gradients, Adam's copy": 2 * share * FP32}
+    update = {"ZeRO bucket": 0.0 if zero3 else bucket, "share of gradients, Adam's copy": 2 * share * FP32}
     if host:
         largest = max(one.weights for one in layout.linears())
         largest = max(largest, max(layout.matrices(stage)["embedding"], layout.matrices(stage)["head"])) * FP32

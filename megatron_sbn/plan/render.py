@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_sbn.config import Recipe
-from megatron_sbn.plan.comm_bytes import sent_by_all, sent_by_rank
+from megatron_sbn.plan.comm_bytes import bytes_of_all_ranks, bytes_per_rank
 from megatron_sbn.plan.hardware import GIB
 from megatron_sbn.plan.memory import RankMemory
 from megatron_sbn.plan.search import Candidate, Choice, Machines
@@ -16,8 +16,8 @@ from megatron_sbn.text_table import numeric, prefixed
 SHOWN = 12  # layouts
 
 _ASSUMED = (
-    ("int8_gemm", "of int8 peak, forward products of quantized layers"),
-    ("floating_gemm", "of bf16 peak, backward products, floating layers, head"),
+    ("int8_gemm", "of int8 peak, forward GEMMs of quantized layers"),
+    ("floating_gemm", "of bf16 peak, backward GEMMs, floating layers, head"),
     ("attention", "of bf16 peak, attention"),
     ("bandwidth", "of memory bandwidth"),
     ("link", "of link speeds"),
@@ -25,7 +25,7 @@ _ASSUMED = (
 
 
 def page(recipe: Recipe, machines: Machines, own: Candidate, choice: Choice) -> str:
-    """The whole plan; `own` is the layout that is told in full."""
+    """The whole plan; `own` is the layout that is shown in full."""
     blocks = [_title(recipe, machines), _model(recipe), _layout(own), _memory(own, machines), _bytes(own, machines)]
     blocks += [_flops(own), _time(own, machines), _assumptions(machines), _layouts(choice, machines, own)]
     return "\n\n".join("\n".join(block) for block in blocks)
@@ -58,24 +58,26 @@ def _layout(own: Candidate) -> list[str]:
 
 def _memory(own: Candidate, machines: Machines) -> list[str]:
     memory = own.memory
-    unit, size = ("GiB", GIB) if memory.total >= GIB else ("MiB", 2**20)
+    unit, scale = ("GiB", GIB) if memory.total >= GIB else ("MiB", 2**20)
 
-    def told(value: float) -> str:
-        return f"{value / size:,.2f}"
+    def scaled(value: float) -> str:
+        return f"{value / scale:,.2f}"
 
     which = (
         f"a rank of stage {memory.stage} (of {own.layout.pipeline}), the fullest"
         if own.layout.pipeline > 1
         else "a rank"
     )
-    rows = [[f"  {name}", told(value), "persistent"] for name, value in memory.lasting.items() if value]
-    rows += [[f"  {name}", told(value), "forward+backward"] for name, value in memory.passes.items() if value]
-    rows += [[f"  {name}", told(value), "optimizer step"] for name, value in memory.update.items() if value]
-    rows.append([f"  peak, in the {peak_moment(memory)}", told(memory.total), ""])
-    rows.append(["  usable: the data sheet's less a reserve", told(machines.usable), ""])
+    rows = [[f"  {name}", scaled(value), "persistent"] for name, value in memory.lasting.items() if value]
+    rows += [[f"  {name}", scaled(value), "forward+backward"] for name, value in memory.passes.items() if value]
+    rows += [[f"  {name}", scaled(value), "optimizer step"] for name, value in memory.update.items() if value]
+    rows.append([f"  peak, in the {peak_moment(memory)}", scaled(memory.total), ""])
+    rows.append(["  usable: the data sheet's less a reserve", scaled(machines.usable), ""])
     lines = numeric([f"Memory of {which}", unit, "lifetime"], rows)
     if own.layout.recipe.linear.phases:
-        lines.append("  in the phase that takes most; bytes sent and time are of the settings before any phase")
+        lines.append(
+            "  in the phase that takes most; communication volume and time are of the settings before any phase"
+        )
     over = memory.total - machines.usable
     lines.append(f"  does not fit: {gib(over)} GiB too much" if over > 0 else f"  fits: {gib(-over)} GiB are left")
     if memory.host:
@@ -94,9 +96,9 @@ def gib(value: float) -> str:
 
 
 def _bytes(own: Candidate, machines: Machines) -> list[str]:
-    layout, most = own.layout, _most_sent(own)
+    layout, most = own.layout, _largest_bytes(own)
     rows = []
-    for group, total in sent_by_all(layout).items():
+    for group, total in bytes_of_all_ranks(layout).items():
         speed = link(layout, group, machines.device, machines.per_node)
         where = f"{'in a node' if speed == machines.device.node_link else 'between nodes'}, {speed / 1e9:.0f} GB/s"
         rows.append([f"  {group}", f"{prefixed(most[group])}B", f"{prefixed(total)}B", where])
@@ -105,10 +107,10 @@ def _bytes(own: Candidate, machines: Machines) -> list[str]:
     return numeric(["Communication per step", "max per rank", "total", "link of a device"], rows)
 
 
-def _most_sent(own: Candidate) -> dict[str, float]:
+def _largest_bytes(own: Candidate) -> dict[str, float]:
     """Bytes by group of the rank that sends most."""
-    stages = [sent_by_rank(own.layout, stage) for stage in range(own.layout.pipeline)]
-    return {group: max(sent[group] for sent in stages) for group in stages[0]}
+    stages = [bytes_per_rank(own.layout, stage) for stage in range(own.layout.pipeline)]
+    return {group: max(volume[group] for volume in stages) for group in stages[0]}
 
 
 def _flops(own: Candidate) -> list[str]:
@@ -197,7 +199,7 @@ def describe(recipe: Recipe, machines: Machines, own: Candidate, choice: Choice)
         "parameters": model_parameters(recipe),
         "layout": _candidate(own),
         "memory": _memory_values(own.memory),
-        "sent": {"all": sent_by_all(layout), "most": _most_sent(own)},
+        "comm_bytes": {"all": bytes_of_all_ranks(layout), "most": _largest_bytes(own)},
         "flops": operations(layout),
         "seconds": dict(own.duration.seconds),
         "assumed": asdict(machines.assumed),

@@ -116,10 +116,10 @@ def _variants(recipe: Recipe, machines: Machines) -> Iterator[Recipe]:
             changes: dict[str, int | None] = {"tensor": tensor, "pipeline": pipeline}
             changes |= {} if own else dict.fromkeys(_OF_ONE_PIPELINE)
             for stage in stages:
-                cut = parallel.model_copy(update=changes | {"zero_stage": stage})
+                changed = parallel.model_copy(update=changes | {"zero_stage": stage})
                 for size in sorted(sizes):
                     training = recipe.training.model_copy(update={"micro_batch_size": size})
-                    yield recipe.model_copy(update={"parallel": cut, "training": training})
+                    yield recipe.model_copy(update={"parallel": changed, "training": training})
 
 
 def _divisors(number: int) -> list[int]:

@@ -1,8 +1,8 @@
 """What the ranks of a pipeline stage hold: parameters and linear layers, as numbers of elements.
 
 All ranks of one stage hold the same numbers. Rows or columns of attention and MLP projections, and the rows of
-embedding and head, are cut over the tensor-parallel group; norms, biases of row-parallel layers and routers are whole;
-an expert is whole on its rank.
+embedding and head, are sharded over the tensor-parallel group; norms, biases of row-parallel layers and routers are
+not; an expert is whole on its rank.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Linear:
         rows, columns: out and in of this rank's weight.
         column: whether it is column-parallel (reads whole tokens); else it is row-parallel.
         parts: logical matrices with a scale each.
-        cut: whether other tensor-parallel ranks hold more of it.
+        sharded: whether other tensor-parallel ranks hold more of it.
         bias: elements of its bias on this rank.
         count: how many of its kind a layer has on this rank: one for each expert.
     """
@@ -28,7 +28,7 @@ class Linear:
     columns: int
     column: bool
     parts: int
-    cut: bool
+    sharded: bool
     bias: int
     count: int = 1
 
@@ -40,7 +40,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layout:
-    """How `world` ranks are cut, and what each replica does in a step."""
+    """How `world` ranks are arranged, and what each replica does in a step."""
 
     recipe: Recipe
     world: int
@@ -77,7 +77,7 @@ class Layout:
 
     @property
     def sequence(self) -> bool:
-        """Whether tokens between the linear layers are cut over the tensor-parallel group."""
+        """Whether tokens between the linear layers are sharded over the tensor-parallel group."""
         return self.recipe.parallel.sequence and self.tensor > 1
 
     @property
@@ -119,20 +119,20 @@ class Layout:
 
     def linears(self) -> list[Linear]:
         """The Sparse-BitNet layers of one transformer layer on one rank: QKV, projection, and the two of an MLP."""
-        model, cut = self.recipe.model, self.tensor
+        model, shards = self.recipe.model, self.tensor
         attention, keys = model.num_attention_heads * model.head_dim, 2 * model.query_groups * model.head_dim
         hidden, width, bias = model.hidden_size, model.mlp_width, model.add_bias_linear
-        qkv = (attention + keys) // cut
+        qkv = (attention + keys) // shards
         attention_layers = [
-            Linear("linear_qkv", qkv, hidden, True, 3, cut > 1, qkv * (bias or model.add_qkv_bias)),
-            Linear("linear_proj", hidden, attention // cut, False, 1, cut > 1, hidden * bias),
+            Linear("linear_qkv", qkv, hidden, True, 3, shards > 1, qkv * (bias or model.add_qkv_bias)),
+            Linear("linear_proj", hidden, attention // shards, False, 1, shards > 1, hidden * bias),
         ]
-        count, cut = (self.local_experts, 1) if self.local_experts else (1, cut)
-        rows = 2 * width // cut
+        count, shards = (self.local_experts, 1) if self.local_experts else (1, shards)
+        rows = 2 * width // shards
         return [
             *attention_layers,
-            Linear("linear_fc1", rows, hidden, True, 2, cut > 1, rows * bias, count),
-            Linear("linear_fc2", hidden, width // cut, False, 1, cut > 1, hidden * bias, count),
+            Linear("linear_fc1", rows, hidden, True, 2, shards > 1, rows * bias, count),
+            Linear("linear_fc2", hidden, width // shards, False, 1, shards > 1, hidden * bias, count),
         ]
 
     @property

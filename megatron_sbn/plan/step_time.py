@@ -1,10 +1,10 @@
 """Expected time of one optimizer step. Every rate is a ceiling of a data sheet times an assumed efficiency.
 
     step    = bubble * passes + loss + communication outside passes + update
-    passes  = micro-batches * (products + attention + memory traffic + tensor- and expert-parallel communication)
+    passes  = micro-batches * (GEMMs + attention + memory traffic + tensor- and expert-parallel communication)
     bubble  = 1 + (stages - 1) / (chunks * micro-batches)
 
-of the slowest pipeline stage. Nothing overlaps with anything here: where layers do overlap collectives with products
+of the slowest pipeline stage. Nothing overlaps with anything here: where layers do overlap collectives with GEMMs
 (docs/architecture.md), a real step is faster.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from megatron_sbn.plan import activations
 from megatron_sbn.plan.activations import FP32, quantizes
-from megatron_sbn.plan.comm_bytes import forward_passes, sent_by_rank
+from megatron_sbn.plan.comm_bytes import bytes_per_rank, forward_passes
 from megatron_sbn.plan.flops import model_flops_per_token
 from megatron_sbn.plan.hardware import Device, Efficiency
 from megatron_sbn.plan.memory import is_two_four
@@ -58,30 +58,30 @@ def _stage(layout: Layout, stage: int, device: Device, per_node: int, assumed: E
     """Seconds by cause of a rank of the stage."""
     micro = layout.micro_batches
     bandwidth = device.bandwidth * assumed.bandwidth
-    sent = sent_by_rank(layout, stage)
-    links = {group: link(layout, group, device, per_node) * assumed.link for group in sent}
+    volume = bytes_per_rank(layout, stage)
+    links = {group: link(layout, group, device, per_node) * assumed.link for group in volume}
     elements = sum(layout.matrices(stage).values()) + sum(layout.experts(stage))
     share = (sum(layout.matrices(stage).values()) / layout.data) + sum(layout.experts(stage)) / layout.expert_data
     kept = sum(activations.layer(layout, device.keeps).values()) * layout.layers(stage)
     passes = {
-        "linear products": micro * _products(layout, stage, device, assumed),
+        "linear GEMMs": micro * _gemms(layout, stage, device, assumed),
         "attention": micro * _attention(layout, stage, device, assumed),
         "head and loss": micro * _head(layout, device, assumed) * layout.is_last(stage),
         "memory traffic of layers": micro * (_TOUCHES * kept + _ACCUMULATE_BYTES * elements) / bandwidth,
-        "tensor and expert parallelism": sum(sent[g] / links[g] for g in ("tensor", "expert") if g in sent),
+        "tensor and expert parallelism": sum(volume[g] / links[g] for g in ("tensor", "expert") if g in volume),
     }
     idle = (layout.pipeline - 1) / (layout.chunks * micro)
     update = share * _UPDATE_BYTES + layout.weights_of_linears(stage) * _PREPARE_BYTES
     return passes | {
         "pipeline bubble": idle * sum(passes.values()),
-        "pipeline sends": sent["pipeline"] / links["pipeline"] if "pipeline" in sent else 0.0,
-        "data parallelism": sent["data"] / links["data"] if "data" in sent else 0.0,
+        "pipeline sends": volume["pipeline"] / links["pipeline"] if "pipeline" in volume else 0.0,
+        "data parallelism": volume["data"] / links["data"] if "data" in volume else 0.0,
         "update and weight preparation": update / bandwidth,
     }
 
 
-def _products(layout: Layout, stage: int, device: Device, assumed: Efficiency) -> float:
-    """Linear layers of one micro-batch: forward (again where it is recomputed) at one rate, two products back."""
+def _gemms(layout: Layout, stage: int, device: Device, assumed: Efficiency) -> float:
+    """Linear layers of one micro-batch: forward (again where it is recomputed) at one rate, two GEMMs back."""
     linear = layout.recipe.linear
     floating = (device.bf16 if layout.recipe.model.bf16 else device.fp32) * assumed.floating_gemm
     int8 = device.int8 * assumed.int8_gemm
@@ -106,7 +106,7 @@ def _weights_passed(layout: Layout) -> float:
 
 
 def _attention(layout: Layout, stage: int, device: Device, assumed: Efficiency) -> float:
-    """Scores and their sums over values: 2 products forward, 5 back, of half the keys each."""
+    """Scores and their sums over values: 2 matrix products forward, 5 back, of half the keys each."""
     model = layout.recipe.model
     width = model.num_attention_heads * model.head_dim / layout.tensor
     again = 1 if model.recompute_granularity is None else 2
@@ -116,7 +116,7 @@ def _attention(layout: Layout, stage: int, device: Device, assumed: Efficiency) 
 
 
 def _head(layout: Layout, device: Device, assumed: Efficiency) -> float:
-    """Three products with the head, and its logits written and read twice in fp32."""
+    """Three GEMMs with the head, and its logits written and read twice in fp32."""
     rate = (device.bf16 if layout.recipe.model.bf16 else device.fp32) * assumed.floating_gemm
     weights = layout.vocabulary_weights()
     logits = layout.tokens * weights / layout.recipe.model.hidden_size * FP32

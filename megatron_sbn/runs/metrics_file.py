@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_sbn.atomic_files import write_whole
+from megatron_sbn.atomic_files import write_atomically
 from megatron_sbn.errors import InputError
 from megatron_sbn.redaction import excerpt
 
@@ -59,7 +59,7 @@ class MetricsFile:
         data = self.path.read_bytes()
         lines = _parse(data, self.path, 1)
         kept = [text for text, line in zip(data.splitlines(keepends=True), lines, strict=False) if line["step"] <= step]
-        write_whole(self.path, b"".join(kept))
+        write_atomically(self.path, b"".join(kept))
         self._file = self.path.open("ab")
 
     def flush_to_disk(self) -> None:

@@ -16,7 +16,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_sbn.atomic_files import write_whole
+from megatron_sbn.atomic_files import write_atomically
 from megatron_sbn.runs.folder import STATUS, STOP
 
 State = Literal["RUNNING", "FINISHED", "STOPPED", "FAILED"]
@@ -59,7 +59,7 @@ def write_status(folder: Path, state: State, exit_status: int | None, step: int,
     """Replaces the run's status. Raises InputError where it cannot be written."""
     job, restart = slurm_attempt()
     status = RunStatus(state, exit_status, step, reason, job, restart, round(time.time(), 3))
-    write_whole(folder / STATUS, json.dumps(asdict(status)).encode() + b"\n")
+    write_atomically(folder / STATUS, json.dumps(asdict(status)).encode() + b"\n")
 
 
 def switched_off(folder: Path) -> bool:

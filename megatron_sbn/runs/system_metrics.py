@@ -107,15 +107,15 @@ class Machine:
 
 def _gpu(row: dict[str, str]) -> dict[str, float]:
     """Metrics of one GPU; what it does not tell ("[N/A]") is left out."""
-    told = {name: float(text) for name, text in row.items() if text and text.replace(".", "", 1).isdigit()}
+    readings = {name: float(text) for name, text in row.items() if text and text.replace(".", "", 1).isdigit()}
     values = {}
-    if "utilization.gpu" in told:
-        values["utilization_percentage"] = told["utilization.gpu"]
-    if "memory.used" in told:
-        values["memory_usage_megabytes"] = told["memory.used"] * 2**20 / 1e6
-    if "power.draw" in told:
-        values["power_usage_watts"] = told["power.draw"]
+    if "utilization.gpu" in readings:
+        values["utilization_percentage"] = readings["utilization.gpu"]
+    if "memory.used" in readings:
+        values["memory_usage_megabytes"] = readings["memory.used"] * 2**20 / 1e6
+    if "power.draw" in readings:
+        values["power_usage_watts"] = readings["power.draw"]
     for name, part, whole in (("memory", "memory.used", "memory.total"), ("power", "power.draw", "power.limit")):
-        if part in told and told.get(whole):
-            values[f"{name}_usage_percentage"] = 100 * told[part] / told[whole]
+        if part in readings and readings.get(whole):
+            values[f"{name}_usage_percentage"] = 100 * readings[part] / readings[whole]
     return {f"gpu_{row['index']}_{name}": value for name, value in values.items()}

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from megatron_sbn.atomic_files import write_whole
+from megatron_sbn.atomic_files import write_atomically
 from megatron_sbn.errors import InputError
 from megatron_sbn.redaction import excerpt, mask_secrets
 
@@ -67,7 +67,7 @@ class RunRecordFile:
         """Changes fields and puts the file in the place of the old one."""
         with self._lock:
             self.record = replace(self.record, **changes)
-            write_whole(self.path, json.dumps(asdict(self.record), indent=1).encode("ascii") + b"\n")
+            write_atomically(self.path, json.dumps(asdict(self.record), indent=1).encode("ascii") + b"\n")
 
 
 def new_key() -> str:

@@ -1,4 +1,4 @@
-"""How a layer's weights are distributed, and where N:M cuts: the paper's account of why ternary weights tolerate it.
+"""How a layer's weights are distributed, and where N:M prunes: the paper's account of why ternary weights tolerate it.
 
     histogram of W / gamma             one peak for BF16 weights, three (near -1, 0, 1) for ternary ones
     histogram of the threshold         the (N+1)-th largest |W| / gamma of every group: the largest that is pruned

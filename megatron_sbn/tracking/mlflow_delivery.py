@@ -192,11 +192,11 @@ class Delivery:
         from mlflow.entities import Param, RunTag
 
         record = self._file.record
-        wanted = {key: _cut(value, PARAM_LENGTH) for key, value in record.params.items()}
+        wanted = {key: _truncated(value, PARAM_LENGTH) for key, value in record.params.items()}
         logged = run.data.params
         params = [Param(key, value) for key, value in wanted.items() if key not in logged]
         changed = {f"changed.{key}": value for key, value in wanted.items() if logged.get(key, value) != value}
-        tags = [RunTag(key, _cut(value, TAG_LENGTH)) for key, value in (record.tags | changed).items()]
+        tags = [RunTag(key, _truncated(value, TAG_LENGTH)) for key, value in (record.tags | changed).items()]
         for start in range(0, len(params), ENTRIES_PER_BATCH):
             self._client.log_batch(run.info.run_id, params=params[start : start + ENTRIES_PER_BATCH])
         for start in range(0, len(tags), ENTRIES_PER_BATCH):
@@ -225,5 +225,5 @@ def _milliseconds(seconds: float) -> int:
     return int(seconds * 1000)
 
 
-def _cut(value: str, length: int) -> str:
+def _truncated(value: str, length: int) -> str:
     return value if len(value) <= length else value[: length - 3] + "..."

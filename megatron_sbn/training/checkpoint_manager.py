@@ -12,7 +12,7 @@ from megatron_sbn import __version__
 from megatron_sbn.checkpoint.collective_errors import capture_error, first_error_on_any_rank
 from megatron_sbn.checkpoint.loading import Opened, open_newest
 from megatron_sbn.checkpoint.manifest import DataPosition, Layout, State, TelemetryState
-from megatron_sbn.checkpoint.run_state import Contents, parameter_names
+from megatron_sbn.checkpoint.run_state import ResumableState, parameter_names
 from megatron_sbn.checkpoint.saver import Saver
 from megatron_sbn.checkpoint.shards import Reader
 from megatron_sbn.config import Recipe
@@ -45,7 +45,7 @@ class CheckpointManager:
         self.telemetry = telemetry
         self.trainer = trainer
         stages = trainer.stages
-        self.contents = Contents(stages.parameters, trainer.zero, stages.state, telemetry, parallel)
+        self.contents = ResumableState(stages.parameters, trainer.zero, stages.state, telemetry, parallel)
         self.saver = Saver(folder.checkpoints, self.contents, recipe.checkpoint, say)
         self._say = say
 
@@ -83,16 +83,16 @@ class CheckpointManager:
         self.saver.save(state)
 
     def restore(self, at_most: int | None = None) -> State:
-        """Takes everything from the newest whole checkpoint, or that of at most so many steps, and prepares the layers.
+        """Takes everything from the newest valid checkpoint, or that of at most so many steps, and prepares the layers.
 
         With `at_most` a run goes back: what it goes on from is in force then, so that a start before the next save
         does not continue what was given up.
 
-        Raises CheckpointError on every rank where none is whole, or where it is of another model or other data.
+        Raises CheckpointError on every rank where none is valid, or where it is of another model or other data.
         """
         opened = open_newest(self.folder.checkpoints, self.parallel, at_most)
         for problem in opened.passed_over:
-            self._say(f"a checkpoint is not whole: {problem}; the one before it is used")
+            self._say(f"a checkpoint is not valid: {problem}; the one before it is used")
         known = self._parameter_names()
         with capture_error() as checking:
             self._check(opened, known)
@@ -116,9 +116,9 @@ class CheckpointManager:
     def _parameter_names(self) -> set[str]:
         """Global names of the parameters of all ranks."""
         own = [logical.name for logical in self.contents.parameters]
-        told: list[list[str]] = [[] for _ in range(self.parallel.world_size)]
-        dist.all_gather_object(told, own)
-        return {name for names in told for name in names}
+        gathered: list[list[str]] = [[] for _ in range(self.parallel.world_size)]
+        dist.all_gather_object(gathered, own)
+        return {name for names in gathered for name in names}
 
     def _check(self, opened: Opened, known: set[str]) -> None:
         """Raises CheckpointError for a checkpoint of another model, or other data, than the recipe's."""

@@ -43,8 +43,8 @@ class Console:
         else:
             print(text, flush=True)
 
-    def step(self, step: int, result: StepResult, tokens_per_second: float, told: bool) -> None:
-        """One step is done; `told` says whether it is one of those that get a line."""
+    def step(self, step: int, result: StepResult, tokens_per_second: float, logged: bool) -> None:
+        """One step is done; `logged` says whether it is one of those that get a line."""
         if self._log is None:
             return
         shown = f"loss {result.loss:.6f}  grad_norm {result.grad_norm:.4f}  lr {result.lr:.3e}"
@@ -52,7 +52,7 @@ class Console:
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {result.loss:.3f}, {rate}", refresh=False)
             self._bar.update(1)
-        if not told:
+        if not logged:
             return
         line = f"step {step}/{self.last}  {shown}  {rate}  eta {self._eta(step)}"
         self._log.write(line + "\n")

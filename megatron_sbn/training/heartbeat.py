@@ -5,12 +5,11 @@
                                   "where": "megatron_sbn/data/shards.py:50 read", "waits": false}
 
 A thread of each rank replaces its file every BEAT_SECONDS (less often with over 400 ranks): the phase that the main
-thread has told, how long it has been in it, the innermost line of this project that it is at, and whether it waits for
-other ranks below that. Rank 0 reads all of them, and the last rank rank 0's. A hang is no progress (another phase, or
-another micro-batch) for `training.hang_warning` seconds: it is told once, with the ranks that keep the others waiting.
-After `training.hang_timeout` seconds the process ends with status 1, so that the launcher ends the others and starts
-anew.
-Only monotonic clocks are compared, and each only with itself.
+thread has reported, how long it has been in it, the innermost line of this project that it is at, and whether it
+waits for other ranks below that. Rank 0 reads all of them, and the last rank rank 0's. A hang is no progress (another
+phase, or another micro-batch) for `training.hang_warning` seconds: it is printed once, with the ranks that others
+wait for. After `training.hang_timeout` seconds the process ends with status 1, so that the launcher ends the others
+and starts anew. Only monotonic clocks are compared, and each only with itself.
 """
 
 import json
@@ -95,9 +94,9 @@ class Heartbeat:
     Args:
         run: the run folder.
         rank, ranks: this one, and how many there are.
-        warning, timeout: seconds without progress until it is told, and until the process ends; 0: never.
+        warning, timeout: seconds without progress until a warning, and until the process ends; 0: never.
         say: takes a line for people.
-        give_up: is told why, before the process ends; it must not need the main thread.
+        give_up: gets the reason, before the process ends; it must not need the main thread.
     """
 
     def __init__(
@@ -115,7 +114,7 @@ class Heartbeat:
         self.warning, self.timeout = warning, timeout
         self._say, self._give_up = say, give_up
         self._seconds = max(BEAT_SECONDS, ranks * _SECONDS_A_RANK)
-        self._told = (0, "starting", time.monotonic())
+        self._latest = (0, "starting", time.monotonic())
         self._progress = time.monotonic()
         self._main = threading.get_ident()
         self._beat = 0
@@ -127,7 +126,7 @@ class Heartbeat:
 
     def enter(self, phase: str, step: int) -> None:
         """The main thread begins a phase of a step."""
-        self._told = (step, phase, time.monotonic())
+        self._latest = (step, phase, time.monotonic())
         self.tick()
 
     def tick(self) -> None:
@@ -147,7 +146,7 @@ class Heartbeat:
     @property
     def doing(self) -> str:
         """The present phase, in words."""
-        step, phase, _ = self._told
+        step, phase, _ = self._latest
         return f"{phase} of step {step}"
 
     def _live(self) -> None:
@@ -182,7 +181,7 @@ class Heartbeat:
         return f"all ranks are there; {beats[0].describe()}"
 
     def _now(self) -> Beat:
-        step, phase, since = self._told
+        step, phase, since = self._latest
         where, waits = locate(sys._current_frames().get(self._main))
         seconds = round(time.monotonic() - since, 1)
         return Beat(self.rank, socket.gethostname(), os.getpid(), self._beat, step, phase, seconds, where, waits)

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from megatron_sbn.atomic_files import write_whole
+from megatron_sbn.atomic_files import write_atomically
 from megatron_sbn.checkpoint.directory import saved_step
 from megatron_sbn.config import Recipe
 from megatron_sbn.data.dataset import batch, build_dataset
@@ -107,7 +107,7 @@ class Loop:
         self.trainer = Trainer(recipe, parallel, stages, heart.tick)
         self.telemetry = Telemetry(stages.state, parallel)
         self.traffic = CommCounter(group_names(parallel))
-        self.sent: Totals = {}  # by the last step
+        self.comm_totals: Totals = {}  # by the last step
         self.tracker: Tracker | None = None
         self.console = Console(folder.log, recipe.training.steps, parallel.rank == 0)
         self.stragglers = Stragglers(parallel, self.console.say)
@@ -199,7 +199,7 @@ class Loop:
         if self.parallel.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-        self.sent = self.traffic.totals()
+        self.comm_totals = self.traffic.totals()
         return result, seconds
 
     def _after_bad_step(self, step: int, error: BadStepError) -> int:
@@ -215,26 +215,26 @@ class Loop:
                 f"step {step + 1}: {error.why}, after {self.bad_steps - 1} bad steps; training.bad_step_budget = "
                 f"{training.bad_step_budget} is used up: lower optimizer.lr, look at the data, or raise it"
             )
-        told = f"step {step + 1}: {error.why}; batch {self.batches} is given up"
+        event = f"step {step + 1}: {error.why}; batch {self.batches} is given up"
         if training.on_bad_step == "skip":
-            self.console.say(f"{told} (bad step {self.bad_steps} of {training.bad_step_budget} allowed)")
+            self.console.say(f"{event} (bad step {self.bad_steps} of {training.bad_step_budget} allowed)")
             return step
         self.checkpoints.saver.finish()
         restored = self.checkpoints.restore(max(0, step - training.rollback_steps)).step
-        self.console.say(f"{told}, and the run goes back to step {restored}, with batch {self.batches + 1}")
+        self.console.say(f"{event}, and the run goes back to step {restored}, with batch {self.batches + 1}")
         self.first = restored
         if self.metrics is not None:
             self.metrics.truncate_after(restored)
         if self.tracker is not None:
-            self.tracker.rewind(f"{told}; back to step {restored}")
+            self.tracker.rewind(f"{event}; back to step {restored}")
         return restored
 
     def _after_step(self, console: Console, done: int, result: StepResult, seconds: float) -> None:
         training, last = self.recipe.training, done == self.recipe.training.steps
         tokens_per_second = training.global_batch_size * self.recipe.model.seq_length / seconds
-        told = done % training.log_interval == 0 or last
-        console.step(done, result, tokens_per_second, told)
-        if told:
+        logged = done % training.log_interval == 0 or last
+        console.step(done, result, tokens_per_second, logged)
+        if logged:
             dense, sparse = model_flops_per_token(self.recipe, done - 1)
             values = {
                 "loss": result.loss,
@@ -247,7 +247,7 @@ class Loop:
             }
             if training.on_bad_step != "stop":
                 values["skipped_batches"] = self.batches - done
-            self._record(done, values | step_metrics(self.sent, self.parallel))
+            self._record(done, values | step_metrics(self.comm_totals, self.parallel))
         if self.evaluator and training.validation_interval and (done % training.validation_interval == 0 or last):
             self.heart.enter("validation", done)
             values = self.evaluator.run(self.trainer)
@@ -282,7 +282,7 @@ class Loop:
 
     @contextmanager
     def _tracked(self) -> Iterator["Ending"]:
-        """MLflow on rank 0, told truthfully how the run ended: FINISHED unless the body says or raises otherwise."""
+        """MLflow on rank 0, which learns how the run ended: FINISHED unless the body says or raises otherwise."""
         self.tracker = tracker = self._tracker()
         interval = self.recipe.tracking.system_metrics_interval if tracker is not None else 0.0
         ending = Ending()
@@ -310,7 +310,7 @@ class Loop:
                 "run_folder": str(self.folder.path.resolve()),
             }
         )
-        write_whole(self.folder.environment, installed_packages().encode())
+        write_atomically(self.folder.environment, installed_packages().encode())
         return Tracker(
             run_dir=self.folder.path,
             name=self.folder.path.name,

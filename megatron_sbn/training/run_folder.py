@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_sbn.atomic_files import exclusive, write_whole
+from megatron_sbn.atomic_files import exclusive, write_atomically
 from megatron_sbn.checkpoint.directory import clean, holds_any, saved_step
 from megatron_sbn.config import Recipe
 from megatron_sbn.errors import CheckpointError, InputError, SbnError
@@ -45,8 +45,8 @@ def recorded(folder: RunFolder, parallel: ParallelState) -> Iterator[None]:
         reason, status = "interrupted", 130
         raise
     finally:
-        told = read_status(folder.path) if parallel.rank == 0 else None
-        if told is not None and told.state == "RUNNING":
+        previous = read_status(folder.path) if parallel.rank == 0 else None
+        if previous is not None and previous.state == "RUNNING":
             tell(folder, parallel, "FAILED", status, saved_step(folder.path), reason)
 
 
@@ -81,7 +81,7 @@ def _decide(recipe: Recipe, stack: ExitStack) -> RunFolder | CheckpointError | I
         for folder in (path / CHECKPOINTS, path / LOGS):
             folder.mkdir(parents=True, exist_ok=True)
         clean(path / CHECKPOINTS)
-        write_whole(path / RECIPE, mask_secrets(recipe.to_yaml()).encode())
+        write_atomically(path / RECIPE, mask_secrets(recipe.to_yaml()).encode())
     except (CheckpointError, InputError) as error:
         return error
     except OSError as error:

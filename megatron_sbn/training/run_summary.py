@@ -1,6 +1,6 @@
 """What a run says about itself on rank 0: one screen at the start, the expected time once it is known, where to look.
 
-Figures of the model and of memory are the plan's (`megatron_sbn/plan`); time is measured in this job, or not told.
+Figures of the model and of memory are the plan's (`megatron_sbn/plan`); time is measured in this job, or left out.
 Passwords in URIs are masked.
 """
 
@@ -30,7 +30,7 @@ def startup_summary(
     each = training.global_batch_size * model.seq_length
     per_replica = training.global_batch_size // parallel.data.size // training.micro_batch_size
     tokens = f"{count_text(training.steps * each)} tokens in all, {count_text(each)} a step"
-    told = f"steps {first + 1} to {training.steps}, {tokens}"
+    extent = f"steps {first + 1} to {training.steps}, {tokens}"
     known = first + TIMED_STEPS
     time = f"unknown until step {known}, then from the speed of this job's steps"
     if known >= training.steps:
@@ -44,7 +44,7 @@ def startup_summary(
         ),
         _row("linear", _linear(recipe)),
         *(f"kernels: {layer}: {served}" for layer, served in kernels.items()),
-        _row("tokens", told),
+        _row("tokens", extent),
         _row("memory", _memory(recipe, parallel)),
         _row("saving", _saving(recipe, sum(kinds.values()))),
         _row("time", time),

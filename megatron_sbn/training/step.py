@@ -97,7 +97,7 @@ class Trainer:
         """This rank's parameters by global name: themselves, or copies in host memory where ZeRO-3 has to gather."""
         tensors = {}
         for logical in self.stages.parameters:
-            with self.zero.whole([logical.parameter]):
+            with self.zero.gathered([logical.parameter]):
                 whole = logical.parameter.data
                 tensors[logical.name] = whole if self.zero.stage < 3 else whole.cpu().clone()
         return tensors
@@ -105,7 +105,7 @@ class Trainer:
     def load_weights(self, put: Callable[[Tensor, str], None]) -> None:
         """Calls `put(parameter, global name)` for every parameter of this rank, which writes its value."""
         for logical in self.stages.parameters:
-            with self.zero.whole([logical.parameter], write=True):
+            with self.zero.gathered([logical.parameter], write=True):
                 put(logical.parameter.data, logical.name)
 
     def evaluate(self, samples: np.ndarray) -> float:

@@ -46,13 +46,13 @@ class Stragglers:
 
     def check(self) -> None:
         """Compares all ranks, and names those that were slow the last time too; once, until they are not."""
-        own = [self._product_seconds(), statistics.fmean(self._reading or [0.0])]
+        own = [self._gemm_seconds(), statistics.fmean(self._reading or [0.0])]
         self._reading.clear()
         table = torch.zeros(self._parallel.world_size, 2, dtype=torch.float64, device=self._parallel.device)
         table[self._parallel.rank] = torch.tensor(own, dtype=torch.float64)
         dist.all_reduce(table)
-        products, readings = (column.tolist() for column in table.T)
-        found = {(rank, "a fixed product"): ratio for rank, ratio in slow(products, 0.0)}
+        gemms, readings = (column.tolist() for column in table.T)
+        found = {(rank, "a fixed GEMM"): ratio for rank, ratio in slow(gemms, 0.0)}
         found |= {(rank, "reading a batch"): ratio for rank, ratio in slow(readings, LEAST_SECONDS)}
         for key, ratio in found.items():
             if key in self._suspected and key not in self._named:
@@ -62,7 +62,7 @@ class Stragglers:
         self._named = {key for key in found if key in self._suspected}
         self._suspected = set(found)
 
-    def _product_seconds(self) -> float:
+    def _gemm_seconds(self) -> float:
         """The least time of a few rounds."""
         rounds = []
         for _ in range(ROUNDS):

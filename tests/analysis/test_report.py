@@ -149,9 +149,9 @@ def test_a_page_that_cannot_be_written_is_one_line(
 ) -> None:
     (tmp_path / "file").write_text("x")
     assert main(["report", str(study), "--output", str(tmp_path / place)]) == 2
-    told = capsys.readouterr().err
-    assert "cannot be made a folder: " in told
-    assert told.count("\n") == 1
+    errors = capsys.readouterr().err
+    assert "cannot be made a folder: " in errors
+    assert errors.count("\n") == 1
 
 
 def test_an_empty_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from megatron_sbn.checkpoint.manifest import (
     read_state,
     state_text,
 )
-from megatron_sbn.checkpoint.regions import Box
+from megatron_sbn.checkpoint.regions import Region
 from megatron_sbn.checkpoint.shards import Chunk, Written, describe, merge, write_chunks
 from megatron_sbn.cli import main
 from megatron_sbn.errors import CheckpointError
@@ -31,8 +31,8 @@ SHARD = "shard-00000-0.safetensors"
 def made(folder: Path, step: int, after: int | None = None) -> Path:
     """A whole checkpoint of two small tensors, published as the saver does."""
     path = folders.begin(folder, step)
-    chunks = [Chunk("a.weight", (4, 3), Box((0, 0), (4, 3)), torch.full((4, 3), float(step)))]
-    chunks.append(Chunk("optimizer.exp_avg.a.weight", (4, 3), Box((0, 0), (4, 3)), torch.zeros(4, 3)))
+    chunks = [Chunk("a.weight", (4, 3), Region((0, 0), (4, 3)), torch.full((4, 3), float(step)))]
+    chunks.append(Chunk("optimizer.exp_avg.a.weight", (4, 3), Region((0, 0), (4, 3)), torch.zeros(4, 3)))
     written = write_chunks(path, 0, chunks)
     state = State(
         step=step,
@@ -147,18 +147,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_found_and_named(folder: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
-    action, told = DAMAGE[damage]
+    action, expected = DAMAGE[damage]
     path = folder / "step-00000030"
     folders.verify(path)
     action(path)
     path = folders.saved(folder)[0]
     with pytest.raises(CheckpointError) as refusal:
         folders.verify(path)
-    assert told in str(refusal.value)
+    assert expected in str(refusal.value)
     assert str(refusal.value).startswith(str(path))
     assert "\n" not in str(refusal.value)
     assert main(["checkpoint", "verify", str(path)]) == 4
-    assert told in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
 
 
 def test_a_manifest_is_read_as_it_was_written(folder: Path) -> None:
@@ -225,7 +225,7 @@ def test_show_and_verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["checkpoint", "show", str(folder / "step-00000020"), "--tensors"]) == 0
     assert "optimizer.exp_avg.a.weight  F32   4 x 3" in capsys.readouterr().out
     assert main(["checkpoint", "verify", str(folder / "step-00000020")]) == 0
-    assert "whole" in capsys.readouterr().out
+    assert "valid" in capsys.readouterr().out
 
 
 def test_a_run_is_shown_and_verified_whole(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,8 +236,8 @@ def test_a_run_is_shown_and_verified_whole(folder: Path, capsys: pytest.CaptureF
     assert [line.split()[0] for line in lines if line.startswith("step-")] == [f"step-000000{s}" for s in (30, 20, 10)]
     assert ["in force" in line for line in lines if line.startswith("step-")] == [True, False, False]
     assert main(["checkpoint", "verify", str(folder.parent)]) == 4
-    told = capsys.readouterr()
-    assert told.out.count("whole") == 2
-    assert f"step-00000010/{SHARD}: its content" in told.err
+    expected = capsys.readouterr()
+    assert expected.out.count("valid") == 2
+    assert f"step-00000010/{SHARD}: its content" in expected.err
     assert main(["checkpoint", "show", str(folder / "nothing")]) == 4
     assert "no checkpoint" in capsys.readouterr().err

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from megatron_sbn.checkpoint.manifest import Manifest, SavedBox, SavedTensor
-from megatron_sbn.checkpoint.regions import Box, piece, runs
+from megatron_sbn.checkpoint.manifest import Manifest, SavedRegion, SavedTensor
+from megatron_sbn.checkpoint.regions import Region, flat_ranges, shard_ranges
 from megatron_sbn.checkpoint.run_state import pack_groups, packed_shard, unpack_groups
 from megatron_sbn.checkpoint.shards import Chunk, Reader, Written, merge, write_chunks
 from megatron_sbn.errors import CheckpointError
@@ -33,17 +33,17 @@ def written_by(folder: Path, cut: int, fragments: int) -> Manifest:
         step = -(-flat.numel() // fragments)
         for index in range(fragments):
             start, length = index * step, max(0, min(step, flat.numel() - index * step))
-            found = list(runs(shard, start, length))
+            found = list(flat_ranges(shard, start, length))
             chunks = [chunk("gate_up", shard, run, flat) for run in found]
             if tensor_rank == index == 0:
-                chunks.append(Chunk("vector", (5,), Box((0,), (5,)), VECTOR))
+                chunks.append(Chunk("vector", (5,), Region((0,), (5,)), VECTOR))
             parts.append(write_chunks(folder, tensor_rank * fragments + index, chunks))
     return merge(parts)
 
 
 def chunk(name: str, shard: LogicalShard, run: object, flat: Tensor) -> Chunk:
-    values = flat[run.start : run.start + run.box.numel].view(run.box.sizes)
-    return Chunk(name, shard.shape, run.box, values)
+    values = flat[run.start : run.start + run.region.numel].view(run.region.sizes)
+    return Chunk(name, shard.shape, run.region, values)
 
 
 @pytest.mark.parametrize(("cut", "fragments"), [(1, 1), (1, 4), (7, 1), (7, 3)])
@@ -55,10 +55,10 @@ def test_any_cut_is_read_from_any_other(cut: int, fragments: int, tmp_path: Path
                 shard = make(tuple(FULL.shape), rank, size)
                 expected = shard.take(FULL)
                 target = torch.full((expected.numel(),), -1.0)
-                reader.fill(target, "gate_up", shard.shape, piece(shard))
+                reader.fill(target, "gate_up", shard.shape, shard_ranges(shard))
                 assert torch.equal(target.view(expected.shape), expected)
         target = torch.zeros(5)
-        reader.fill(target, "vector", (5,), piece(row_shard((5,), 0, 1)))
+        reader.fill(target, "vector", (5,), shard_ranges(row_shard((5,), 0, 1)))
         assert torch.equal(target, VECTOR)
 
 
@@ -80,14 +80,14 @@ def test_pytorch_reads_it_too(cut: int, fragments: int, tmp_path: Path) -> None:
 def test_what_a_recipe_lacks_or_has_otherwise_is_named(tmp_path: Path) -> None:
     manifest = written_by(tmp_path, 1, 1)
     with Reader(tmp_path, manifest) as reader:
-        for name, shape, dtype, told in (
+        for name, shape, dtype, expected in (
             ("other", (3, 3), torch.float32, "other has no tensor, this recipe needs [3, 3]"),
             ("gate_up", (6, 14), torch.float32, "gate_up has shape [14, 6], this recipe needs [6, 14]"),
             ("gate_up", (14, 6), torch.uint8, "gate_up is saved as F32, not U8"),
         ):
             with pytest.raises(CheckpointError) as refusal:
                 reader.fill(torch.zeros(9, dtype=dtype), name, shape, [])
-            assert told in str(refusal.value)
+            assert expected in str(refusal.value)
 
 
 COVERS = {
@@ -102,7 +102,7 @@ COVERS = {
 
 @pytest.mark.parametrize("cover", COVERS)
 def test_boxes_that_do_not_cover_a_tensor_once_are_refused(cover: str, tmp_path: Path) -> None:
-    boxes = tuple(SavedBox(file="shard-00000-0.safetensors", offsets=o, sizes=s) for o, s in COVERS[cover])
+    boxes = tuple(SavedRegion(file="shard-00000-0.safetensors", offsets=o, sizes=s) for o, s in COVERS[cover])
     tensor = SavedTensor(dtype="F32", shape=(4, 3), boxes=boxes)
     with pytest.raises(CheckpointError, match="exactly once"):
         merge([Written({}, {"weight": tensor})])
@@ -120,7 +120,7 @@ def test_a_file_whose_header_says_otherwise_is_refused(tmp_path: Path) -> None:
     text = json.dumps(header, separators=(",", ":")).encode().ljust(size)
     file.write_bytes(data[:8] + text[:size] + data[8 + size :])
     with Reader(tmp_path, manifest) as reader, pytest.raises(CheckpointError, match="not of the manifest's sizes"):
-        reader.fill(torch.zeros(84), "gate_up", (14, 6), piece(row_shard((14, 6), 0, 1)))
+        reader.fill(torch.zeros(84), "gate_up", (14, 6), shard_ranges(row_shard((14, 6), 0, 1)))
 
 
 @given(m=st.integers(1, 32), groups=st.integers(1, 4), size=st.integers(1, 3), data=st.data())

@@ -51,9 +51,9 @@ def test_what_follows(
     status = RunStatus(state, exit_status, 40, reason, "12", restart, 0.0)
     switches = {"ending": False, "switched_off": False} | settings
     verdict = decide(status, failures, Limits(2, 3), **switches)
-    again, final, told = expected
+    again, final, beginning = expected
     assert verdict == Verdict(again, final, verdict.reason)
-    assert verdict.reason.startswith(told)
+    assert verdict.reason.startswith(beginning)
 
 
 def test_failures_in_a_row_end_with_a_stop_and_with_progress() -> None:
@@ -103,8 +103,8 @@ def test_starts_that_die_without_a_word_use_up_the_budget_of_their_own_job(
 
     # Slurm requeues a job by itself when its node dies.
     assert [begin("12", 0), begin("12", 1), begin("13", 0), begin("13", 1), begin("13", 2)] == [0] * 5
-    told = [(attempt.job, attempt.restart, attempt.state) for attempt in read_attempts(tmp_path)]
-    assert told == [(number, restart, "FAILED") for number, restart in (("12", 0), ("12", 1), ("13", 0), ("13", 1))]
+    reason = [(attempt.job, attempt.restart, attempt.state) for attempt in read_attempts(tmp_path)]
+    assert reason == [(number, restart, "FAILED") for number, restart in (("12", 0), ("12", 1), ("13", 0), ("13", 1))]
     assert begin("13", 3) == 1
     assert (
         "ends: 3 failures in a row (SBN_MAX_FAILURES); the last: job 13 ended without a word" in capsys.readouterr().out

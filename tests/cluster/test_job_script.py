@@ -69,8 +69,8 @@ def test_a_signal(moment: str, signal: str, expected: list[str], status: int, tm
 
 def test_what_a_site_sets_reaches_python(tmp_path: Path) -> None:
     names = ("SBN_NPROC_PER_NODE", "SBN_MAX_RESTARTS", "SBN_MAX_FAILURES", "MASTER_ADDR", "MASTER_PORT")
-    told = " ".join(f"{name}=${name}" for name in names)
-    (tmp_path / "python").write_text(f'#!/bin/bash\necho "{told}" >"$FOLDER/said"; exit 10\n')
+    variables = " ".join(f"{name}=${name}" for name in names)
+    (tmp_path / "python").write_text(f'#!/bin/bash\necho "{variables}" >"$FOLDER/said"; exit 10\n')
     (tmp_path / "python").chmod(0o755)
     settings = "".join(f"{name}={number}\n" for number, name in enumerate(names, start=1))
     (tmp_path / "env.sh").write_text(f"SBN_PYTHON={tmp_path}/python\n{settings}sbn_node_environment() {{ :; }}\n")

@@ -125,10 +125,10 @@ def test_what_is_submitted_is_the_code_the_recipe_and_the_script(
     # The copy, which is no checkout, can be submitted from in its turn.
     ask = "from megatron_sbn.cluster.snapshot import find_code as f; print(f().commit, len(f().files), f().scripts)"
     paths = {"PYTHONPATH": f"{place}/code:{place}/code/kernels", "PYTHONSAFEPATH": "1", "PATH": ""}
-    told = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", ask], env=os.environ | paths, capture_output=True, text=True, check=True
     )
-    commit, count, scripts = told.stdout.strip().split(" ", 2)
+    commit, count, scripts = output.stdout.strip().split(" ", 2)
     assert (commit, scripts) == (snapshot.find_code().commit, f"{place}/code/slurm")
     assert int(count) > 100
 
@@ -206,9 +206,9 @@ def test_a_series_is_one_job_that_goes_by_a_copy_of_the_sweep(here: Path, capsys
     assert len(list((place / "recipes").iterdir())) == 16
     capsys.readouterr()
     assert job.main(["sizes", "--nproc-per-node", "8", str(place / "sweep.yaml")]) == 0
-    told = capsys.readouterr()
-    assert told.out.splitlines() == [f"{number} 1" for number in range(4)]
-    assert "left out, needs 8 nodes and there are 1" in told.err
+    output = capsys.readouterr()
+    assert output.out.splitlines() == [f"{number} 1" for number in range(4)]
+    assert "left out, needs 8 nodes and there are 1" in output.err
 
 
 def test_what_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

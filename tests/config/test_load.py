@@ -140,7 +140,7 @@ def test_values_are_read_as_people_write_them(override: str, value: object, mini
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "expected"),
     [
         ("model.hiden_size=64", "model.hiden_size is not a recipe key; did you mean model.hidden_size?"),
         ("hidden_size=64", "hidden_size is not a recipe key; did you mean model.hidden_size?"),
@@ -186,8 +186,8 @@ def test_values_are_read_as_people_write_them(override: str, value: object, mini
         ("training.steps=99999999999999999999999x", "training.steps = '99999999999999999999999x'"),
     ],
 )
-def test_wrong_values_are_named(override: str, told: str, minimal: Path) -> None:
-    assert told in refusal(minimal, override)
+def test_wrong_values_are_named(override: str, expected: str, minimal: Path) -> None:
+    assert expected in refusal(minimal, override)
 
 
 def test_a_missing_field_is_named(tmp_path: Path) -> None:
@@ -286,33 +286,33 @@ def test_configuration_imports_no_torch() -> None:
     modules = "megatron_sbn.config, megatron_sbn.config.validation, megatron_sbn.errors"
     entries = "megatron_sbn.launch, megatron_sbn.launch.environment, megatron_sbn.train, megatron_sbn.cli"
     check = f"import {modules}, {entries}, sys; sys.exit(len({{'torch', 'deepspeed', 'megatron'}} & set(sys.modules)))"
-    status, told, _ = run("-c", check)
-    assert status == 0, told
+    status, expected, _ = run("-c", check)
+    assert status == 0, expected
 
 
 def test_a_misspelt_key_costs_nothing() -> None:
-    status, told, seconds = run("-m", "megatron_sbn.train", "recipes/quickstart.yaml", "model.hiden_size=64")
+    status, expected, seconds = run("-m", "megatron_sbn.train", "recipes/quickstart.yaml", "model.hiden_size=64")
     assert status == 2
-    assert told == "sbn: model.hiden_size is not a recipe key; did you mean model.hidden_size?\n"
+    assert expected == "sbn: model.hiden_size is not a recipe key; did you mean model.hidden_size?\n"
     assert seconds < 2
 
 
 def test_a_wrong_number_of_ranks_costs_nothing() -> None:
-    for size, told in (
+    for size, expected in (
         ("3", "sbn: parallel.tensor = 2 x parallel.pipeline = 1 needs a multiple of 2 ranks, and 3 were started; "),
         ("many", "sbn: environment variable WORLD_SIZE = 'many' is not a number; unset it\n"),
     ):
         status, message, seconds = run("-m", "megatron_sbn.train", "recipes/quickstart.yaml", RANK="0", WORLD_SIZE=size)
         assert status == 2
-        assert message.startswith(told)
+        assert message.startswith(expected)
         assert len(message.splitlines()) == 1
         assert seconds < 2
 
 
 def test_only_rank_0_speaks_for_all() -> None:
     environment = {"RANK": "1", "WORLD_SIZE": "3"}
-    status, told, _ = run("-m", "megatron_sbn.train", "recipes/quickstart.yaml", **environment)
-    assert (status, told) == (2, "")
+    status, expected, _ = run("-m", "megatron_sbn.train", "recipes/quickstart.yaml", **environment)
+    assert (status, expected) == (2, "")
 
 
 def test_the_recipe_knows_every_backend_and_form_of_the_kernels() -> None:

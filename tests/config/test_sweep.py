@@ -131,7 +131,7 @@ BASE = f"name: s\nrecipe: {RECIPES / 'tiny' / 'base.yaml'}\n"
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("name: s\nrecipe: nowhere.yaml\naxes: {training.seed: [1]}\n", "nowhere.yaml: cannot read this recipe"),
         (BASE + "axes: {}\n", "axes: Dictionary should have at least 1 item"),
@@ -156,12 +156,14 @@ BASE = f"name: s\nrecipe: {RECIPES / 'tiny' / 'base.yaml'}\n"
         ("name: [\n", "not valid YAML"),
     ],
 )
-def test_mistakes_are_one_line_and_2(text: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line_and_2(
+    text: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text(text)
     assert main(["sweep", "list", str(file)]) == 2
     error = capsys.readouterr().err
-    assert told in error
+    assert expected in error
     assert error.count("\n") == 1
 
 
@@ -182,8 +184,8 @@ def test_no_recipe_with_a_password_is_written(tmp_path: Path, capsys: pytest.Cap
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text(BASE + "set: {tracking.uri: 'http://me:hush@host'}\naxes: {training.seed: [1]}\n")
     assert main(["sweep", "write", str(sweep), "--output", str(tmp_path / "made")]) == 2
-    told = capsys.readouterr().err
-    assert f"tracking.uri = http://***@host holds a password, which would be kept in {tmp_path / 'made'}" in told
+    expected = capsys.readouterr().err
+    assert f"tracking.uri = http://***@host holds a password, which would be kept in {tmp_path / 'made'}" in expected
     assert not (tmp_path / "made").exists()
 
 

@@ -23,7 +23,7 @@ training: {steps: 10, global_batch_size: 16, micro_batch_size: 4}
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told", "way_out"),
+    ("overrides", "expected", "way_out"),
     [
         # the model
         ("model.hidden_size=68", "model.hidden_size = 68 is not divisible by model.num_attention_heads = 8", "64 or 72"),
@@ -83,11 +83,11 @@ training: {steps: 10, global_batch_size: 16, micro_batch_size: 4}
     ],
     ids=lambda text: text[:60],
 )  # fmt: skip
-def test_what_cannot_be_trained_is_refused(overrides: str, told: str, way_out: str, base: Path) -> None:
+def test_what_cannot_be_trained_is_refused(overrides: str, expected: str, way_out: str, base: Path) -> None:
     with pytest.raises(RecipeError) as error:
         load_recipe(base, split(overrides))
     message = str(error.value)
-    assert told in message
+    assert expected in message
     assert way_out in message
     assert "\n" not in message
 
@@ -142,7 +142,7 @@ def recipe(base: Path, overrides: str = "") -> Recipe:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "world", "told", "way_out"),
+    ("overrides", "world", "expected", "way_out"),
     [
         ("parallel.tensor=2", 3, "parallel.tensor = 2 x parallel.pipeline = 1 needs a multiple of 2 ranks, and 3", "start 2"),
         ("parallel.tensor=2 parallel.pipeline=2", 2, "needs a multiple of 4 ranks, and 2 were started", "start 4"),
@@ -157,10 +157,12 @@ def recipe(base: Path, overrides: str = "") -> Recipe:
     ],
     ids=lambda value: str(value)[:50],
 )  # fmt: skip
-def test_a_world_that_does_not_fit_is_refused(overrides: str, world: int, told: str, way_out: str, base: Path) -> None:
+def test_a_world_that_does_not_fit_is_refused(
+    overrides: str, world: int, expected: str, way_out: str, base: Path
+) -> None:
     with pytest.raises(RecipeError) as error:
         validate_world_size(recipe(base, overrides), world)
-    assert told in str(error.value)
+    assert expected in str(error.value)
     assert way_out in str(error.value)
     assert "\n" not in str(error.value)
 

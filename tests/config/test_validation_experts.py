@@ -19,7 +19,7 @@ NONE = "model.num_moe_experts=null"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told", "way_out"),
+    ("overrides", "expected", "way_out"),
     [
         (f"{NONE} model.moe_ffn_hidden_size=null parallel.expert=2", "parallel.expert = 2: the model has no", "use 1"),
         (NONE, "model.moe_ffn_hidden_size = 48 needs model.num_moe_experts", "leave this out"),
@@ -36,11 +36,11 @@ NONE = "model.num_moe_experts=null"
         ("model.moe_ffn_hidden_size=131080", "131080 exceeds 131072", ""),
     ],
 )
-def test_what_cannot_be_trained_is_refused(overrides: str, told: str, way_out: str, base: Path) -> None:
+def test_what_cannot_be_trained_is_refused(overrides: str, expected: str, way_out: str, base: Path) -> None:
     with pytest.raises(RecipeError) as error:
         load_recipe(base, overrides.split())
     message = str(error.value)
-    assert told in message
+    assert expected in message
     assert way_out in message
     assert "\n" not in message
 
@@ -84,6 +84,6 @@ def test_ranks_of_a_stage_hold_all_experts(overrides: str, ranks: int, enough: b
     if enough:
         validate_world_size(recipe, ranks)
         return
-    told = rf"parallel.expert = {recipe.parallel.expert} does not divide the .* ranks of a pipeline stage .*; start"
-    with pytest.raises(RecipeError, match=told):
+    expected = rf"parallel.expert = {recipe.parallel.expert} does not divide the .* ranks of a pipeline stage .*; start"
+    with pytest.raises(RecipeError, match=expected):
         validate_world_size(recipe, ranks)

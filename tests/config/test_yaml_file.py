@@ -56,7 +56,7 @@ MERGE_BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i -
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("extends: missing.yaml", "missing.yaml: cannot read this recipe"),
         ("extends: [a, b]", r"extends: \['a', 'b'\] is not the path of a recipe"),
@@ -94,10 +94,10 @@ MERGE_BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i -
     ],
     ids=lambda text: text[:40].replace("\x00", "NUL"),
 )
-def test_files_that_are_no_recipe(text: str, told: str, tmp_path: Path) -> None:
+def test_files_that_are_no_recipe(text: str, expected: str, tmp_path: Path) -> None:
     path = write(tmp_path / "recipe.yaml", text)
     (tmp_path / "loop.yaml").symlink_to("loop.yaml")
-    with pytest.raises(RecipeError, match=told) as error:
+    with pytest.raises(RecipeError, match=expected) as error:
         load_recipe(path)
     assert "hush" not in str(error.value)
     assert "\n" not in str(error.value)

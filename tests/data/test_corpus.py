@@ -198,7 +198,7 @@ def test_bad_input_is_skipped_and_counted(inputs, tmp_path, tokenizer, documents
     ]
 
 
-def test_first_bad_record_is_told_whoever_finds_it(tmp_path, tokenizer):
+def test_first_bad_record_is_reported_whoever_finds_it(tmp_path, tokenizer):
     for number in range(40):
         (tmp_path / f"{number:02d}.txt").write_bytes(b"text" if number < 9 else b"\xff")
     with pytest.raises(InputError, match=r"/09.txt:1: invalid UTF-8"):
@@ -340,7 +340,7 @@ def test_killed_in_the_middle(tmp_path, documents, tokenizer, kind):
     assert _tokens(output) == [[*tokenizer.encode("after"), tokenizer.eod]]
 
 
-def test_dead_worker_is_told(inputs, tmp_path, tokenizer):
+def test_dead_worker_is_reported(inputs, tmp_path, tokenizer):
     options = PrepareOptions(inputs, tmp_path / "o" / "c", tokenizer=tokenizer.path)
     bomb = tmp_path / "bomb.py"
     bomb.write_text(

@@ -1,4 +1,4 @@
-"""Every format gives its documents with their place; everything that is bad is told with file and line."""
+"""Every format gives its documents with their place; everything that is bad is reported with file and line."""
 
 import bz2
 import errno

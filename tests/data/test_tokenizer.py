@@ -71,7 +71,7 @@ def test_eod_is_no_text(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "expected"),
     [
         ("/dev/zero", "/dev/zero: is no file; name a tokenizer model"),
         ("a\0b", r"a\\x00b: cannot read the tokenizer model: embedded null byte"),
@@ -79,8 +79,8 @@ def test_eod_is_no_text(tokenizer):
     ],
     ids=lambda text: text[:5],
 )
-def test_paths_that_are_no_model(path, told):
-    with pytest.raises(InputError, match=told):
+def test_paths_that_are_no_model(path, expected):
+    with pytest.raises(InputError, match=expected):
         Tokenizer(path)
 
 

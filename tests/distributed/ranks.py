@@ -100,14 +100,14 @@ def _collect(name: str, ranks: list[Rank], folder: Path, timeout: float) -> list
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
                 failures[rank] = str(value)
     if failures:
-        told = "\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items()))
-        raise RankError(f"{name} failed on rank {', '.join(map(str, sorted(failures)))}\n{told}")
+        report = "\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items()))
+        raise RankError(f"{name} failed on rank {', '.join(map(str, sorted(failures)))}\n{report}")
     hung = [rank for rank in range(len(ranks)) if rank not in results]
     if hung:
-        told = "\n".join(
+        report = "\n".join(
             f"rank {rank} hung while {phases[rank]}:\n{_stack(ranks[rank], folder, rank)}" for rank in hung
         )
-        raise RankError(f"{name} came no further within {timeout} s\n{told}")
+        raise RankError(f"{name} came no further within {timeout} s\n{report}")
     return [results[rank] for rank in range(len(ranks))]
 
 
@@ -164,7 +164,7 @@ def _rank_main(rank: int, world_size: int, job: bytes, folder: Path, timeout: fl
             store=dist.FileStore(str(folder / "store"), world_size),
             rank=rank,
             world_size=world_size,
-            timeout=datetime.timedelta(seconds=2 * timeout + 60),  # the hang is told first, with its stack
+            timeout=datetime.timedelta(seconds=2 * timeout + 60),  # the hang is reported first, with its stack
         )
         report.tell("phase", "running")
         function, args = pickle.loads(job)

@@ -6,8 +6,8 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from training_runs import train_step
 
-from megatron_sbn.doctor.logical_tensors import Piece, Pieces
-from megatron_sbn.doctor.recorder import weight_pieces
+from megatron_sbn.doctor.logical_tensors import TensorShard, TensorShards
+from megatron_sbn.doctor.recorder import weight_shards
 from megatron_sbn.runs.folder import RunFolder
 from megatron_sbn.telemetry.mask_statistics import Telemetry
 from megatron_sbn.training.checkpoint_manager import CheckpointManager
@@ -17,7 +17,7 @@ FAST = ("optimizer.lr=3e-2", "optimizer.min_lr=1e-2")
 
 
 class Run:
-    """A trainer with telemetry and checkpoints in `folder`/checkpoints; `said` is what it told people."""
+    """A trainer with telemetry and checkpoints in `folder`/checkpoints; `said` is what it printed."""
 
     def __init__(self, trainer: Trainer, folder: Path) -> None:
         self.trainer = trainer
@@ -45,9 +45,9 @@ class Run:
         return self.checkpoints.restore().step
 
 
-def whole_state(trainer: Trainer) -> Pieces:
+def whole_state(trainer: Trainer) -> TensorShards:
     """Weights, masters and moments of this rank's parameters, whole over data parallelism; counts of Adam too."""
-    pieces = weight_pieces(trainer)
+    shards = weight_shards(trainer)
     if trainer.zero.updates and trainer.zero.stage < 3:
         for engine in trainer.zero._engines.values():
             engine.optimizer._hp_optimizer_states_linked = False  # done too early, after the first group's first step
@@ -58,9 +58,9 @@ def whole_state(trainer: Trainer) -> Pieces:
             for key in ("exp_avg", "exp_avg_sq"):
                 values[key] = safe_get_full_optimizer_state(logical.parameter, key)
         for key, value in values.items():
-            local = value.detach().clone().view(pieces[logical.name].value.shape)
-            pieces[f"{key}.{logical.name}"] = Piece(logical.shard, local, logical.counts)
-    return pieces
+            local = value.detach().clone().view(shards[logical.name].value.shape)
+            shards[f"{key}.{logical.name}"] = TensorShard(logical.shard, local, logical.counts)
+    return shards
 
 
 def derived(trainer: Trainer, telemetry: Telemetry) -> dict[str, torch.Tensor]:

@@ -132,7 +132,7 @@ def count_by_group() -> tuple[list[Totals], bool]:
     return totals, restored
 
 
-def test_groups_are_told_apart_and_nothing_is_left_behind() -> None:
+def test_groups_are_kept_apart_and_nothing_is_left_behind() -> None:
     once = (1, pytest.approx(2 * 2 / 3 * 3 * INT64))
     for (counted, after), restored in run_ranks(count_by_group, RANKS):
         keys = [("first", "all_reduce"), ("second", "all_reduce"), ("other", "all_reduce")]

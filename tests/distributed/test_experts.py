@@ -19,8 +19,8 @@ from training_runs import Run, run_of, small_recipe, train_step, trainer_of
 
 from megatron_sbn.checkpoint.directory import newest
 from megatron_sbn.checkpoint.manifest import read_manifest
-from megatron_sbn.doctor.logical_tensors import Pieces, join, relative
-from megatron_sbn.doctor.recorder import weight_pieces
+from megatron_sbn.doctor.logical_tensors import TensorShards, assemble, relative
+from megatron_sbn.doctor.recorder import weight_shards
 from megatron_sbn.errors import NumericalError
 from megatron_sbn.layers.experts import average_expert_tokens
 from megatron_sbn.parallel.shard import is_expert
@@ -173,7 +173,7 @@ def test_variants_have_the_gradients_of_one_rank(layout: str, variant: tuple[str
 def test_the_balancing_loss_reaches_the_router() -> None:
     router = "decoder.layers.0.mlp.router.weight"
     plain, balanced = run_of(1, EXPERTS), run_of(1, (*EXPERTS, "model.moe_aux_loss_coeff=0.1"))
-    assert plain.losses == balanced.losses  # it is no part of the loss that is told
+    assert plain.losses == balanced.losses  # it is no part of the loss that is reported
     assert relative(balanced.gradients(0)[router], plain.gradients(0)[router]) > 1e-2
 
 
@@ -192,15 +192,15 @@ def test_training_with_experts_reduces_the_loss() -> None:
     assert losses[-1] < losses[0] - 0.1
 
 
-def train_towards_two_experts(overrides: tuple[str, ...]) -> tuple[list[float], list[Pieces]]:
+def train_towards_two_experts(overrides: tuple[str, ...]) -> tuple[list[float], list[TensorShards]]:
     """A router that sends every token to the first two experts: the others have none."""
     with trainer_of(small_recipe((*EXPERTS, "model.add_bias_linear=true", *overrides))) as trainer:
         for logical in trainer.stages.parameters:
             if logical.name.endswith("router.bias"):
                 logical.parameter.data.copy_(torch.tensor([9.0, 9.0, 0.0, 0.0]))
-        before = weight_pieces(trainer)
+        before = weight_shards(trainer)
         result = train_step(trainer, 0)
-        return [result.loss, result.grad_norm], [before, weight_pieces(trainer)]
+        return [result.loss, result.grad_norm], [before, weight_shards(trainer)]
 
 
 @pytest.mark.parametrize("layout", ["data2", "data2-expert2", "tensor2-expert2"])
@@ -209,10 +209,10 @@ def test_experts_without_tokens_do_not_learn(layout: str) -> None:
     # Without decay, an expert moves exactly when it has a gradient.
     fixed = ("optimizer.weight_decay=0",)
     ranks = run_ranks(train_towards_two_experts, world_size, overrides + fixed)
-    before, after = (join([pieces[moment] for _, pieces in ranks]) for moment in (0, 1))
+    before, after = (assemble([shards[moment] for _, shards in ranks]) for moment in (0, 1))
     one, (_, last) = run_ranks(train_towards_two_experts, 1, fixed)[0]
-    for told, _ in ranks:
-        assert told == pytest.approx(one, rel=1e-5)
+    for losses, _ in ranks:
+        assert losses == pytest.approx(one, rel=1e-5)
     for name, weight in before.items():
         if is_expert(name):
             idle = name.split("local_experts.")[1][0] in "23"
@@ -296,10 +296,10 @@ def poison(overrides: tuple[str, ...], rank: int) -> tuple[str, bool]:
                 next(p for p in trainer.stages.parameters if p.is_expert).parameter.grad[0, 0] = torch.inf
 
         trainer.stages.config.finalize_model_grads_func = poisoned
-        before = weight_pieces(trainer)
+        before = weight_shards(trainer)
         with pytest.raises(NumericalError) as error:
             train_step(trainer, 0)
-        after = weight_pieces(trainer)
+        after = weight_shards(trainer)
         return str(error.value), all(torch.equal(before[name].value, after[name].value) for name in before)
 
 

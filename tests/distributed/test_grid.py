@@ -21,9 +21,9 @@ def place_and_groups(overrides: tuple[str, ...]) -> tuple[tuple[int, ...], dict[
         }
         members = {name: sorted(dist.get_process_group_ranks(group)) for name, group in groups.items()}
         place = (state.pipeline.rank, state.data.rank, state.tensor.rank)
-        told = (place, members, state.is_last_stage, state.describe())
+        description = (place, members, state.is_last_stage, state.describe())
         parallel_state.finalize()
-    return told
+    return description
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_ranks_stand_on_the_grid(pipeline: int, data: int, tensor: int) -> None:
     grid = np.arange(pipeline * data * tensor).reshape(pipeline, data, tensor)
     overrides = (f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", "parallel.sequence=true")
     ranks = run_ranks(place_and_groups, grid.size, overrides)
-    for rank, (place, members, last, told) in enumerate(ranks):
+    for rank, (place, members, last, description) in enumerate(ranks):
         p, d, t = (int(axis[0]) for axis in np.where(grid == rank))
         assert place == (p, d, t)
         assert members == {
@@ -45,7 +45,10 @@ def test_ranks_stand_on_the_grid(pipeline: int, data: int, tensor: int) -> None:
         assert last == (p == pipeline - 1)
         sequence = ", sequence-parallel" if tensor > 1 else ""
         plural = "s" if grid.size > 1 else ""
-        assert told == f"tensor {tensor}{sequence} x pipeline {pipeline} x data {data} on {grid.size} cpu rank{plural}"
+        assert (
+            description
+            == f"tensor {tensor}{sequence} x pipeline {pipeline} x data {data} on {grid.size} cpu rank{plural}"
+        )
 
 
 def two_layouts_in_one_process() -> list[int]:

@@ -74,7 +74,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], int, str]] = {
     "no pointer": (lambda f: (f / "latest").unlink(), 4, ""),
     "a pointer to nothing": (lambda f: (f / "latest").write_text("step-00000009"), 4, ""),
     "an older one in force": (lambda f: (f / "latest").write_text("step-00000003"), 3, ""),
-    "all": (lambda f: every(f, truncate), -1, "no checkpoint is whole: "),
+    "all": (lambda f: every(f, truncate), -1, "no checkpoint is valid: "),
     "all gone": (lambda f: [shutil.rmtree(p) for p in f.glob("step-*")], -1, "latest names what is not there"),
 }
 
@@ -85,17 +85,17 @@ def test_the_newest_whole_one_is_used_and_the_others_are_named(saved: Path, tmp_
         damage(tmp_path / name / "checkpoints")
     ranks = run_ranks(opened, 2, [tmp_path / name for name in DAMAGE], (TENSOR2,))
     assert ranks[0] == ranks[1]
-    for (name, (_, step, told)), (found, said) in zip(DAMAGE.items(), ranks[0], strict=True):
+    for (name, (_, step, expected)), (found, said) in zip(DAMAGE.items(), ranks[0], strict=True):
         assert found == step, (name, said)
-        assert told in said
-        assert bool(said) == bool(told), name
-        if step > 0 and told:
+        assert expected in said
+        assert bool(said) == bool(expected), name
+        if step > 0 and expected:
             assert said.splitlines()[-1].endswith("the one before it is used")
             assert len(said.splitlines()) == 4 - step
 
 
 def test_another_model_or_other_data_is_refused(saved: Path) -> None:
-    for overrides, told in (
+    for overrides, expected in (
         (("model.num_layers=2",), "decoder.layers.1.input_layernorm.weight has no tensor, this recipe needs [64]"),
         (("model.ffn_hidden_size=128",), "decoder.layers.0.mlp.linear_fc1.weight has shape [192, 64]"),
         (("model.share_embeddings_and_output_weights=true",), "holds output_layer.weight, which this model lacks"),
@@ -105,6 +105,6 @@ def test_another_model_or_other_data_is_refused(saved: Path) -> None:
     ):
         for ((step, message),) in run_ranks(opened, 2, [saved], overrides):
             assert step == -1
-            assert told in message
+            assert expected in message
             assert "step-00000004" in message
             assert "\n" not in message

@@ -7,7 +7,7 @@ from torch import Tensor
 from training_runs import batch_of, small_recipe, trainer_of
 
 from megatron_sbn.doctor.logical_tensors import relative
-from megatron_sbn.doctor.recorder import gradient_pieces
+from megatron_sbn.doctor.recorder import gradient_shards
 
 MICRO_BATCHES = 256
 TINY = (
@@ -39,7 +39,7 @@ def accumulate(overrides: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor, Te
 
         def finalize_and_record(*args: object, **kwargs: object) -> None:
             finalize(*args, **kwargs)
-            accumulated.update({name: piece.value for name, piece in gradient_pieces(trainer.stages).items()})
+            accumulated.update({name: part.value for name, part in gradient_shards(trainer.stages).items()})
 
         trainer.stages.config.finalize_model_grads_func = finalize_and_record
         trainer.step(0, batch_of(recipe, 0))

@@ -1,4 +1,4 @@
-"""NaN in the loss, the gradients or the weights is told with step, rank or layer, and nothing is updated."""
+"""NaN in the loss, the gradients or the weights is reported with step, rank or layer, and nothing is updated."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from ranks import run_ranks
 from torch import Tensor
 from training_runs import small_recipe, train_step, trainer_of
 
-from megatron_sbn.doctor.recorder import weight_pieces
+from megatron_sbn.doctor.recorder import weight_shards
 from megatron_sbn.errors import NumericalError
 from megatron_sbn.training.step import Trainer
 
@@ -46,18 +46,18 @@ def poisoned_step(overrides: tuple[str, ...], poison: str, bad_rank: int) -> tup
         train_step(trainer, 0)
         if trainer.parallel.rank == bad_rank:
             POISONS[poison](trainer)
-        before = [p.value for p in weight_pieces(trainer).values()]
+        before = [p.value for p in weight_shards(trainer).values()]
         before += [t.clone() for t in kept(trainer)]
-        with pytest.raises(NumericalError) as told:
+        with pytest.raises(NumericalError) as expected:
             train_step(trainer, 1)
-        after = [p.value for p in weight_pieces(trainer).values()]
+        after = [p.value for p in weight_shards(trainer).values()]
         after += kept(trainer)
         untouched = all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(after, before, strict=True))
-    return str(told.value), untouched
+    return str(expected.value), untouched
 
 
 @pytest.mark.parametrize(
-    ("world_size", "overrides", "poison", "bad_rank", "told"),
+    ("world_size", "overrides", "poison", "bad_rank", "expected"),
     [
         (1, (), "weight", 0, "step 2: loss is nan on rank 0;"),
         (2, (), "weight", 1, "step 2: loss is nan on rank 1;"),
@@ -72,10 +72,10 @@ def poisoned_step(overrides: tuple[str, ...], poison: str, bad_rank: int) -> tup
     ids=str,
 )
 def test_a_step_that_is_not_finite_changes_nothing(
-    world_size: int, overrides: tuple[str, ...], poison: str, bad_rank: int, told: str
+    world_size: int, overrides: tuple[str, ...], poison: str, bad_rank: int, expected: str
 ) -> None:
     for message, untouched in run_ranks(poisoned_step, world_size, overrides, poison, bad_rank):
-        assert message.startswith(told)
+        assert message.startswith(expected)
         assert untouched
         assert "\n" not in message
 
@@ -94,6 +94,6 @@ def poisoned_layer(value: float) -> tuple[str, bool] | None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_bad_weight_is_named_by_the_ranks_that_share_the_layer(value: float) -> None:
-    told = "decoder.layers.3.mlp.linear_fc2.weight holds NaN or Inf; resume from the last good checkpoint"
-    # Not told by every rank: rank 0, which speaks for errors that all ranks see, is on the other stage.
-    assert run_ranks(poisoned_layer, 4, value) == [None, None, (told, False), (told, False)]
+    expected = "decoder.layers.3.mlp.linear_fc2.weight holds NaN or Inf; resume from the last good checkpoint"
+    # Not printed by every rank: rank 0, which speaks for errors that all ranks see, is on the other stage.
+    assert run_ranks(poisoned_layer, 4, value) == [None, None, (expected, False), (expected, False)]

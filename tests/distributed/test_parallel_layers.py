@@ -11,7 +11,7 @@ from ranks import run_ranks
 from torch import Tensor
 from training_runs import small_recipe, train_step, trainer_of
 
-from megatron_sbn.doctor.logical_tensors import Piece, join, relative
+from megatron_sbn.doctor.logical_tensors import TensorShard, assemble, relative
 from megatron_sbn.functional import sparse_bitlinear
 from megatron_sbn.layers.experts import ExpertDown
 from megatron_sbn.layers.linear import (
@@ -42,9 +42,9 @@ HEAD, PER_GROUP, GROUPS = 8, 2, 4
 class Outcome:
     """What a rank's layer gave; x, y and their gradients are [tokens, batch, features]."""
 
-    y: Piece
-    dx: Piece
-    dw: Piece
+    y: TensorShard
+    dx: TensorShard
+    dw: TensorShard
     saved: list[tuple[str, int]]  # dtype and elements of tensors kept for backward
     sent: list[tuple[str, str, int]]  # collective, dtype and elements of the forward pass
 
@@ -94,18 +94,24 @@ def exercise(
     assert bias is None
     y.backward(local_dy)
     x_rows = (tokens,) if column else ((0, TOKENS),)
-    dx = Piece(LogicalShard(tuple(x.shape), x_rows), local_x.grad) if column else features_piece(local_x.grad, features)
-    y_piece = (
-        Piece(LogicalShard((ROWS, TOKENS, BATCH), layer.weight_shard.rows), y.detach().permute(2, 0, 1).contiguous())
+    dx = (
+        TensorShard(LogicalShard(tuple(x.shape), x_rows), local_x.grad)
         if column
-        else Piece(LogicalShard((TOKENS, BATCH, ROWS), (tokens,)), y.detach())
+        else features_piece(local_x.grad, features)
     )
-    return Outcome(y_piece, dx, Piece(layer.weight_shard, layer.weight.grad), saved, sent)
+    y_piece = (
+        TensorShard(
+            LogicalShard((ROWS, TOKENS, BATCH), layer.weight_shard.rows), y.detach().permute(2, 0, 1).contiguous()
+        )
+        if column
+        else TensorShard(LogicalShard((TOKENS, BATCH, ROWS), (tokens,)), y.detach())
+    )
+    return Outcome(y_piece, dx, TensorShard(layer.weight_shard, layer.weight.grad), saved, sent)
 
 
-def features_piece(t: Tensor, features: tuple[int, int]) -> Piece:
+def features_piece(t: Tensor, features: tuple[int, int]) -> TensorShard:
     """[tokens, batch, in/tp] as rows of [in, tokens, batch]."""
-    return Piece(LogicalShard((WIDTH, TOKENS, BATCH), (features,)), t.permute(2, 0, 1).contiguous())
+    return TensorShard(LogicalShard((WIDTH, TOKENS, BATCH), (features,)), t.permute(2, 0, 1).contiguous())
 
 
 class recorded_collectives:  # noqa: N801 - a context manager, used as a function
@@ -159,7 +165,7 @@ def expected(kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 def test_a_cut_layer_is_the_layer(kind: str, tensor: int, sequence: bool, dtype: torch.dtype) -> None:
     outcomes = run_ranks(run_layer, tensor, kind, tensor, sequence, dtype)
     y, dx, dw = expected(kind, dtype)
-    ours = join([{"y": o.y, "dx": o.dx, "dw": o.dw} for o in outcomes])
+    ours = assemble([{"y": o.y, "dx": o.dx, "dw": o.dw} for o in outcomes])
     joined_y = ours["y"].permute(1, 2, 0) if kind != "row" else ours["y"]
     joined_dx = ours["dx"] if kind != "row" else ours["dx"].permute(1, 2, 0)
     assert torch.equal(joined_y, y)

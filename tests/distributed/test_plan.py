@@ -16,7 +16,7 @@ from training_runs import small_recipe, train_step, trainer_of
 
 from megatron_sbn.parallel.comm_counter import CommCounter, group_names, step_metrics
 from megatron_sbn.plan.activations import saved
-from megatron_sbn.plan.comm_bytes import sent_by_all
+from megatron_sbn.plan.comm_bytes import bytes_of_all_ranks
 from megatron_sbn.plan.hardware import CPU
 from megatron_sbn.plan.memory import rank_memory
 from megatron_sbn.plan.shapes import Layout
@@ -148,8 +148,8 @@ def test_a_plan_is_what_ranks_hold_and_send(case: str) -> None:
     wrong = []
     for rank, measured in enumerate(run_ranks(measure, world, overrides)):
         pairs = {f"{k} of rank {rank}": (v, measured.held[k]) for k, v in planned(layout, measured.stage).items()}
-        pairs |= {name: (v, measured.sent[f"bytes_{name}"]) for name, v in sent_by_all(layout).items()}
-        assert len(sent_by_all(layout)) == len(measured.sent)
+        pairs |= {name: (v, measured.sent[f"bytes_{name}"]) for name, v in bytes_of_all_ranks(layout).items()}
+        assert len(bytes_of_all_ranks(layout)) == len(measured.sent)
         whole = sum(measured.held.values())
         for name, (expected, real) in pairs.items():
             # Without buffers of ZeRO there are still rotary tables and random-number states.

@@ -62,6 +62,6 @@ def test_a_hang_names_rank_phase_and_line() -> None:
         run_ranks(hang_on_rank_1, 2, timeout=5)
 
 
-def test_a_death_is_told() -> None:
+def test_a_death_is_reported() -> None:
     with pytest.raises(RankError, match="rank 0: the process died with status 7"):
         run_ranks(die_on_rank_0, 2)

@@ -180,7 +180,7 @@ def test_what_a_rollback_gave_up_does_not_come_back(shard: Path, tmp_path: Path)
 
 def test_a_rollback_without_a_checkpoint_stops(shard: Path, tmp_path: Path) -> None:
     ((ended, _),) = run_ranks(trained, 1, shard, tmp_path / "run", (1,), ("training.on_bad_step=rollback",))
-    assert "no checkpoint of at most 0 steps is whole: there is none" in ended
+    assert "no checkpoint of at most 0 steps is valid: there is none" in ended
 
 
 def test_the_budget_ends_the_run(shard: Path, tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ CASES = {
 }
 
 
-def told(overrides: tuple[str, ...], name: str, rank: int, element: int) -> str:
-    """What a rank is told after `rank` changed the last bit of one element; empty if all is well."""
+def complaint(overrides: tuple[str, ...], name: str, rank: int, element: int) -> str:
+    """What a rank raises after `rank` changed the last bit of one element; empty if all is well."""
     with without_cuda():
         recipe = small_recipe(overrides)
         parallel = parallel_state.initialize(recipe)
@@ -49,11 +49,11 @@ def told(overrides: tuple[str, ...], name: str, rank: int, element: int) -> str:
 @pytest.mark.parametrize("case", CASES)
 def test_one_bit_names_the_parameter_and_the_ranks(case: str) -> None:
     world_size, overrides, name, rank, ranks = CASES[case]
-    messages = run_ranks(told, world_size, overrides, name, rank, -1)
+    messages = run_ranks(complaint, world_size, overrides, name, rank, -1)
     assert all(f"differs between {ranks}, which" in message for message in messages)
     assert any(message.startswith(name) for message in messages)
 
 
 def test_pieces_that_nobody_else_holds_may_have_any_value() -> None:
-    assert run_ranks(told, 2, ("parallel.tensor=2",), LAYER, 1, 0) == ["", ""]
-    assert run_ranks(told, 2, ("parallel.pipeline=2",), LAYER, 0, 0) == ["", ""]
+    assert run_ranks(complaint, 2, ("parallel.tensor=2",), LAYER, 1, 0) == ["", ""]
+    assert run_ranks(complaint, 2, ("parallel.pipeline=2",), LAYER, 0, 0) == ["", ""]

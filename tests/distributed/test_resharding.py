@@ -16,7 +16,7 @@ from saving import FAST, Run, whole_state
 from torch import Tensor
 from training_runs import small_recipe, trainer_of
 
-from megatron_sbn.doctor.logical_tensors import Piece, Pieces, join
+from megatron_sbn.doctor.logical_tensors import TensorShard, TensorShards, assemble
 from megatron_sbn.doctor.recorder import recorded_hidden_states
 from megatron_sbn.doctor.tiny_recipe import batch_of
 from megatron_sbn.training.step import Trainer
@@ -49,8 +49,8 @@ AT = 4
 class Seen(NamedTuple):
     """What one rank saw: its state, and what an evaluation and a step make of it."""
 
-    state: Pieces
-    hidden: Pieces
+    state: TensorShards
+    hidden: TensorShards
     evaluation: float
     loss: float
     grad_norm: float
@@ -77,17 +77,17 @@ def look(run: Run) -> Seen:
     trainer = run.trainer
     state = whole_state(trainer)
     for name, layer in trainer.stages.state.layers.items():
-        state[f"codes.{name}"] = Piece(layer.weight_shard, layer.prepared.codes.clone())
+        state[f"codes.{name}"] = TensorShard(layer.weight_shard, layer.prepared.codes.clone())
     for kind, masks in (("kept", trainer.stages.state.kept_masks()), ("measured", run.telemetry.references())):
         for name, mask in masks.items():
-            state[f"{kind}.{name}"] = Piece(trainer.stages.state.layers[name].weight_shard, mask.clone())
+            state[f"{kind}.{name}"] = TensorShard(trainer.stages.state.layers[name].weight_shard, mask.clone())
     counters, updates = run.telemetry.counters(), trainer.zero.updates
     hidden, evaluation = evaluate(trainer)
     result = trainer.step(AT, batch_of(trainer.recipe, AT)[trainer.rows()])
     return Seen(state, hidden, evaluation, result.loss, result.grad_norm, counters, updates)
 
 
-def evaluate(trainer: Trainer) -> tuple[Pieces, float]:
+def evaluate(trainer: Trainer) -> tuple[TensorShards, float]:
     samples = batch_of(trainer.recipe, AT)[trainer.rows()]
     with recorded_hidden_states(trainer) as hidden:
         loss = trainer.evaluate(samples)
@@ -95,7 +95,7 @@ def evaluate(trainer: Trainer) -> tuple[Pieces, float]:
 
 
 def logical(ranks: list[Seen]) -> dict[str, Tensor]:
-    return join([rank.state for rank in ranks])
+    return assemble([rank.state for rank in ranks])
 
 
 def check_same(saved: list[Seen], resumed: list[Seen], ternary_bits: bool = True) -> None:
@@ -107,7 +107,7 @@ def check_same(saved: list[Seen], resumed: list[Seen], ternary_bits: bool = True
     for name in ("evaluation", "loss", "grad_norm"):
         assert getattr(resumed[0], name) == pytest.approx(getattr(saved[0], name), rel=1e-5), name
     if ternary_bits:
-        a, b = join([rank.hidden for rank in saved]), join([rank.hidden for rank in resumed])
+        a, b = assemble([rank.hidden for rank in saved]), assemble([rank.hidden for rank in resumed])
         assert a.keys() == b.keys() != set()
         assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -151,12 +151,12 @@ def test_biases_that_all_tensor_parallel_ranks_hold(tmp_path: Path) -> None:
     saved = run_ranks(save_dense, 2, tmp_path, (*overrides, TENSOR2))
     for world_size, layout in ((1, ()), (2, (ZERO3,)), (4, (TENSOR2, PIPELINE2))):
         after = run_ranks(resume_dense, world_size, tmp_path, (*overrides, *layout))
-        before, now = join(saved), join(after)
+        before, now = assemble(saved), assemble(after)
         assert before.keys() == now.keys()
         assert [name for name, tensor in before.items() if not torch.equal(tensor, now[name])] == []
 
 
-def save_dense(folder: Path, overrides: tuple[str, ...]) -> Pieces:
+def save_dense(folder: Path, overrides: tuple[str, ...]) -> TensorShards:
     with trainer_of(small_recipe((*BASE, *overrides))) as trainer:
         run = Run(trainer, folder)
         run.train(0, 2)
@@ -164,7 +164,7 @@ def save_dense(folder: Path, overrides: tuple[str, ...]) -> Pieces:
         return whole_state(trainer)
 
 
-def resume_dense(folder: Path, overrides: tuple[str, ...]) -> Pieces:
+def resume_dense(folder: Path, overrides: tuple[str, ...]) -> TensorShards:
     with trainer_of(small_recipe((*BASE, *overrides))) as trainer:
         assert Run(trainer, folder).restore() == 2
         return whole_state(trainer)

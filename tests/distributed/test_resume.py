@@ -16,7 +16,7 @@ from training_runs import small_recipe, trainer_of
 from megatron_sbn.checkpoint import directory as folders
 from megatron_sbn.checkpoint import saver, shards
 from megatron_sbn.checkpoint.directory import newest, verify
-from megatron_sbn.doctor.logical_tensors import join
+from megatron_sbn.doctor.logical_tensors import assemble
 from megatron_sbn.errors import CheckpointError
 
 TENSOR2, PIPELINE2 = "parallel.tensor=2", "parallel.pipeline=2"
@@ -56,15 +56,15 @@ def interrupted_and_not(folder: Path, overrides: tuple[str, ...], at: int, steps
             "lost": lost,
             "drifted": different(run, at_end),
             "losses": losses == again,
-            "pieces": whole_state(second),
+            "shards": whole_state(second),
         }
 
 
 def different(run: Run, before: tuple) -> list[str]:
     """Names of what is not bit for bit as before."""
-    pieces, made, counters = before
-    now = {name: piece.value for name, piece in whole_state(run.trainer).items()} | derived(run.trainer, run.telemetry)
-    then = {name: piece.value for name, piece in pieces.items()} | made
+    shards, made, counters = before
+    now = {name: part.value for name, part in whole_state(run.trainer).items()} | derived(run.trainer, run.telemetry)
+    then = {name: part.value for name, part in shards.items()} | made
     wrong = [n for n in now.keys() | then.keys() if n not in now or n not in then or not torch.equal(now[n], then[n])]
     return wrong if counters == run.telemetry.counters() else [*wrong, "counters"]
 
@@ -76,7 +76,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(layout: str, tmp_path
     ranks = run_ranks(interrupted_and_not, world_size, tmp_path, overrides, at, at + 2)
     for rank in ranks:
         assert (rank["first"], rank["lost"], rank["drifted"], rank["losses"]) == (at, [], [], True)
-    join([rank["pieces"] for rank in ranks])
+    assemble([rank["shards"] for rank in ranks])
     path = newest(tmp_path / "checkpoints")
     assert path is not None
     manifest = verify(path)
@@ -180,7 +180,7 @@ def fail_then_save(folder: Path, bad_rank: int, module: str, where: str) -> tupl
     return str(refusal.value), run.said[0], left
 
 
-def test_a_disk_that_is_too_small_is_told_before_anything_is_written(folder: Path) -> None:
+def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(folder: Path) -> None:
     ((message, _, left), _) = run_ranks(full_before, 2, folder)
     assert "it takes 0.18 MiB, and 0.00 MiB are free" in message
     assert left == ["latest", "step-00000002"]

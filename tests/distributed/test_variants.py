@@ -6,7 +6,7 @@ import torch
 from training_runs import batch_of, run_of, run_ranks, small_recipe, train_step, trainer_of
 
 from megatron_sbn.doctor.logical_tensors import relative
-from megatron_sbn.doctor.recorder import prepared_pieces, weight_pieces
+from megatron_sbn.doctor.recorder import prepared_shards, weight_shards
 from megatron_sbn.layers.weight_quantizer import settings_at
 
 TENSOR2, TENSOR4, PIPELINE2 = "parallel.tensor=2", "parallel.tensor=4", "parallel.pipeline=2"
@@ -159,8 +159,8 @@ def masks_and_weights(overrides: tuple[str, ...], steps: int) -> list[tuple[bool
         state = trainer.stages.state
         before = None
         for step in range(steps):
-            mask = prepared_pieces(trainer.stages)["decoder.layers.1.mlp.linear_fc1.mask"].value
-            weight = weight_pieces(trainer)["decoder.layers.1.mlp.linear_fc1.weight"].value
+            mask = prepared_shards(trainer.stages)["decoder.layers.1.mlp.linear_fc1.mask"].value
+            weight = weight_shards(trainer)["decoder.layers.1.mlp.linear_fc1.weight"].value
             threshold = weight.abs().unflatten(1, (-1, 8)).kthvalue(3, dim=-1).values  # the smallest of 6 kept
             fresh = torch.equal(mask, (weight.abs().unflatten(1, (-1, 8)) >= threshold.unsqueeze(-1)).flatten(1))
             moved = 0.0 if before is None else float((mask ^ before).float().mean())
@@ -198,15 +198,15 @@ def mask_round_trip(overrides: tuple[str, ...], done: int) -> tuple[int, bool]:
     with trainer_of(recipe) as trainer:
         for step in range(done):
             train_step(trainer, step)
-        weights, expected = weight_pieces(trainer), prepared_pieces(trainer.stages)
+        weights, expected = weight_shards(trainer), prepared_shards(trainer.stages)
         masks = {name: mask.clone() for name, mask in trainer.stages.state.kept_masks().items()}
     with trainer_of(recipe) as other:
         for logical in other.stages.parameters:
             logical.parameter.data.copy_(weights[logical.name].value)
         other.stages.state.load_masks(masks, trainer.stages.state.mask_sparsity)
         other.stages.state.prepare(done)
-        ours = prepared_pieces(other.stages)
-    return len(masks), all(torch.equal(ours[name].value, piece.value) for name, piece in expected.items())
+        ours = prepared_shards(other.stages)
+    return len(masks), all(torch.equal(ours[name].value, part.value) for name, part in expected.items())
 
 
 @pytest.mark.parametrize(
@@ -255,9 +255,9 @@ def evaluation_of(overrides: tuple[str, ...]) -> tuple[float, float, bool]:
     with trainer_of(recipe) as trainer:
         train_step(trainer, 0)
         mine = samples[trainer.rows()]
-        before = weight_pieces(trainer)
+        before = weight_shards(trainer)
         values = trainer.evaluate(mine), trainer.evaluate(mine)
-        same = all(torch.equal(p.value, before[n].value) for n, p in weight_pieces(trainer).items())
+        same = all(torch.equal(p.value, before[n].value) for n, p in weight_shards(trainer).items())
         return (*values, same and all(chunk.training for chunk in trainer.stages.chunks))
 
 

@@ -1,7 +1,7 @@
 """Training runs of a small model under any layout, and what they leave put together again in its logical form.
 
-`train` is the job of a rank: it trains and returns pieces. `Run` joins the pieces of all ranks, and checks on the way
-that ranks which hold the same piece hold the same bits, and that the pieces cover each logical tensor exactly.
+`train` is the job of a rank: it trains and returns shards. `Run` joins the shards of all ranks, and checks on the way
+that ranks which hold the same shard hold the same bits, and that the shards cover each logical tensor exactly.
 """
 
 import functools
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.config.validation import validate_world_size
-from megatron_sbn.doctor.logical_tensors import Pieces, join
-from megatron_sbn.doctor.recorder import gradient_pieces, prepared_pieces, recorded_hidden_states, weight_pieces
+from megatron_sbn.doctor.logical_tensors import TensorShards, assemble
+from megatron_sbn.doctor.recorder import gradient_shards, prepared_shards, recorded_hidden_states, weight_shards
 from megatron_sbn.doctor.tiny_recipe import batch_of
 from megatron_sbn.model import build_model_chunks
 from megatron_sbn.parallel import state as parallel_state
@@ -59,11 +59,13 @@ class RankRun:
 
     data_rank: int
     steps: list[StepResult] = field(default_factory=list)
-    weights: list[Pieces] = field(default_factory=list)  # before every step, and after the last
-    gradients: list[Pieces] = field(default_factory=list)  # of every step, before ZeRO averages over data parallelism
-    prepared: Pieces = field(default_factory=dict)
+    weights: list[TensorShards] = field(default_factory=list)  # before every step, and after the last
+    gradients: list[TensorShards] = field(
+        default_factory=list
+    )  # of every step, before ZeRO averages over data parallelism
+    prepared: TensorShards = field(default_factory=dict)
     evaluation: float = 0.0
-    hidden: Pieces = field(default_factory=dict)  # into the last norm, at evaluation; on the last stage
+    hidden: TensorShards = field(default_factory=dict)  # into the last norm, at evaluation; on the last stage
     preparations: int = 0
 
 
@@ -72,7 +74,7 @@ def train(overrides: Sequence[str], steps: int, recorded: int) -> RankRun:
     recipe = small_recipe(overrides)
     with trainer_of(recipe) as trainer:
         stages = trainer.stages
-        run = RankRun(trainer.parallel.data.rank, prepared=prepared_pieces(stages))
+        run = RankRun(trainer.parallel.data.rank, prepared=prepared_shards(stages))
         with recorded_hidden_states(trainer) as run.hidden:
             run.evaluation = trainer.evaluate(batch_of(recipe, 99)[trainer.rows()])
         finalize = stages.config.finalize_model_grads_func
@@ -80,16 +82,16 @@ def train(overrides: Sequence[str], steps: int, recorded: int) -> RankRun:
         def finalize_and_record(*args: Any, **kwargs: Any) -> None:
             finalize(*args, **kwargs)
             if len(run.gradients) < recorded:
-                run.gradients.append(gradient_pieces(stages))
+                run.gradients.append(gradient_shards(stages))
 
         stages.config.finalize_model_grads_func = finalize_and_record
-        run.weights.append(weight_pieces(trainer))
+        run.weights.append(weight_shards(trainer))
         for step in range(steps):
             run.steps.append(train_step(trainer, step))
             if step < recorded:
-                run.weights.append(weight_pieces(trainer))
+                run.weights.append(weight_shards(trainer))
         run.preparations = stages.state.preparations
-        with trainer.zero.whole([p.parameter for p in stages.parameters]):
+        with trainer.zero.gathered([p.parameter for p in stages.parameters]):
             check_replicas(stages.parameters, trainer.parallel)
     return run
 
@@ -117,21 +119,21 @@ class Run:
 
     def weights(self, step: int) -> dict[str, Tensor]:
         """Logical weights after `step` steps."""
-        return join([rank.weights[step] for rank in self.ranks])
+        return assemble([rank.weights[step] for rank in self.ranks])
 
     def hidden(self) -> Tensor:
         """Hidden states before the last norm at step 0, [global batch, tokens, hidden]."""
-        return join([rank.hidden for rank in self.ranks])["hidden"]
+        return assemble([rank.hidden for rank in self.ranks])["hidden"]
 
     def prepared(self) -> dict[str, Tensor]:
         """Logical codes, gamma per row and masks at step 0."""
-        return join([rank.prepared for rank in self.ranks])
+        return assemble([rank.prepared for rank in self.ranks])
 
     def gradients(self, step: int) -> dict[str, Tensor]:
         """Logical gradients of a step, averaged over data parallelism."""
         replicas = sorted({rank.data_rank for rank in self.ranks})
         dense = [{n: p for n, p in rank.gradients[step].items() if not is_expert(n)} for rank in self.ranks]
-        joined = [join([d for d, r in zip(dense, self.ranks, strict=True) if r.data_rank == i]) for i in replicas]
+        joined = [assemble([d for d, r in zip(dense, self.ranks, strict=True) if r.data_rank == i]) for i in replicas]
         # An expert's replicas are whole, and may be ranks of one data-parallel replica.
         experts: dict[str, list[Tensor]] = {}
         for rank in self.ranks:

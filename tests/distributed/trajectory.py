@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from training_runs import small_recipe, train_step, trainer_of
 
-from megatron_sbn.doctor.recorder import gradient_pieces, weight_pieces
+from megatron_sbn.doctor.recorder import gradient_shards, weight_shards
 from megatron_sbn.training.step import Trainer
 
 
@@ -31,25 +31,25 @@ class Offset:
 
 def lead(overrides: Sequence[str], folder: Path, steps: int) -> None:
     """Trains on this rank alone; FOLDER/step-K.safetensors has weights before step K, and its gradients."""
-    told = []
+    results = []
     with trainer_of(small_recipe(overrides)) as trainer:
         gradients = recorded_gradients(trainer)
         for step in range(steps):
-            before = {f"weights.{name}": piece.value for name, piece in weight_pieces(trainer).items()}
+            before = {f"weights.{name}": part.value for name, part in weight_shards(trainer).items()}
             result = train_step(trainer, step)
             save_file(
                 before | {f"gradients.{name}": value for name, value in gradients.items()},
                 folder / f"step-{step}.safetensors",
             )
-            told.append([result.loss, result.grad_norm])
-        last = {f"weights.{name}": piece.value for name, piece in weight_pieces(trainer).items()}
+            results.append([result.loss, result.grad_norm])
+        last = {f"weights.{name}": part.value for name, part in weight_shards(trainer).items()}
         save_file(last, folder / f"step-{steps}.safetensors")
-    (folder / "told.json").write_text(json.dumps(told))
+    (folder / "results.json").write_text(json.dumps(results))
 
 
 def follow(overrides: Sequence[str], folder: Path, steps: int) -> list[Offset]:
     """Every step from the leader's weights."""
-    told = json.loads((folder / "told.json").read_text())
+    led = json.loads((folder / "results.json").read_text())
     offsets = []
     with trainer_of(small_recipe(overrides)) as trainer:
         gradients = recorded_gradients(trainer)
@@ -61,8 +61,8 @@ def follow(overrides: Sequence[str], folder: Path, steps: int) -> list[Offset]:
             after = load_file(folder / f"step-{step + 1}.safetensors")
             offsets.append(
                 Offset(
-                    loss=abs(result.loss - told[step][0]) / told[step][0],
-                    grad_norm=abs(result.grad_norm - told[step][1]) / told[step][1],
+                    loss=abs(result.loss - led[step][0]) / led[step][0],
+                    grad_norm=abs(result.grad_norm - led[step][1]) / led[step][1],
                     gradient=worst_gradient(trainer, gradients, reference),
                     weights=worst_weights(trainer, after),
                 )
@@ -71,7 +71,7 @@ def follow(overrides: Sequence[str], folder: Path, steps: int) -> list[Offset]:
 
 
 def assign(trainer: Trainer, reference: dict[str, Tensor]) -> None:
-    """Gives every parameter its piece of the logical weights."""
+    """Gives every parameter its shard of the logical weights."""
     for logical in trainer.stages.parameters:
         trainer.zero.assign(logical.parameter, logical.shard.take(reference[f"weights.{logical.name}"]))
 
@@ -83,7 +83,7 @@ def recorded_gradients(trainer: Trainer) -> dict[str, Tensor]:
 
     def finalize_and_record(*args: Any, **kwargs: Any) -> None:
         finalize(*args, **kwargs)
-        gradients.update({name: piece.value for name, piece in gradient_pieces(trainer.stages).items()})
+        gradients.update({name: part.value for name, part in gradient_shards(trainer.stages).items()})
 
     trainer.stages.config.finalize_model_grads_func = finalize_and_record
     return gradients
@@ -102,11 +102,11 @@ def worst_gradient(trainer: Trainer, gradients: dict[str, Tensor], reference: di
 
 
 def worst_weights(trainer: Trainer, after: dict[str, Tensor]) -> float:
-    """Norm of the difference over the norm, of this rank's pieces."""
+    """Norm of the difference over the norm, of this rank's shards."""
     worst = 0.0
-    for name, piece in weight_pieces(trainer).items():
-        expected = piece.shard.take(after[f"weights.{name}"])
-        worst = max(worst, float((piece.value - expected).norm() / expected.norm()))
+    for name, part in weight_shards(trainer).items():
+        expected = part.shard.take(after[f"weights.{name}"])
+        worst = max(worst, float((part.value - expected).norm() / expected.norm()))
     return worst
 
 

@@ -65,10 +65,10 @@ def test_every_layout_of_the_table_can_be_trained() -> None:
 
 def test_without_ranks_it_says_what_the_recipe_needs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", QWEN, TENSOR2, "parallel.pipeline=2"]) == 0
-    told = capsys.readouterr().out
-    assert "a replica takes 4 ranks" in told
-    assert "4, 8, 16, 32, 64, 128, 256, 512" in told
-    assert "not there yet: data/corpus-train.bin" in told
+    expected = capsys.readouterr().out
+    assert "a replica takes 4 ranks" in expected
+    assert "4, 8, 16, 32, 64, 128, 256, 512" in expected
+    assert "not there yet: data/corpus-train.bin" in expected
 
 
 def test_a_batch_of_any_size_is_looked_at_in_a_moment(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,38 +77,41 @@ def test_a_batch_of_any_size_is_looked_at_in_a_moment(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         ((TENSOR2, "parallel.pipeline=2", "--ranks", "3"), "needs a multiple of 4 ranks, and 3 were started"),
         (("parallel.pipeline=2", "parallel.zero_stage=3"), "parallel.zero_stage = 3 with parallel.pipeline = 2"),
         (("training.global_batch_size=6",), "training.global_batch_size = 6 is not a multiple of"),
-        (("--json", "told.json"), "--json told.json takes the comparison of --ranks, --layouts or --engines; give one"),
+        (
+            ("--json", "report.json"),
+            "--json report.json takes the comparison of --ranks, --layouts or --engines; give one",
+        ),
         (("--steps", "3"), "--steps 3 goes with --layouts or --engines"),
-        (("--ranks", "--layouts", "--json", "told.json"), "--json told.json takes the comparison of"),
+        (("--ranks", "--layouts", "--json", "report.json"), "--json report.json takes the comparison of"),
     ],
 )
 def test_a_bad_recipe_is_one_line_and_2(
-    arguments: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["doctor", QWEN, *arguments]) == 2
     error = capsys.readouterr().err
-    assert told in error
+    assert expected in error
     assert error.count("\n") == 1
 
 
 def test_ranks_that_compute_the_same_are_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "told.json"
+    file = tmp_path / "report.json"
     assert main(["doctor", QWEN, TENSOR2, "--ranks", "--json", str(file)]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "equal"
-    told = json.loads(file.read_text())
-    assert told["equal"] is True
-    lines = {line["name"]: line for line in told["tensors"]}
+    expected = json.loads(file.read_text())
+    assert expected["equal"] is True
+    lines = {line["name"]: line for line in expected["tensors"]}
     kinds = [name.rpartition(".")[2] for name in lines]
     assert {kind: kinds.count(kind) for kind in report.KINDS} == dict.fromkeys(report.KINDS[:-1], 8) | {"hidden": 1}
     assert all(line["ours"] == line["theirs"] for name, line in lines.items() if name != "grad norm")
     assert len(lines["hidden"]["ours"]) == 64
-    assert told["bytes"]["tensor.all_gather"] > 0
+    assert expected["bytes"]["tensor.all_gather"] > 0
     for kind in report.KINDS:
         assert f"\n{kind} " in out
 
@@ -119,7 +122,7 @@ def test_a_comparison_that_cannot_be_written_is_one_line(
     monkeypatch.setattr(
         command, "run_trials", lambda cuts, steps: {name: report.Trial({}, [1.0], [1.0], []) for name in cuts}
     )
-    file = tmp_path / "nowhere" / "told.json"
+    file = tmp_path / "nowhere" / "report.json"
     assert main(["doctor", QWEN, TENSOR2, "--ranks", "--json", str(file)]) == 2
     error = capsys.readouterr().err
     assert f"{file.parent}" in error
@@ -205,12 +208,14 @@ def test_a_missing_tensor_a_loss_and_a_norm_are_differences() -> None:
     assert not verdicts(recipe, dataclasses.replace(trial(), grad_norms=[1.0001]))["grad norm"]
 
 
-def test_replicas_that_differ_are_told(tmp_path: Path) -> None:
-    from megatron_sbn.doctor.logical_tensors import Piece, write_pieces
-    from megatron_sbn.parallel.shard import whole
+def test_replicas_that_differ_are_reported(tmp_path: Path) -> None:
+    from megatron_sbn.doctor.logical_tensors import TensorShard, write_shards
+    from megatron_sbn.parallel.shard import unsharded
 
     for rank, value in enumerate((1.0, 2.0)):
-        write_pieces(tmp_path / f"rank-{rank}.safetensors", {"w": Piece(whole((3,)), torch.full((3,), value))})
+        write_shards(
+            tmp_path / f"rank-{rank}.safetensors", {"w": TensorShard(unsharded((3,)), torch.full((3,), value))}
+        )
         (tmp_path / f"rank-{rank}.json").write_text(json.dumps({"losses": [1], "grad_norms": [1], "bytes": {}}))
     with pytest.raises(ValueError, match="w: the replica of rank 1 differs"):
         report.read_trial(tmp_path, 2)

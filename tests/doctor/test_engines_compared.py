@@ -89,7 +89,7 @@ def test_ranks_that_fail_leave_the_others_to_be_compared(
         return dict.fromkeys(group, FIRST)
 
     monkeypatch.setattr(engines, "run_trials", run_trials)
-    file = tmp_path / "told.json"
+    file = tmp_path / "report.json"
     assert main(["doctor", QUICK, "--engines", sys.executable, "--json", str(file)]) == 1
     saved = [start.save for start in started]
     assert saved[:2] == [start.resume for start in started[:2]] == [start.resume for start in started[2:]]
@@ -98,9 +98,9 @@ def test_ranks_that_fail_leave_the_others_to_be_compared(
     out = capsys.readouterr().out
     assert "failed: tensor 2: a rank ended with status 1" in out
     assert "1 of 2 differ, inf" in out
-    told = json.loads(file.read_text())
-    assert told["environments"][1]["differences"]["tensor 2"]["codes"] == "inf"
-    assert told["environments"][1]["differences"][layouts.SPREAD]["codes"] == 0
+    report = json.loads(file.read_text())
+    assert report["environments"][1]["differences"]["tensor 2"]["codes"] == "inf"
+    assert report["environments"][1]["differences"][layouts.SPREAD]["codes"] == 0
 
 
 def test_a_missing_tensor_is_a_difference() -> None:
@@ -118,7 +118,7 @@ def test_another_environment_is_compared(
     every = layouts.candidates
     kept = ("tensor 2", "data 2, ZeRO-2")
     monkeypatch.setattr(engines, "candidates", lambda recipe: {k: v for k, v in every(recipe).items() if k in kept})
-    file = tmp_path / "told.json"
+    file = tmp_path / "report.json"
     assert main(["doctor", QUICK, "--engines", str(other), "--json", str(file)]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "equal"
@@ -126,9 +126,9 @@ def test_another_environment_is_compared(
     rows = [line.split()[len(engines.NAMES) :] for line in out.splitlines() if line.startswith("0.")]
     assert rows == [["equal"] * len(engines.COLUMNS)] * 2
     assert "megatron_sbn.doctor.rank" in (tmp_path / "calls").read_text()
-    told = json.loads(file.read_text())
-    assert told["equal"] is True
-    first, second = told["environments"]
+    report = json.loads(file.read_text())
+    assert report["equal"] is True
+    first, second = report["environments"]
     assert first["digests"] == second["digests"]
     assert set(first["digests"]) == set(kept)
     assert len(set(first["digests"]["tensor 2"]["hidden"])) > 1
@@ -145,7 +145,7 @@ def test_the_note_names_every_release_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "told"),
+    ("script", "report"),
     [
         (None, "cannot be run: "),
         ("exit 3", "it ended without a word; give the bin/python"),
@@ -154,7 +154,7 @@ def test_the_note_names_every_release_once() -> None:
         (f'exec {sys.executable} -S "$@"', "No module named"),
     ],
 )
-def test_an_interpreter_that_cannot_answer_is_named(script: str | None, told: str, tmp_path: Path) -> None:
+def test_an_interpreter_that_cannot_answer_is_named(script: str | None, report: str, tmp_path: Path) -> None:
     python = tmp_path / "python"
     if script is not None:
         python.write_text(f"#!/bin/sh\n{script}\n")
@@ -162,7 +162,7 @@ def test_an_interpreter_that_cannot_answer_is_named(script: str | None, told: st
     with engines._code_for_others() as code, pytest.raises(RecipeError) as error:
         engines.ask(str(python), {"PYTHONPATH": str(code)})
     assert str(error.value).startswith(f"--engines {python}: ")
-    assert told in str(error.value)
+    assert report in str(error.value)
 
 
 def test_what_an_interpreter_prints_at_its_start_is_passed_over(tmp_path: Path) -> None:

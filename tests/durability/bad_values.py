@@ -179,14 +179,14 @@ def fitting(draw: Draw, key: str) -> object:
     *names, last = key.split(".")
     for name in names:
         section = section.model_fields[name].annotation
-    told = str(section.model_fields[last].annotation)
-    if "Literal" in told:
-        return draw.choice(re.findall(r"'(\w+)'|\b(\d+)\b", told) or [("x", "")])[0] or 8
-    if "bool" in told:
+    annotation = str(section.model_fields[last].annotation)
+    if "Literal" in annotation:
+        return draw.choice(re.findall(r"'(\w+)'|\b(\d+)\b", annotation) or [("x", "")])[0] or 8
+    if "bool" in annotation:
         return draw.random() < 0.5
-    if "float" in told:
+    if "float" in annotation:
         return draw.choice((0.0, 1e-8, 1e-4, 0.01, 0.5, 0.95, 1.0, 10.0, 1e30))
-    if "int" in told:
+    if "int" in annotation:
         return draw.choice((0, 1, 1, 2, 2, 3, 4, 4, 6, 8, 12, 16, 32, 64, 96, 100, 128, 1000, 2**20, 2**40, 2**53))
     return draw.choice(("x", "6:8", "2:4", None, "a.b-c"))
 

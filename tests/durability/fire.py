@@ -185,7 +185,7 @@ def _await_moment(attempt: Attempt, ranks: Sequence[Rank], shot: Shot) -> bool:
                 raise FireError(_hung(attempt, ranks))
             return True
         ready = wait([*sentinels, *([watched] if shot.ambush else [])], left)
-        if watched in ready and _told(watched):
+        if watched in ready and _notified(watched):
             time.sleep(shot.seconds)
             return True
         for sentinel in [sentinel for sentinel in sentinels if sentinel in ready]:
@@ -196,7 +196,7 @@ def _await_moment(attempt: Attempt, ranks: Sequence[Rank], shot: Shot) -> bool:
     return False
 
 
-def _told(connection: Connection) -> bool:
+def _notified(connection: Connection) -> bool:
     try:
         return connection.recv_bytes() == b"here"
     except EOFError:  # it has ended

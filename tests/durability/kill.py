@@ -147,7 +147,7 @@ def draw_shot(draw: random.Random, ranks: int, seconds: float) -> Shot:
 class Expected:
     """How the next attempt has to begin: after which step, and which damaged checkpoint it has to tell of.
 
-    `inode` is the damaged folder's, by which it is told from a new checkpoint of the same step.
+    `inode` is the damaged folder's, which distinguishes it from a new checkpoint of the same step.
     """
 
     step: int = 0
@@ -184,7 +184,7 @@ class Campaign:
         """A training run under these shots (None: one at random), then let finish. Raises FireError if it is wrong."""
         run_dir = self._folder / f"run-{self.counts.runs:04d}"
         expected = Expected()
-        told = []
+        events = []
         for number in range(len(shots) + 1):
             layout = self._layouts[0] if shots[0] else self._draw.choice(self._layouts)
             attempt = self._attempt(run_dir, layout, tracked)
@@ -197,12 +197,12 @@ class Campaign:
             if shot is None or not outcome.moment:
                 break
             expected = in_force(run_dir, expected)
-            told.append(f"{outcome.moment} of {outcome.done}")
+            events.append(f"{outcome.moment} of {outcome.done}")
             self._count(attempt, shot, outcome, expected.step)
             if self._damage and not expected.damaged and self._draw.random() < 0.4:
-                expected = self._damage_newest(run_dir, expected, told)
+                expected = self._damage_newest(run_dir, expected, events)
         self.counts.runs += 1
-        self._say(f"{run_dir.name}{' (MLflow)' if tracked else ''}: {'; '.join(told) or 'not hit'}")
+        self._say(f"{run_dir.name}{' (MLflow)' if tracked else ''}: {'; '.join(events) or 'not hit'}")
         check_finished(run_dir, self._whole, WITHIN * self.spread)
         if tracked:
             self.counts.tracked += 1
@@ -215,14 +215,14 @@ class Campaign:
         overrides = (*layout.overrides, *self._more, f"tracking.enabled={str(tracked).lower()}")
         return Attempt(self._recipe, overrides, run_dir, layout.ranks, self._folder / "scratch")
 
-    def _damage_newest(self, run_dir: Path, expected: Expected, told: list[str]) -> Expected:
+    def _damage_newest(self, run_dir: Path, expected: Expected, events: list[str]) -> Expected:
         """Damages the newest checkpoint where there is one before it to go on from."""
         found = newest_two(run_dir / "checkpoints", expected.step)
         if found is None:
             return expected
         newest, before = found
         self.counts.damaged += 1
-        told.append(damage(newest, self._draw))
+        events.append(damage(newest, self._draw))
         return Expected(before, newest.name, newest.stat().st_ino)
 
     def _count(self, attempt: Attempt, shot: Shot, outcome: Outcome, saved: int) -> None:

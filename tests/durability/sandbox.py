@@ -33,7 +33,7 @@ SECONDS, PROCESSOR_SECONDS = 600, 20  # of a clock, for a machine that does more
 MEMORY = 4 << 30  # beyond what the process has when it starts
 STATUSES = (0, 1, 2, 3, 4, 75)
 TRACEBACK_STATUS = 70
-NOTHING_TO_DO = 10  # what batch scripts are told
+NOTHING_TO_DO = 10  # an exit status for batch scripts
 PROGRAMS = ("git", "bash", "squeue", "uname", "ldconfig", "gcc")  # gcc: DeepSpeed looks which libraries there are
 LONGEST_LINE = 2000
 ENVIRONMENT = {
@@ -286,16 +286,16 @@ def _wrong_words(status: int, stderr: bytes, silent: bool) -> str:
     lines = [line for line in re.split(rb"\r\n|[\r\n]", stderr) if line]
     if lines and lines[0].startswith(b"usage: ") and status == 2 and b": error: " in lines[-1]:
         lines = [b"sbn: " + lines[-1]]  # argparse's own two
-    told = [line for line in lines if line.startswith(b"sbn: ")]
-    others = [line for line in lines if line not in told and not re.match(rb"[a-z ]+: \d+% of ", line)]
+    own = [line for line in lines if line.startswith(b"sbn: ")]
+    others = [line for line in lines if line not in own and not re.match(rb"[a-z ]+: \d+% of ", line)]
     if others and status:
         return f"says more than its line: {others[0][:200]!r}"
-    if status and len(told) != 1 and not (silent and not told):
-        return f"says {len(told)} lines for status {status}"
-    if any(len(line) > LONGEST_LINE for line in told):
-        return f"says {max(map(len, told))} characters: {told[0][:100]!r}"
-    if re.search(rb"[\x00-\x08\x0b-\x1f\x7f]", b"".join(told)):
-        return f"says control characters: {told[0][:200]!r}"
+    if status and len(own) != 1 and not (silent and not own):
+        return f"says {len(own)} lines for status {status}"
+    if any(len(line) > LONGEST_LINE for line in own):
+        return f"says {max(map(len, own))} characters: {own[0][:100]!r}"
+    if re.search(rb"[\x00-\x08\x0b-\x1f\x7f]", b"".join(own)):
+        return f"says control characters: {own[0][:200]!r}"
     return ""
 
 

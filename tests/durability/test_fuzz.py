@@ -91,10 +91,10 @@ def keep_secret() -> int:
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_is_found(name: str, box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    does, told = WRONG[name]
+    does, expected = WRONG[name]
     monkeypatch.setattr(sandbox, "_enter", lambda _: does())
     monkeypatch.setattr(sandbox, "SECONDS", 1)
-    assert box.run(CASE).wrong.startswith(told)
+    assert box.run(CASE).wrong.startswith(expected)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ class Stage(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Ambush:
-    """At the `count`-th event of a kind the parent is told; with `hold` the rank waits there for its answer.
+    """At the `count`-th event of a kind the parent is notified; with `hold` the rank waits there for its answer.
 
     Kinds: "start" (any file event in the run folder before the first step), "step" (a step begins), "save" (any event
     of a save), "rename" (of a step folder), "latest" (its replacement), "remove" (of an old file).
@@ -129,7 +129,7 @@ class Watch:
                 self._event(kind, path)
 
     def _event(self, kind: str, path: str) -> None:
-        """A file event of the run folder, told before it happens ("synced": after)."""
+        """A file event of the run folder, reported before it happens ("synced": after)."""
         if not path.startswith(self._run):
             return
         if self._marks.phase == Phase.START:

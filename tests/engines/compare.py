@@ -82,9 +82,9 @@ def interpreter(oldest: tuple[int, int]) -> str:
     sys.exit(f"no Python >= {wanted} among {', '.join(PYTHONS)}; put one on PATH, or name it with PYTHON=")
 
 
-def run(command: list[str], told: str) -> int:
+def run(command: list[str], title: str) -> int:
     """Runs a command in the project's folder and shows what it prints; returns its status."""
-    print(f"--- {told}: {' '.join(command[1:6])} ...", flush=True)
+    print(f"--- {title}: {' '.join(command[1:6])} ...", flush=True)
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode
 
 

@@ -12,7 +12,7 @@ from megatron_sbn.parallel.shard import (
     initial_normal,
     is_expert,
     row_shard,
-    whole,
+    unsharded,
 )
 
 FULL = torch.arange(24 * 6).view(24, 6)
@@ -40,7 +40,7 @@ def test_where_pieces_lie() -> None:
     # gate rows are the first half, up rows the second: a rank stores [gate_r; up_r].
     assert torch.equal(gated_shard((24, 6), 1, 3).take(FULL), torch.cat([FULL[4:8], FULL[16:20]]))
     assert torch.equal(row_shard((24,), 1, 3).take(FULL[:, 0]), FULL[8:16, 0])
-    assert torch.equal(whole((24, 6)).take(FULL), FULL)
+    assert torch.equal(unsharded((24, 6)).take(FULL), FULL)
 
 
 @given(
@@ -61,7 +61,7 @@ def test_shares_are_how_many_ranks_hold_the_tensor(size: int) -> None:
     for cut in (row_shard, column_shard, gated_shard):
         assert cut((24, 6), size - 1, size).shares == size
     assert row_shard((24,), 0, size).shares == size
-    assert whole((24, 6)).shares == whole((24,)).shares == 1
+    assert unsharded((24, 6)).shares == unsharded((24,)).shares == 1
 
 
 @pytest.mark.parametrize(

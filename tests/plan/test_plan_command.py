@@ -12,7 +12,7 @@ from megatron_sbn.cli import main
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.config.validation import validate_recipe, validate_world_size
 from megatron_sbn.errors import RecipeError
-from megatron_sbn.plan.comm_bytes import sent_by_all
+from megatron_sbn.plan.comm_bytes import bytes_of_all_ranks
 from megatron_sbn.plan.command import machines_of
 from megatron_sbn.plan.hardware import CPU, ON_CUDA
 from megatron_sbn.plan.memory import rank_memory
@@ -62,19 +62,21 @@ def test_the_page_and_its_json_say_the_same(tmp_path: Path, capsys: pytest.Captu
     arguments = ["plan", QWEN3B, "parallel.pipeline=2", "--nodes", "4", "--device", "h200", "--json", str(file)]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    told = json.loads(file.read_text())
+    report = json.loads(file.read_text())
     assert printed.isascii()
     assert max(len(line) for line in printed.splitlines()) <= 140
-    parts = told["memory"]
+    parts = report["memory"]
     lasting, passes, update = (sum(parts[name].values()) for name in ("lasting", "passes", "update"))
     assert parts["total"] == pytest.approx(lasting + max(passes, update))
     assert f"{parts['total'] / 2**30:,.2f}" in printed
-    assert sum(told["seconds"].values()) == pytest.approx(told["layout"]["step_seconds"])
-    assert f"{told['layout']['tokens_per_second']:,.0f} tokens/s" in printed
-    assert told["layout"]["tensor"] * told["layout"]["pipeline"] * told["layout"]["data"] == told["devices"] == 32
+    assert sum(report["seconds"].values()) == pytest.approx(report["layout"]["step_seconds"])
+    assert f"{report['layout']['tokens_per_second']:,.0f} tokens/s" in printed
+    assert (
+        report["layout"]["tensor"] * report["layout"]["pipeline"] * report["layout"]["data"] == report["devices"] == 32
+    )
     assert "not measured" in printed
     for group in ("tensor", "pipeline", "data"):
-        assert told["sent"]["all"][group] > 0
+        assert report["comm_bytes"]["all"][group] > 0
 
 
 def test_layouts_are_feasible_fit_and_are_ranked() -> None:
@@ -114,7 +116,7 @@ def test_where_nothing_fits_one_line_says_what_would(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "report"),
     [
         (["--device", "h300"], "--device h300: is not known; choose one of a100, h100, h200, b200"),
         (["--device", "h200", "--gpus-per-node", "999999999"], "more than 1,048,576; give fewer"),
@@ -124,14 +126,14 @@ def test_where_nothing_fits_one_line_says_what_would(capsys: pytest.CaptureFixtu
         (["--device", "h200", "model.num_layers=7", "model.num_attention_heads=3"], "is not divisible by"),
     ],
 )
-def test_bad_options_are_one_line(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_are_one_line(arguments: list[str], report: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", QWEN3B, "--nodes", "1", *arguments]) == 2
     error = capsys.readouterr().err
-    assert told in error
+    assert report in error
     assert error.count("\n") == 1
 
 
-def test_an_impossible_own_layout_is_told_and_another_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_impossible_own_layout_is_reported_and_another_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", QWEN3B, "--nodes", "3", "--device", "h200"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("The recipe's own layout is not possible: training.global_batch_size = 512")
@@ -173,7 +175,7 @@ def test_memory_is_that_of_the_phase_that_takes_most(capsys: pytest.CaptureFixtu
     assert taken("linear.phases=[{step: 9, activation_bits: none}]") == floating > ternary
     assert taken("linear.phases=[{step: 9, sparsity: '7:8'}]") == ternary
     assert main(["plan", QWEN3B, into, "--nodes", "4", "--device", "h200"]) == 0
-    assert "in the phase that takes most; bytes sent and time are of" in capsys.readouterr().out
+    assert "in the phase that takes most; communication volume and time are of" in capsys.readouterr().out
 
 
 def test_what_cuda_keeps_is_described_and_differs() -> None:
@@ -185,17 +187,17 @@ def test_what_cuda_keeps_is_described_and_differs() -> None:
 def test_time_follows_its_assumptions() -> None:
     layout = Layout(recipe_of("parallel.pipeline=2"), 32)
     machines = h200()
-    told = duration(layout, machines.device, 8, machines.assumed)
+    report = duration(layout, machines.device, 8, machines.assumed)
     faster = machines_of("h200", 4, 8, ["int8_gemm=0.9", "link=1.0"])
-    assert duration(layout, faster.device, 8, faster.assumed).step < told.step
+    assert duration(layout, faster.device, 8, faster.assumed).step < report.step
     passes = sum(
-        v for k, v in told.seconds.items() if k.startswith(("linear", "attention", "head", "memory", "tensor"))
+        v for k, v in report.seconds.items() if k.startswith(("linear", "attention", "head", "memory", "tensor"))
     )
-    assert told.seconds["pipeline bubble"] == pytest.approx(passes / layout.micro_batches)
-    dense = operations(layout)["dense_step"] / told.step / 32
+    assert report.seconds["pipeline bubble"] == pytest.approx(passes / layout.micro_batches)
+    dense = operations(layout)["dense_step"] / report.step / 32
     assert 0.1 < dense / machines.device.bf16 < 1
     two_four = Layout(recipe_of("linear.sparsity=2:4", "parallel.pipeline=2"), 32)
-    assert duration(two_four, machines.device, 8, machines.assumed).step < told.step
+    assert duration(two_four, machines.device, 8, machines.assumed).step < report.step
 
 
 def test_groups_within_a_node_use_its_links() -> None:
@@ -206,7 +208,7 @@ def test_groups_within_a_node_use_its_links() -> None:
 
 
 def test_one_rank_sends_nothing() -> None:
-    assert sent_by_all(Layout(recipe_of("parallel.tensor=1"), 1)) == {}
+    assert bytes_of_all_ranks(Layout(recipe_of("parallel.tensor=1"), 1)) == {}
 
 
 def test_options_without_a_recipe_are_refused() -> None:

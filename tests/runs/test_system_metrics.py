@@ -85,8 +85,8 @@ def test_a_run_that_ends_before_the_first_interval_has_a_sample_and_a_new_start_
 def test_gpus(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = r"0, 87, 1000, 80000, 350.50, 700.00\n1, [N/A], 2000, 80000, [N/A], 700.00\n"
     nvidia_smi(tmp_path, monkeypatch, f"echo \"$@\" > {tmp_path}/asked; printf '{rows}'")
-    told = {name: value for name, value in Machine().sample().items() if "gpu" in name}
-    assert told == {
+    sampled = {name: value for name, value in Machine().sample().items() if "gpu" in name}
+    assert sampled == {
         "system/gpu_0_utilization_percentage": 87.0,
         "system/gpu_0_memory_usage_megabytes": 1048.6,
         "system/gpu_0_memory_usage_percentage": 1.2,
@@ -98,7 +98,7 @@ def test_gpus(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (tmp_path / "asked").read_text().split()[1:] == ["--format=csv,noheader,nounits"]
 
 
-def test_a_driver_that_fails_is_told_once_and_the_rest_goes_on(
+def test_a_driver_that_fails_is_reported_once_and_the_rest_goes_on(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     nvidia_smi(tmp_path, monkeypatch, "exit 9")

@@ -32,7 +32,7 @@ def test_what_somebody_wrote_into_it_is_masked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "told"),
+    ("field", "value", "expected"),
     [
         ("started", '"now"', "started = 'now'"),
         ("started", "1e999", "started = inf"),
@@ -47,12 +47,12 @@ def test_what_somebody_wrote_into_it_is_masked(tmp_path: Path) -> None:
         ("name", '"a\\nb", "x": 1', "its fields are"),
     ],
 )
-def test_a_field_of_another_type_is_named(field: str, value: str, told: str, tmp_path: Path) -> None:
+def test_a_field_of_another_type_is_named(field: str, value: str, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "tracking.json"
     path.write_text(json.dumps(GOOD | {field: "HERE"}).replace('"HERE"', value))
     with pytest.raises(InputError) as error:
         read_record(path)
-    assert told in str(error.value)
+    assert expected in str(error.value)
     assert str(error.value).startswith(f"{path}: ")
 
 

@@ -108,7 +108,7 @@ ASK = 'subprocess.Popen(["scancel", "--signal=USR1", "--batch", os.environ["SLUR
 def given_up(cluster: Cluster, recipe: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Two jobs of one node that are started again until it is enough, side by side; their fields at the end.
 
-    asked: told to stop at every start, while it imports the engines. failing: its metrics.jsonl is a folder, which rank
+    asked: a stop at every start, while it imports the engines. failing: its metrics.jsonl is a folder, which rank
     0 cannot open; that is status 1 at every start.
     """
     (recipe.parent / "failing" / "metrics.jsonl").mkdir(parents=True)
@@ -125,8 +125,8 @@ def test_a_job_that_is_asked_to_stop_at_every_start_ends_after_its_restarts(
     run, said = recipe.parent / "asked", printed(recipe)
     fields, _ = given_up
     assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "1:0", "1"), said
-    told = [(a.restart, a.state, a.reason, a.exit_status, a.checkpoint) for a in read_attempts(run)]
-    assert told == [(0, "STOPPED", "SIGUSR1", 75, 0), (1, "STOPPED", "SIGUSR1", 75, 0)], said
+    attempts = [(a.restart, a.state, a.reason, a.exit_status, a.checkpoint) for a in read_attempts(run)]
+    assert attempts == [(0, "STOPPED", "SIGUSR1", 75, 0), (1, "STOPPED", "SIGUSR1", 75, 0)], said
     assert f"{run}: starts again: asked to stop (SIGUSR1); no step was saved" in said
     limit = "restarted 1 times, which is the limit (SBN_MAX_RESTARTS); no step was saved; submit it again to go on"
     assert f"{run}: ends: {limit}" in said

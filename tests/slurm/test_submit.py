@@ -26,7 +26,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sbn(cluster: Cluster, recipe: Path, *words: str) -> "subprocess.CompletedProcess[str]":
     """The command as on a login node, from the folder of the recipe."""
-    # Bytecode is written, so that the code that ran can be told.
+    # Bytecode is written, so that the code that ran can be identified.
     site = {"SBN_ENV": f"{recipe.parent}/env.sh", "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": ""}
     return subprocess.run(
         [sys.executable, "-m", "megatron_sbn.cli", *words],

@@ -202,9 +202,9 @@ def test_a_report_that_cannot_be_attached(
         if index == 0 or "several" not in message:
             path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     assert main(["report", str(study), "--attach"]) == 2
-    told = capsys.readouterr().err
-    assert message in told
-    assert told.count("\n") == 1
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.count("\n") == 1
     assert (study / "report" / "index.md").is_file()
 
 
@@ -222,8 +222,8 @@ def test_jobs_that_start_at_once_make_one_database(tmp_path: Path) -> None:
         subprocess.Popen([*command, str(folder), uri], env=environment, stderr=subprocess.PIPE, text=True)
         for folder in folders
     ]
-    told = [job.communicate(timeout=LIMIT_SECONDS)[1] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0, 0], told
-    assert not any("cannot be reached" in text for text in told), told
+    errors = [job.communicate(timeout=LIMIT_SECONDS)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0, 0], errors
+    assert not any("cannot be reached" in text for text in errors), errors
     assert len(rows(uri, "study")) == 1
     assert [child.info.run_name for child in rows(uri, "run")] == ["a", "b", "c"]

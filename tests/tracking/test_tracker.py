@@ -362,7 +362,7 @@ def test_importing_tracking_does_not_import_mlflow():
 
 
 def test_a_rollback_and_a_lost_record_go_on_in_the_same_run(run_dir, uri):
-    """Cut back and written anew, the file is read from its start; MLflow keeps what it was told first."""
+    """Cut back and written anew, the file is read from its start; MLflow keeps what it received first."""
     file = MetricsFile(run_dir / "metrics.jsonl")
     tracker = start(run_dir, uri)
     for step in range(1, 9):

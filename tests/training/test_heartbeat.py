@@ -70,22 +70,22 @@ def test_unreadable_beats_are_left_out(tmp_path: Path) -> None:
     assert read_beats(tmp_path, range(6)) == []
 
 
-def test_a_rank_that_falls_silent_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_falls_silent_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.02)
     monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 1.0)
-    told: list[str] = []
-    with Heartbeat(tmp_path, 0, 2, 0, 0, told.append, told.append) as first:
-        with Heartbeat(tmp_path, 1, 2, 0, 0, told.append, told.append) as second:
+    messages: list[str] = []
+    with Heartbeat(tmp_path, 0, 2, 0, 0, messages.append, messages.append) as first:
+        with Heartbeat(tmp_path, 1, 2, 0, 0, messages.append, messages.append) as second:
             second.enter("reading a batch", 7)
             time.sleep(1.5)
-            assert told == []
+            assert messages == []
         deadline = time.monotonic() + LIMIT_SECONDS
-        while not told and time.monotonic() < deadline:
+        while not messages and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(0.3)  # several more looks
-        assert len(told) == 1
-        assert told[0].startswith("not heard of for 1 s; last: rank 1 on ")
-        assert "reading a batch of step 7" in told[0]
+        assert len(messages) == 1
+        assert messages[0].startswith("not heard of for 1 s; last: rank 1 on ")
+        assert "reading a batch of step 7" in messages[0]
         assert first.doing == "starting of step 0"
 
 

@@ -89,8 +89,8 @@ def test_a_run_leaves_what_its_folder_promises(uninterrupted: tuple[Path, str]) 
     said = (run / "logs" / "rank-0.log").read_text().splitlines()
     opening = said[: next(index for index, line in enumerate(said) if line.startswith("step 0"))]
     assert len(opening) <= 20
-    told = ("model", "layout", "batch", "linear", "tokens", "memory", "saving", "time", "mlflow")
-    assert [line.split()[0] for line in opening if line.startswith("  ")] == list(told)
+    rows = ("model", "layout", "batch", "linear", "tokens", "memory", "saving", "time", "mlflow")
+    assert [line.split()[0] for line in opening if line.startswith("  ")] == list(rows)
     assert sum(line.startswith("kernels: ") for line in opening) == 4
     assert any(line.startswith("  time ") and "at the" in line for line in said[len(opening) :])
     assert said[-4] == f"done: {STEPS} steps; run folder {run}"
@@ -111,7 +111,7 @@ def test_bytes_are_those_of_a_step_and_of_groups_that_exist(uninterrupted: tuple
     assert {key for line in lines for key in line if key.startswith("bytes_")} == {"bytes_tensor"}
 
 
-def test_mlflow_out_of_reach_is_told_once_and_stops_nothing(uninterrupted: tuple[Path, str]) -> None:
+def test_mlflow_out_of_reach_is_reported_once_and_stops_nothing(uninterrupted: tuple[Path, str]) -> None:
     run, printed = uninterrupted
     warnings = [line for line in printed.splitlines() if UNREACHABLE in line and "cannot be reached" in line]
     assert len(warnings) == 1
@@ -175,9 +175,9 @@ def test_a_failure_is_one_line_and_its_own_status(
 ) -> None:
     done = sbn("train", str(recipe), "tracking.enabled=false", f"run_dir={tmp_path / 'run'}", *overrides)
     assert done.returncode == status, done.stderr
-    told = [line for line in done.stderr.splitlines() if message in line]
-    assert told
-    assert all(line.startswith("sbn: ") for line in told)
+    rows = [line for line in done.stderr.splitlines() if message in line]
+    assert rows
+    assert all(line.startswith("sbn: ") for line in rows)
     assert "Traceback" not in done.stderr
     if status == 3:  # of a run that had begun, and tells it in its folder as well
         ended = read_status(tmp_path / "run")

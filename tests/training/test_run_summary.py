@@ -64,9 +64,9 @@ def test_the_end_says_where_things_are(tmp_path: Path) -> None:
 
 def test_time_is_expected_from_steps_after_the_first() -> None:
     pace = EtaEstimator(10, 100)
-    told = [pace.note(step, 50.0 if step == 11 else 2.0) for step in range(11, 30)]
-    (line,) = [text for text in told if text is not None]
-    assert told.index(line) == TIMED_STEPS - 1
+    notes = [pace.note(step, 50.0 if step == 11 else 2.0) for step in range(11, 30)]
+    (line,) = [text for text in notes if text is not None]
+    assert notes.index(line) == TIMED_STEPS - 1
     assert "0:02:50 for 85 steps, at the 2 s of steps 12 to 15" in line
 
 

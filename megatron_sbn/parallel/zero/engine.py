@@ -1,14 +1,14 @@
 """DeepSpeed ZeRO around Megatron-Core's schedules.
 
-Parameters are fp32 and so are their gradients, summed over micro-batches in place; ZeRO cuts the fp32 masters and Adam
+Parameters are fp32 and so are their gradients, summed over micro-batches in place; ZeRO shards fp32 masters and Adam
 moments over the data-parallel group. Experts have replicas of their own (expert-data-parallel groups), so a second
-engine, which sees nothing but replicated parameters either, cuts theirs; both clip by one norm over all parameters, in
-which every expert counts once. DeepSpeed's own pipeline engine is not used: Megatron-Core's schedule runs on the
+engine, which sees nothing but replicated parameters either, shards theirs; both clip by one norm over all parameters,
+in which every expert counts once. DeepSpeed's own pipeline engine is not used: Megatron-Core's schedule runs on the
 model inside `coalesce_grad_reduction()`, and one reduction follows it.
 
-Under ZeRO-3 parameters are cut too. DeepSpeed's hooks gather those of embeddings, head and norms around their modules;
-a Sparse-BitNet layer works from its codes, so its weight is hidden from the hooks (sharded_weight.py) and gathered once
-a step, for the codes.
+Under ZeRO-3 parameters are sharded too. DeepSpeed's hooks gather those of embeddings, head and norms around their
+modules; a Sparse-BitNet layer works from its codes, so its weight is hidden from the hooks (sharded_weight.py) and
+gathered once a step, for the codes.
 """
 
 import contextlib
@@ -83,7 +83,7 @@ class _GroupsForDeepSpeed:
 
 
 class ZeroOptimizer:
-    """AdamW with fp32 masters and moments, cut over data parallelism by DeepSpeed ZeRO-1, -2 or -3."""
+    """AdamW with fp32 masters and moments, sharded over data parallelism by DeepSpeed ZeRO-1, -2 or -3."""
 
     def __init__(self, chunks: nn.ModuleList, recipe: Recipe, parallel: ParallelState) -> None:
         deepspeed_logger.setLevel(logging.ERROR)
@@ -100,7 +100,7 @@ class ZeroOptimizer:
         self._engines = {"": _engine(chunks if self.stage == 3 else nn.ParameterList(rest), recipe, parallel)}
         if experts:
             self._engines["experts."] = _engine(nn.ParameterList(experts), recipe, parallel.seen_by_experts)
-        self._norm = GradientNorm([engine.optimizer for engine in self._engines.values()], cut=self.stage == 3)
+        self._norm = GradientNorm([engine.optimizer for engine in self._engines.values()], zero3=self.stage == 3)
 
     @contextlib.contextmanager
     def accumulation(self) -> Iterator[None]:
@@ -127,7 +127,7 @@ class ZeroOptimizer:
         return norm
 
     @contextlib.contextmanager
-    def whole(self, parameters: Sequence[nn.Parameter], *, write: bool = False) -> Iterator[None]:
+    def gathered(self, parameters: Sequence[nn.Parameter], *, write: bool = False) -> Iterator[None]:
         """Parameters have all their elements for the length of the block; what was written is kept, with `write`.
 
         All data-parallel replicas take part, and write the same.
@@ -145,7 +145,7 @@ class ZeroOptimizer:
 
     def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Sets a parameter, and the master that this rank keeps of it, to `value` [its shape on this rank]."""
-        with self.whole([parameter], write=True), torch.no_grad():
+        with self.gathered([parameter], write=True), torch.no_grad():
             parameter.copy_(value)
         safe_set_full_fp32_param(parameter, value)
 
@@ -162,8 +162,8 @@ class ZeroOptimizer:
         Before the first update there are no moments.
         """
         zero = self._engines["experts." if logical.is_expert else ""].optimizer
-        cut = sharded_place if self.stage == 3 else flat_place
-        place = cut(zero, logical.parameter)
+        place_of = sharded_place if self.stage == 3 else flat_place
+        place = place_of(zero, logical.parameter)
         if place is None:
             return None
         state = zero.optimizer.state.get(place.master, {})
@@ -191,7 +191,7 @@ class ZeroOptimizer:
 
 
 def _engine(model: nn.Module, recipe: Recipe, parallel: ParallelState) -> Any:  # noqa: ANN401 - DeepSpeed's own
-    """DeepSpeed's engine for the parameters of `model`, cut as `parallel` says. Schedules run it, not this."""
+    """DeepSpeed's engine for the parameters of `model`, sharded as `parallel` says. Schedules run it, not this."""
     optimizer = recipe.optimizer
     groups = decay_groups(model.parameters(), optimizer.weight_decay)
     betas = (optimizer.adam_beta1, optimizer.adam_beta2)
@@ -242,7 +242,7 @@ def _engine_config(recipe: Recipe, parallel: ParallelState, model: nn.Module) ->
             "use_multi_rank_bucket_allreduce": False,
             "reduce_scatter": True,
             "reduce_bucket_size": min(_BUCKET, sum(p.numel() for p in model.parameters())),
-            # Norms and biases stay whole, for layers that do a norm's work beside their own; matrices are all cut.
+            # Norms and biases stay whole, for layers that do a norm's work beside their own; matrices are all sharded.
             "stage3_param_persistence_threshold": longest_vector,
             **offload,
         },

@@ -31,7 +31,7 @@ class Place:
 
 
 def flat_place(zero: Any, parameter: Any) -> Place | None:  # noqa: ANN401 - DeepSpeed's own
-    """ZeRO-1 and -2: parameters of a group lie one after the other, cut anywhere."""
+    """ZeRO-1 and -2: parameters of a group lie one after the other, divided anywhere."""
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
@@ -40,7 +40,7 @@ def flat_place(zero: Any, parameter: Any) -> Place | None:  # noqa: ANN401 - Dee
 
 
 def sharded_place(zero: Any, parameter: Any) -> Place | None:  # noqa: ANN401 - DeepSpeed's own
-    """ZeRO-3: each parameter is cut into equal parts, the last of which is padded."""
+    """ZeRO-3: each parameter is divided into equal parts, the last of which is padded."""
     group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
     start = dist.get_rank(parameter.ds_process_group) * padded
     length = max(0, min(padded, parameter.ds_numel - start))

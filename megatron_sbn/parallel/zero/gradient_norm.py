@@ -16,15 +16,15 @@ class GradientNorm:
     """Stands in for the norms of DeepSpeed's ZeRO optimizers.
 
     Args:
-        optimizers: those of ZeRO-1 and -2; or one of ZeRO-3 with `cut`, which takes the norm over its groups.
+        optimizers: those of ZeRO-1 and -2; or one of ZeRO-3 with `zero3`, which takes the norm over its groups.
     """
 
-    def __init__(self, optimizers: Sequence[Any], cut: bool) -> None:
+    def __init__(self, optimizers: Sequence[Any], zero3: bool) -> None:
         self._groups: list[Tensor] = []
         self._norm = torch.zeros(())
         self._refused = False
         self._own: list[Callable[[], Any]]
-        if cut:
+        if zero3:
             (zero,) = optimizers
             self._own = [zero._get_norm_groups]
             zero._get_norm_groups = self._of_groups
@@ -32,13 +32,13 @@ class GradientNorm:
             self._own = [optimizer.scaled_global_norm for optimizer in optimizers]
             for optimizer in optimizers:
                 optimizer.scaled_global_norm = self._of_all
-        self._cut = cut
+        self._zero3 = zero3
 
     def measure(self) -> float:
         """The norm of the gradients as they are, on all ranks together; inf where it is not finite."""
         self._refused = False
         measured = [own() for own in self._own]
-        self._groups = [torch.as_tensor(norm) for norm in (measured[0] if self._cut else measured)]
+        self._groups = [torch.as_tensor(norm) for norm in (measured[0] if self._zero3 else measured)]
         norms = torch.stack(self._groups)
         # The norm of one optimizer stays as it is, to the bit.
         joint = norms.reshape(()) if len(self._groups) == 1 else torch.linalg.vector_norm(norms)
