@@ -33,8 +33,9 @@ def test_unknown_words_are_shown_without_secrets_and_control_characters(capsys: 
 
 
 def documented() -> list[str]:
-    """Every `sbn ...` line of README, the tutorial, slurm/README.md and the examples in --help."""
+    """Every `sbn ...` line of README, the tutorial, the how-to pages and the examples in --help."""
     pages = [ROOT / "README.md", ROOT / "docs" / "tutorial.md", ROOT / "slurm" / "README.md"]
+    pages += sorted((ROOT / "docs" / "howto").glob("*.md"))
     lines = [line for page in pages for line in page.read_text().splitlines()]
     lines += [
         line for module in (ROOT / "megatron_sbn" / "cli").glob("*.py") for line in module.read_text().splitlines()

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 from tested_by import TESTED_BY
 
+from megatron_sbn.runs import folder
+
 ROOT = Path(__file__).parents[1]
-HEADING = re.compile(r"docs/(\w+\.md), \"([^\"]+)\"")
-PAGE = re.compile(r"docs/(\w+\.md)")
+HEADING = re.compile(r"docs/([\w/-]+\.md), \"([^\"]+)\"")
+PAGE = re.compile(r"docs/([\w/-]+\.md)")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+ANCHOR = re.compile(r"\]\(([^)#\s]*)#([^)\s]+)\)")
 # `path/name.py` within backquotes: of the project, of megatron_sbn or of sbn_kernels.
 FILE = re.compile(r"`([\w/]+/[\w/]*\w\.(?:py|sh|sbatch|yaml))`")
 NOT_THERE = (
@@ -45,8 +48,17 @@ def wrong_citations(path: Path, text: str) -> Iterator[str]:
             yield f"{path}: docs/{name} has no heading {heading!r}"
 
 
+def anchors(page: Path) -> set[str]:
+    """What links to headings of a page are called."""
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings(page)}
+
+
 def wrong_links(path: Path, text: str) -> Iterator[str]:
-    """Links to files that are not there, and names of files that no folder has."""
+    """Links to files and headings that are not there, and names of files that no folder has."""
+    for target, anchor in ANCHOR.findall(text):
+        page = path.parent / target if target else path
+        if "://" not in target and page.is_file() and anchor not in anchors(page):
+            yield f"{path}: links to {target}#{anchor}, which is not there"
     for target in LINK.findall(text):
         if "://" not in target and not (path.parent / target).exists():
             yield f"{path}: links to {target}, which is not there"
@@ -61,9 +73,23 @@ def test_cited_pages_and_headings_exist() -> None:
 
 
 # Dated results name files as they were called then.
-@pytest.mark.parametrize("page", [p for p in tracked("*.md") if p.name != "results.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [p for p in tracked("*.md") if p.name != "results-log.md"], ids=lambda p: p.name)
 def test_linked_and_named_files_exist(page: Path) -> None:
     assert list(wrong_links(page, page.read_text())) == []
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = ROOT / "docs" / "README.md"
+    linked = {(index.parent / target).resolve() for target in LINK.findall(index.read_text())}
+    pages = [page for page in tracked("docs/*.md", "recipes/*.md", "slurm/*.md") if page != index]
+    assert [str(page.relative_to(ROOT)) for page in pages if page not in linked] == []
+
+
+def test_the_run_folder_page_names_every_file() -> None:
+    page = (ROOT / "docs" / "run-folder.md").read_text()
+    names = [value for name, value in vars(folder).items() if name.isupper()]
+    assert len(names) > 8
+    assert [name for name in names if f"`{name}" not in page] == []
 
 
 def test_what_is_not_there_is_found() -> None:
@@ -74,9 +100,8 @@ def test_what_is_not_there_is_found() -> None:
         f"{here}: docs/nothing.md is not there",
         f"{here}: docs/method.md has no heading 'Sideways'",
     ]
-    assert (
-        len(list(wrong_links(here, "[a](docs/method.md) [b](docs/none.md) `layers/linear.py` `layers/none.py`"))) == 2
-    )
+    text = "[a](docs/method.md) [b](docs/none.md) `layers/linear.py` `layers/none.py` [c](#use) [d](docs/plan.md#none)"
+    assert len(list(wrong_links(here, text))) == 3
 
 
 def test_every_module_has_a_test_file() -> None:

@@ -2,6 +2,7 @@
 
 TESTED_BY = {
     "megatron_sbn/analysis/figures.py": "analysis/test_report.py",
+    "megatron_sbn/checkpoint/average.py": "distributed/test_branch.py",
     "megatron_sbn/checkpoint/collective_errors.py": "distributed/test_resume.py",
     "megatron_sbn/checkpoint/manifest.py": "checkpoint/test_directory.py",
     "megatron_sbn/checkpoint/run_state.py": "distributed/test_resharding.py",
