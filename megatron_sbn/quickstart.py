@@ -142,9 +142,9 @@ def _table(recipes: list[Recipe], outcomes: list[Outcome], unigram: float) -> st
     lines = ["", *aligned(header, rows)]
     lines += ["", f"unigram perplexity of the held-out text: {unigram:.1f}"]
     lines += [f"run folder: {outcome.folder}" for outcome in outcomes]
-    uri = recipes[0].tracking.uri or f"sqlite:///{(Path('runs') / 'mlflow.db').resolve()}"
-    mlflow = Path(sys.executable).with_name("mlflow")
-    return "\n".join([*lines, f"MLflow page: {mlflow} server --backend-store-uri {uri} --port 5000"])
+    place = destination(recipes[0], outcomes[0].folder)
+    command = place.open_command.replace("mlflow ", f"{Path(sys.executable).with_name('mlflow')} ", 1)
+    return "\n".join([*lines, f"MLflow page: {command}"])
 
 
 def _verdict(outcomes: list[Outcome], unigram: float) -> int:

@@ -334,9 +334,9 @@ class Tracking(Section):
     enabled: bool = True
     """Whether MLflow records the run."""
     uri: str | None = None
-    """MLflow's tracking URI; null: sqlite:/// beside the run folders."""
-    experiment: str = "megatron_sbn"
-    """The experiment in MLflow."""
+    """MLflow's tracking URI; null: MLFLOW_TRACKING_URI of the environment, else a database in the folder of all runs."""
+    experiment: Annotated[str, Field(min_length=1, max_length=500)] | None = None
+    """The experiment in MLflow; null: MLFLOW_EXPERIMENT_NAME of the environment, else megatron_sbn."""
     study: Name | None = None
     """The parent run in MLflow that groups the runs of a study; sweeps set their own name."""
     system_metrics_interval: NonNegativeFloat = 10.0

@@ -31,7 +31,7 @@ from megatron_sbn.runs.metrics_file import MetricsFile
 from megatron_sbn.runs.provenance import batch_scripts, describe_environment, installed_packages
 from megatron_sbn.runs.system_metrics import sampled
 from megatron_sbn.telemetry.mask_statistics import Telemetry
-from megatron_sbn.tracking.sqlite_file import default_uri
+from megatron_sbn.tracking.destination import destination
 from megatron_sbn.tracking.tags import describe_recipe
 from megatron_sbn.tracking.tracker import Tracker
 from megatron_sbn.training import run_summary
@@ -347,11 +347,12 @@ class Loop:
             | ({"start_from": recipe.start_from} if recipe.start_from else {})
         )
         write_atomically(self.folder.environment, installed_packages().encode())
+        place = destination(recipe, self.folder.path)
         return Tracker(
             run_dir=self.folder.path,
             name=self.folder.path.name,
-            experiment=recipe.tracking.experiment,
-            uri=recipe.tracking.uri or default_uri(self.folder.path.parent),
+            experiment=place.experiment,
+            uri=place.uri,
             params=recipe.flat(),
             tags=tags,
             run_id=self.run_id,

@@ -11,10 +11,9 @@ from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.plan.hardware import CPU, ON_CUDA
 from megatron_sbn.plan.memory import worst_rank
 from megatron_sbn.plan.shapes import Layout, model_parameters
-from megatron_sbn.redaction import mask_secrets
 from megatron_sbn.runs.folder import RunFolder
 from megatron_sbn.text_table import count_text, size_text
-from megatron_sbn.tracking.sqlite_file import default_uri
+from megatron_sbn.tracking.destination import destination
 
 
 def startup_summary(
@@ -63,9 +62,8 @@ def mlflow_place(recipe: Recipe, run: Path) -> str:
     tracking = recipe.tracking
     if not tracking.enabled:
         return "off (tracking.enabled = false)"
-    uri = mask_secrets(tracking.uri or default_uri(run.parent))
-    shown = uri if uri.startswith("http") else f"mlflow server --backend-store-uri {uri} --port 5000"
-    return f"{shown}, experiment {tracking.experiment}"
+    place = destination(recipe, run)
+    return f"{place.open_command}, experiment {place.experiment}"
 
 
 def _row(name: str, text: str) -> str:
