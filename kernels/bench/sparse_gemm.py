@@ -6,6 +6,7 @@ from functools import partial
 from forward_products import BF16, Product, peers_of, products
 from goals import Goal
 from harness import Benchmark, Call, Contender, Inputs, UnavailableError
+from sbn_kernels import TernaryWeight
 from sbn_kernels.gpu import forward_forms
 from shapes import Selection
 
@@ -13,16 +14,17 @@ DEVICE = "cuda"
 GOALS: tuple[Goal, ...] = ()
 
 
-def _form(form: str, product: Product, inputs: Inputs) -> Call:
+def _form(name: str, product: Product, inputs: Inputs) -> Call:
     """The product by a form of `forward_forms`."""
     x_q, s_x, codes, gamma = (inputs[name] for name in ("x_q", "s_x", "codes", "gamma"))
-    reason = forward_forms.why_not(form, product.n, product.m, *codes.shape)
-    if reason is None and form != "dense" and not x_q.is_cuda:
+    form = forward_forms.find_form(name)
+    reason = form.why_not(product.n, product.m, *codes.shape)
+    if reason is None and name != "dense" and not x_q.is_cuda:
         reason = "no CUDA device"
     if reason is not None:
         raise UnavailableError(reason)
-    packed = forward_forms.pack_form(form, codes, product.n, product.m)
-    return lambda: forward_forms.linear(form, product.m, x_q, s_x, codes, packed, gamma, None, BF16)
+    weight = TernaryWeight(codes, gamma, form=name, packed=form.pack(codes, product.m), group=product.m)
+    return lambda: form.linear(x_q, s_x, weight, None, BF16)
 
 
 def forms(product: Product, *names: str) -> tuple[Contender, ...]:

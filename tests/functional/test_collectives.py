@@ -3,6 +3,7 @@
 import pytest
 import sbn_kernels as kernels
 import torch
+from sbn_kernels import reference
 from torch import Tensor
 
 from megatron_sbn.functional import LinearSettings, PreparedWeight, apply_linear, prepare_weight
@@ -58,10 +59,11 @@ def call(
     return y.detach(), x.grad, w.grad
 
 
-def cut(prepared: PreparedWeight, rows: slice, columns: slice) -> PreparedWeight:
+def sliced(prepared: PreparedWeight, rows: slice, columns: slice) -> PreparedWeight:
     at = lambda t: None if t is None else t[rows, columns].contiguous()  # noqa: E731
-    gamma = None if prepared.gamma_per_row is None else prepared.gamma_per_row[rows]
-    return PreparedWeight(at(prepared.codes), gamma, at(prepared.mask))
+    weight = prepared.ternary
+    ternary = None if weight is None else kernels.TernaryWeight(at(weight.codes), weight.gamma_per_row[rows])
+    return PreparedWeight(ternary, at(prepared.mask))
 
 
 def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,10 +95,10 @@ def test_row_parallel_under_sequence_parallelism(dtype: torch.dtype, variant: di
     columns = (slice(0, 40), slice(40, 64))
     a = [kernels.activation_abs_max(x[..., c]) for c in columns]
     x_q, _ = kernels.quantize_activations(x)
-    accs = [kernels.int_matmul(x_q[..., c], prepared.codes[:, c]) for c in columns]
+    accs = [reference.int_matmul(x_q[..., c], prepared.codes[:, c]) for c in columns]
     for rank, (mine, keep) in enumerate(zip(columns, HALVES, strict=True)):
         layout = Recorded(splits_input=True, abs_max=a[1 - rank], other_acc=accs[1 - rank], keep=keep, grad_output=gy)
-        shard = cut(prepared, EVERYTHING, mine)
+        shard = sliced(prepared, EVERYTHING, mine)
         results = call(x[..., mine].contiguous(), w[:, mine], gy[keep], shard, settings, layout)
         assert torch.equal(results[0], y[keep])
         assert torch.allclose(results[1].float(), dx[..., mine].float(), rtol=1e-6, atol=1e-6 * float(dx.abs().max()))
@@ -114,7 +116,7 @@ def test_column_parallel_under_sequence_parallelism(dtype: torch.dtype, variant:
     y, dx, dw = call(x, w, gy, prepared, settings, LocalCollectives())
     rows = (slice(0, 16), slice(16, 24))
     x_q, s_x = kernels.quantize_activations(x)
-    shards = [cut(prepared, r, EVERYTHING) for r in rows]
+    shards = [sliced(prepared, r, EVERYTHING) for r in rows]
     partial = [call(x, w[r], gy[..., r], p, settings, LocalCollectives())[1] for r, p in zip(rows, shards, strict=True)]
     gathered = {torch.int8: x_q, torch.float32: s_x}
     for rank, (mine, keep) in enumerate(zip(rows, HALVES, strict=True)):
@@ -145,7 +147,7 @@ def test_float_layers_add_partial_sums_in_fp32(dtype: torch.dtype, variant: dict
         other = columns[1 - rank]
         other_acc = x[..., other].float() @ effective[:, other].to(dtype).float().t()
         layout = Recorded(splits_input=True, other_acc=other_acc, keep=keep, grad_output=gy)
-        shard = cut(prepared, EVERYTHING, mine)
+        shard = sliced(prepared, EVERYTHING, mine)
         results = call(x[..., mine], w[:, mine], gy[keep], shard, settings, layout)
         assert ("reduce_accumulator", torch.float32, (TOKENS, 2, OUT)) in layout.calls
         # One rounding of the whole sum: at most one unit in the last place from the unsplit product.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_sbn.functional import LinearSettings, apply_linear, linear, prepare_weight
-from megatron_sbn.functional.collectives import LocalCollectives, Pending
+from megatron_sbn.functional.collectives import AsyncTensor, LocalCollectives
 
 TOKENS, WIDTH, OUT = 6, 32, 16
 UNKNOWN = {torch.int8: 77, torch.float32: float("nan")}
@@ -24,7 +24,7 @@ class Slow(LocalCollectives):
     def __init__(self, events: list[str]) -> None:
         self.events = events
 
-    def _start(self, what: str, t: Tensor) -> Pending:
+    def _start(self, what: str, t: Tensor) -> AsyncTensor:
         self.events.append(f"start {what}")
         arriving = torch.full_like(t, UNKNOWN[t.dtype])
 
@@ -34,10 +34,10 @@ class Slow(LocalCollectives):
 
         return wait
 
-    def start_gather_input(self, t: Tensor) -> Pending:
+    def start_gather_input(self, t: Tensor) -> AsyncTensor:
         return self._start(f"gather {t.dtype}".replace("torch.", ""), t)
 
-    def start_reduce_grad_input(self, dx: Tensor) -> Pending:
+    def start_reduce_grad_input(self, dx: Tensor) -> AsyncTensor:
         return self._start("reduce", dx)
 
 
@@ -56,13 +56,13 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     kernels = linear.kernels
     monkeypatch.setattr(kernels, "input_gradient", noted("dX", kernels.input_gradient))
     monkeypatch.setattr(kernels, "weight_gradient", noted("dW", kernels.weight_gradient))
-    plain = linear._product
+    plain = linear._matmul
 
-    def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         happened.append({(TOKENS, OUT): "Y", (TOKENS, WIDTH): "dX", (OUT, WIDTH): "dW"}[a.shape[0], b.shape[1]])
         return plain(a, b, dtype)
 
-    monkeypatch.setattr(linear, "_product", product)
+    monkeypatch.setattr(linear, "_matmul", matmul)
     return happened
 
 
@@ -98,7 +98,7 @@ FORMATS = pytest.mark.parametrize(
 
 
 @FORMATS
-def test_collectives_run_during_products(settings: LinearSettings, tokens: list[str], events: list[str]) -> None:
+def test_collectives_run_during_matmuls(settings: LinearSettings, tokens: list[str], events: list[str]) -> None:
     results = gradients(settings, events)
     assert events[events.index("backward") + 1 :] == [
         *(f"start {t}" for t in tokens),

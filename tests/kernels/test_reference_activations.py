@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import sbn_kernels as kernels
 import torch
-from sbn_kernels import reference
+from sbn_kernels import TernaryWeight, reference
 
 pytest.importorskip("hypothesis")  # `make gpu` runs these tests with PyTorch, Triton and pytest alone
 from hypothesis import given, settings
@@ -24,6 +24,10 @@ VALUES = st.one_of(
     st.floats(width=32, allow_nan=False, allow_infinity=False),
 )
 F32 = np.float32
+
+
+def int_matmul(x_q: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    return kernels.int_matmul(x_q, TernaryWeight(codes, torch.ones(len(codes))))
 
 
 def codes_by_definition(row: list[float], r: np.float32, low: int, high: int) -> list[int]:
@@ -73,7 +77,7 @@ def test_dtypes_shapes_and_strides_do_not_matter(dtype: torch.dtype, bits: int) 
 def test_no_tokens(bits: int) -> None:
     x_q, s_x = kernels.quantize_activations(torch.empty(0, 3, 16), bits)
     assert (x_q.shape, s_x.shape) == ((0, 3, 16), (0, 3))
-    y = kernels.ternary_linear(x_q, s_x, torch.ones(4, 16, dtype=torch.int8), torch.ones(4))
+    y = kernels.ternary_linear(x_q, s_x, TernaryWeight(torch.ones(4, 16, dtype=torch.int8), torch.ones(4)))
     assert y.shape == (0, 3, 4)
 
 
@@ -99,7 +103,7 @@ def test_a_bad_token_is_nan_and_no_other(bits: int, bad: float) -> None:
     assert s_x.isnan().tolist() == [False, True, False]
     assert torch.equal(x_q[::2], clean_q[::2])
     assert torch.equal(s_x[::2], clean_s[::2])
-    y = kernels.ternary_linear(x_q, s_x, torch.zeros(4, 16, dtype=torch.int8), torch.ones(4))
+    y = kernels.ternary_linear(x_q, s_x, TernaryWeight(torch.zeros(4, 16, dtype=torch.int8), torch.ones(4)))
     assert y.isnan().all(dim=1).tolist() == [False, True, False]
     assert y[::2].isfinite().all()
 
@@ -150,11 +154,11 @@ def test_ternary_products_are_exact(width: int) -> None:
     codes = rng.integers(-1, 2, (5, width)).astype(np.int8)
     x_q[0], codes[0], codes[1] = -128, 1, -1
     expected = x_q.astype(np.int64) @ codes.astype(np.int64).T
-    acc = kernels.int_matmul(torch.from_numpy(x_q), torch.from_numpy(codes))
+    acc = int_matmul(torch.from_numpy(x_q), torch.from_numpy(codes))
     assert acc.dtype == torch.float32
     assert (acc.numpy().astype(np.int64) == expected).all()
     halves = [
-        kernels.int_matmul(torch.from_numpy(x_q[:, part]), torch.from_numpy(codes[:, part]))
+        int_matmul(torch.from_numpy(x_q[:, part]), torch.from_numpy(codes[:, part]))
         for part in (slice(0, width // 3), slice(width // 3, None))
     ]
     assert torch.equal(halves[0] + halves[1], acc)
@@ -169,7 +173,7 @@ def test_reduced_precision_modes_do_not_reach_integers(precision: str) -> None:
     try:
         torch.set_float32_matmul_precision(precision)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            acc = kernels.int_matmul(x_q, codes)
+            acc = int_matmul(x_q, codes)
             product = reference.int8_matmul(x_q.clamp(min=-127), x_q)
     finally:
         torch.set_float32_matmul_precision(before)
@@ -189,7 +193,7 @@ def test_int8_products_are_exact(length: int) -> None:
 
 def test_products_that_could_round_are_refused() -> None:
     wide = torch.zeros(1, 131073, dtype=torch.int8)
-    for multiply in (kernels.int_matmul, reference.int8_matmul):
+    for multiply in (int_matmul, reference.int8_matmul):
         with pytest.raises(ValueError, match="131073 are not exact: at most 131072"):
             multiply(wide, wide)
         with pytest.raises(ValueError, match="int8 operands"):

@@ -187,8 +187,8 @@ def test_operands_that_do_not_fit_are_named(monkeypatch: pytest.MonkeyPatch) -> 
         run(x_q, s_x, codes, gamma, bias, torch.int32)
     with pytest.raises(ValueError, match="tensors of one CUDA device, got cpu and cpu"):
         run(x_q[:, :32], s_x, codes[:, :32], gamma)
-    assert forward_forms.why_not("wgmma", 6, 8, 8, 48) is None
-    assert "not 40" in str(forward_forms.why_not("wgmma", 6, 8, 8, 40))
+    assert forward_forms.find_form("wgmma").why_not(6, 8, 8, 48) is None
+    assert "not 40" in str(forward_forms.find_form("wgmma").why_not(6, 8, 8, 40))
 
 
 @pytest.mark.gpu
