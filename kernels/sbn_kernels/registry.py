@@ -12,15 +12,17 @@ import importlib
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
-BACKENDS = ("auto", "cpu", "triton", "reference")
+Backend = Literal["auto", "cpu", "triton", "reference"]
+FormName = Literal["auto", "dense", "planes", "wgmma", "cusparselt", "mma_sp", "sliding_cusparselt", "sliding_mma_sp"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
 """What settings may name."""
 
-FORMS = ("auto", "dense", "planes", "wgmma", "cusparselt", "mma_sp", "sliding_cusparselt", "sliding_mma_sp")
-"""Forms of the forward product that settings may name: see `forward_forms`; on CPU "auto" and "dense"."""
+FORMS: tuple[str, ...] = get_args(FormName)
+"""Forms of the forward GEMM that settings may name: see `forward_forms`; on CPU "auto" and "dense"."""
 
 _BY_DEVICE = MappingProxyType({"cpu": "cpu", "cuda": "triton"})
 

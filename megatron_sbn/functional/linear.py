@@ -31,15 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_sbn.functional.collectives import LocalCollectives
 from megatron_sbn.functional.input_quantizers import Quantizer
-from megatron_sbn.functional.settings import (
-    ActivationBits,
-    Backward,
-    LinearSettings,
-    MaskedGradient,
-    MaskSource,
-    Order,
-    WeightFormat,
-)
+from megatron_sbn.functional.settings import LinearSettings
 from megatron_sbn.functional.weight_handle import LocalWeight
 
 __all__ = ["LinearSettings", "PreparedWeight", "apply_linear", "prepare_weight", "sparse_bitlinear"]
@@ -305,17 +297,9 @@ def sparse_bitlinear(
     x: Tensor,
     weight: Tensor,
     *,
-    sparsity: tuple[int, int] = (6, 8),
     splits: Sequence[int] | None = None,
-    weight_format: WeightFormat = "ternary",
-    activation_bits: ActivationBits = 8,
-    order: Order = "quant_then_mask",
-    mask_source: MaskSource = "latent",
-    masked_gradient: MaskedGradient = "dense",
-    backward: Backward = "exact",
     bias: Tensor | None = None,
-    sr_ste_decay: float = 0.0,
-    backend: str = "auto",
+    **settings: Any,  # noqa: ANN401
 ) -> Tensor:
     """Return Y [..., out] of one Sparse-BitNet linear layer on one device, weights prepared on the spot.
 
@@ -324,23 +308,13 @@ def sparse_bitlinear(
         weight: latent weights [out, in].
         splits: row counts of the logical matrices fused in `weight`, one gamma each; None is one.
         bias: [out] or None.
-        sparsity, weight_format, activation_bits, order, mask_source, masked_gradient, backward, sr_ste_decay, backend:
-            see `LinearSettings`.
+        settings: fields of `LinearSettings`, such as sparsity=(2, 4) or backward="int8".
 
     Raises:
+        TypeError: a setting that `LinearSettings` does not have.
         ValueError: a bad setting, shapes that do not fit, NaN or Inf in `weight`.
     """
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [out, in]")
-    settings = LinearSettings(
-        weight_format=weight_format,
-        sparsity=sparsity,
-        activation_bits=activation_bits,
-        order=order,
-        mask_source=mask_source,
-        masked_gradient=masked_gradient,
-        sr_ste_decay=sr_ste_decay,
-        backward=backward,
-        backend=backend,
-    )
-    return apply_linear(x, weight, bias, prepare_weight(weight, splits, settings), settings, LocalCollectives())
+    arithmetic = LinearSettings(**settings)
+    return apply_linear(x, weight, bias, prepare_weight(weight, splits, arithmetic), arithmetic, LocalCollectives())
