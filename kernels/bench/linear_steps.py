@@ -27,7 +27,7 @@ MICRO_BATCHES = 4
 """Micro-batches of an optimizer step, over which preparing the weights is spread."""
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-"""Error allowed of floating products, over the largest value."""
+"""Error allowed of floating GEMMs, over the largest value."""
 
 _FAKE_QUANT = {torch.float32: 2e-3, torch.bfloat16: 1e-1}
 """Of fake-quantized forms, over the 2-norm: their own rounding puts some codes elsewhere."""
@@ -50,7 +50,7 @@ class Step:
 
     @property
     def operations(self) -> int:
-        """Of one of the three products."""
+        """Of one of the three GEMMs."""
         return 2 * self.tokens * self.layer.weights
 
     @property

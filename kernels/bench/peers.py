@@ -1,4 +1,4 @@
-"""What we are compared with: PyTorch's products, the fake-quantized form of the method, torchao, Liger, torch.compile.
+"""What we are compared with: PyTorch's GEMMs, the fake-quantized form of the method, torchao, Liger, torch.compile.
 
 The fake-quantized form (as published for BitNet and Sparse-BitNet) keeps everything in floating tensors. Each
 micro-batch quantizes and dequantizes the weights, mask included, and each token, and multiplies the results:

@@ -1,7 +1,7 @@
 """Which implementation a call runs: always the one that was named, or an error; never a fallback.
 
     reference   the specification in plain PyTorch, on any device
-    cpu         masks by sorting networks, oneDNN's and PyTorch's int8 products
+    cpu         masks by sorting networks, oneDNN's and PyTorch's int8 GEMMs
     triton      CUDA (or, interpreted, CPU tensors)
     auto        by the tensors' device: cpu on CPU, triton on CUDA
 

@@ -1,6 +1,6 @@
 """One Sparse-BitNet linear layer with autograd: ternary weights, N:M sparsity, int8 activations.
 
-    forward    Y  = ((X_q @ C^T) * s_x[token]) * gamma[row] + bias      X_q int8, C in {-1, 0, 1}, exact product
+    forward    Y  = ((X_q @ C^T) * s_x[token]) * gamma[row] + bias      X_q int8, C in {-1, 0, 1}, exact GEMM
     backward   dX = dY @ (gamma * C)                                    identity through the activation quantizer
                dW = dY^T @ (s_x * X_q)                                  dense: identity through quantizer and mask
 

@@ -28,7 +28,7 @@ class LinearSettings:
             accumulates K micro-batches divides it by K.
         backward: "exact", "int8_dgrad" (dX from int8) or "int8" (dW too); of quantized activations.
         backend: the `sbn_kernels` backend, by name; "auto" is cpu on CPU, triton on CUDA.
-        forward_form: how the forward product reads the codes on CUDA, one of `sbn_kernels.FORMS`; "auto" is measured.
+        forward_form: how the forward GEMM reads the codes on CUDA, one of `sbn_kernels.FORMS`; "auto" is measured.
     """
 
     weight_format: Literal["ternary", "dense"] = "ternary"

@@ -13,7 +13,7 @@ TOKENS, WIDTH, OUT = 8, 64, 24
 
 
 class Recorded(LocalCollectives):
-    """A rank among `ranks`: each hook takes the answer of the collective from what it was told beforehand."""
+    """A rank among `ranks`: each hook gives the answer of the collective that it was made with."""
 
     def __init__(self, **answers: dict[torch.dtype, Tensor] | Tensor | slice | bool) -> None:
         self.answers = answers
@@ -150,7 +150,7 @@ def test_float_layers_add_partial_sums_in_fp32(dtype: torch.dtype, variant: dict
         shard = sliced(prepared, EVERYTHING, mine)
         results = call(x[..., mine], w[:, mine], gy[keep], shard, settings, layout)
         assert ("reduce_accumulator", torch.float32, (TOKENS, 2, OUT)) in layout.calls
-        # One rounding of the whole sum: at most one unit in the last place from the unsplit product.
+        # One rounding of the whole sum: at most one unit in the last place from the unsplit GEMM.
         assert torch.allclose(
             results[0].float(), y[keep].float(), rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
         )

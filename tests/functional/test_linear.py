@@ -264,9 +264,9 @@ def test_shapes_strides_and_no_tokens(variant: dict[str, object]) -> None:
     whole = run(x, w, gy, bias, **variant)
     flat = run(x.flatten(0, 1), w, gy.flatten(0, 1), bias, **variant)
     assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(whole, flat, strict=True))
-    turned = run(x.transpose(0, 1), w, gy.transpose(0, 1), bias, **variant)
-    assert relative(turned[0].transpose(0, 1), whole[0]) < 1e-6
-    assert relative(turned[2], whole[2]) < (2**-6 if variant.get("backward") else 1e-6)
+    transposed = run(x.transpose(0, 1), w, gy.transpose(0, 1), bias, **variant)
+    assert relative(transposed[0].transpose(0, 1), whole[0]) < 1e-6
+    assert relative(transposed[2], whole[2]) < (2**-6 if variant.get("backward") else 1e-6)
     empty = run(x[:0], w, gy[:0], bias, **variant)
     assert empty[0].shape == (0, 3, 24)
     assert empty[1].shape == (0, 3, 64)

@@ -1,7 +1,7 @@
-"""Which product is computed while which collective is under way, in the order in which things begin and are waited for.
+"""Which GEMM runs while which collective is under way, in the order in which things begin and are waited for.
 
-A column-parallel layer's backward pass has two products, and each hides a collective: the product for dX the gather of
-the tokens, the product for dW the sum of dX. Nothing is used before it is waited for, or waited for before it is used.
+A column-parallel layer's backward pass has two GEMMs, and each hides a collective: the GEMM for dX the gather of
+X_q, the GEMM for dW the sum of dX. Nothing is used before it is waited for, or waited for before it is used.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ class Slow(LocalCollectives):
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What happens, with the two products of a backward pass among it."""
+    """What happens, with the two GEMMs of a backward pass among it."""
     happened: list[str] = []
 
     def noted(what: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -98,7 +98,7 @@ FORMATS = pytest.mark.parametrize(
 
 
 @FORMATS
-def test_collectives_run_during_matmuls(settings: LinearSettings, tokens: list[str], events: list[str]) -> None:
+def test_collectives_run_during_gemms(settings: LinearSettings, tokens: list[str], events: list[str]) -> None:
     results = gradients(settings, events)
     assert events[events.index("backward") + 1 :] == [
         *(f"start {t}" for t in tokens),

@@ -1,4 +1,4 @@
-"""Codes at 2 bits in plane order: against a packer that places one code at a time, and the products read from them."""
+"""Codes at 2 bits in plane order: against a packer that places one code at a time, and the GEMMs that read them."""
 
 import pytest
 import torch
@@ -38,8 +38,8 @@ def test_kernel_makes_the_same_bytes(shape: tuple[int, int]) -> None:
     codes = random_codes(*shape)
     assert torch.equal(planes.codes_to_planes(codes), planes.pack_planes(codes))
     assert torch.equal(planes.codes_to_planes(codes, transpose=True), planes.pack_planes(codes.t().contiguous()))
-    turned = codes.t().contiguous().t()
-    assert torch.equal(planes.codes_to_planes(turned), planes.pack_planes(codes))
+    transposed = codes.t().contiguous().t()
+    assert torch.equal(planes.codes_to_planes(transposed), planes.pack_planes(codes))
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -1,4 +1,4 @@
-"""Activations, exact integer products and their scaling: against numpy's int64 and IEEE fp32."""
+"""Activations, exact integer GEMMs and their scaling: against numpy's int64 and IEEE fp32."""
 
 import math
 from fractions import Fraction

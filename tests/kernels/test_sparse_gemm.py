@@ -1,4 +1,4 @@
-"""The sparse product: its formulas and its order of operations around an emulated instruction; on a GPU, itself."""
+"""The sparse GEMM: its formulas and its order of operations around an emulated instruction; on a GPU, itself."""
 
 import itertools
 

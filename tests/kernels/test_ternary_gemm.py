@@ -1,4 +1,4 @@
-"""Integer products on tensor cores: bit for bit those of the reference, at any shape, through pointers and TMA."""
+"""Integer GEMMs on tensor cores: bit for bit those of the reference, at any shape, through pointers and TMA."""
 
 from contextlib import suppress
 from pathlib import Path

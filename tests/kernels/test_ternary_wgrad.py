@@ -18,13 +18,13 @@ UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-2
 TILE = Tile(64, 128, 32, warps=4)  # forced, so that tests on a GPU measure nothing; one test below lets it choose
 INT8_TILE = Tile(64, 64, 64, warps=4)
 SLICED = Tile(32, 32, 32, warps=4, slices=3)
-TURNED = Tile(128, 64, 32, warps=4, turned=True)
+TRANSPOSED = Tile(128, 64, 32, warps=4, transposed=True)
 TILES = [Tile(32, 64, 32, warps=4), SLICED, Tile(64, 32, 64, warps=4, slices=8)]
-TILES += [replace(tile, turned=True) for tile in TILES]
+TILES += [replace(tile, transposed=True) for tile in TILES]
 SHAPES = [(96, 64, 64), (17, 33, 20), (1, 7, 896), (40, 4864, 3), (5, 3, 11008), (0, 4, 6)]
 CASES = [(shape, dtype, TILE) for shape in SHAPES for dtype in UNIT]
-CASES += [(shape, torch.bfloat16, TURNED) for shape in SHAPES] + [(SHAPES[1], dtype, TURNED) for dtype in UNIT]
-TURNED_SHAPES = [(1, 1), (130, 70), (0, 5), (3, 11008)]
+CASES += [(shape, torch.bfloat16, TRANSPOSED) for shape in SHAPES] + [(SHAPES[1], dtype, TRANSPOSED) for dtype in UNIT]
+TRANSPOSED_SHAPES = [(1, 1), (130, 70), (0, 5), (3, 11008)]
 QUICK = [case for case in CASES if case[0] == SHAPES[1] or (case[0] in SHAPES[-2:] and case[1] == torch.bfloat16)]
 
 
@@ -78,7 +78,7 @@ def test_slices_are_added_in_their_order() -> None:
     dy[torch.arange(96) % 32 > 0] = 0
     x_q, s_x = torch.ones(96, 1, dtype=torch.int8, device=DEVICE), torch.ones(96, device=DEVICE)
     # (2^24 + 1) - 2^24 in fp32 is 0; any other order gives 1.
-    for tile in (SLICED, replace(SLICED, turned=True)):
+    for tile in (SLICED, replace(SLICED, transposed=True)):
         assert ternary_wgrad.weight_gradient(dy, s_x, x_q, config=tile).item() == 0
         assert ternary_wgrad.weight_gradient(dy.roll(32, 0), s_x, x_q, config=tile).item() == 1
 
@@ -94,7 +94,7 @@ def test_small_integers_are_exact() -> None:
         (dy.t().contiguous().t(), s_x, x_q.t().contiguous().t()),
     ):
         assert torch.equal(ternary_wgrad.weight_gradient(*call, config=TILE), exact)
-        assert torch.equal(ternary_wgrad.weight_gradient(*call, config=TURNED), exact)
+        assert torch.equal(ternary_wgrad.weight_gradient(*call, config=TRANSPOSED), exact)
 
 
 def test_every_tile_for_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -113,13 +113,13 @@ def test_every_tile_for_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 )
 def test_transpose(shape: tuple[int, int]) -> None:
     t = torch.randint(-128, 128, shape, dtype=torch.int8).to(DEVICE)
-    turned = transpose.transpose_int8(t)
-    assert turned.is_contiguous()
-    assert torch.equal(turned, t.t())
-    assert torch.equal(transpose.transpose_int8(turned.t()), turned)
+    transposed = transpose.transpose_int8(t)
+    assert transposed.is_contiguous()
+    assert torch.equal(transposed, t.t())
+    assert torch.equal(transpose.transpose_int8(transposed.t()), transposed)
     filled = transpose.transpose_int8(t, multiple=96)
     assert filled.shape == (shape[1], -(-shape[0] // 96) * 96)
-    assert torch.equal(filled[:, : shape[0]], turned)
+    assert torch.equal(filled[:, : shape[0]], transposed)
     assert not filled[:, shape[0] :].any()
 
 

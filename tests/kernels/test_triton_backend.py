@@ -57,7 +57,7 @@ def test_every_operation_agrees_with_the_reference(mode: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("form", RUNS_HERE)
-def test_every_form_of_the_product_gives_the_same_bits(form: str) -> None:
+def test_every_form_gives_the_same_bits(form: str) -> None:
     n, m = (2, 4) if form == "mma_sp" else (6, 8)
     _, _, codes, gamma, x_q, s_x = layer(n, m)
     weight = TernaryWeight(codes, gamma, form=form, packed=forward_forms.pack_form(form, codes, n, m), group=m)

@@ -74,7 +74,7 @@ def test_the_33_patterns_by_hand() -> None:
     assert trits.PATTERN_FIELDS[24 + 2 * 2 + 1] == 0b010100  # position 2 alone, negative
 
 
-def test_every_damaged_value_is_told() -> None:
+def test_every_damaged_value_is_refused() -> None:
     for value in range(256):
         byte = torch.tensor([[value]], dtype=torch.uint8, device=DEVICE)
         if value < 243:

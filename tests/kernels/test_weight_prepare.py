@@ -24,15 +24,15 @@ def test_codes_masks_and_flips_have_the_references_bits(nm: tuple[int, int], dty
     all_of = kernel.codes_of_many(
         made, gammas, *nm, mask_source=source, with_mask=True, transpose=True, previous=before
     )
-    masks, turned, flips = all_of.masks, all_of.codes_t, all_of.flips
+    masks, codes_t, flips = all_of.masks, all_of.codes_t, all_of.flips
     assert masks is not None
-    assert turned is not None
+    assert codes_t is not None
     assert flips is not None
     assert all_of.planes == [None] * len(made)
     for i, (w, gamma) in enumerate(zip(made, gammas, strict=True)):
         expected, mask = reference.codes_from_gamma(w, gamma, *nm, mask_source=source)
         assert torch.equal(all_of.codes[i], expected)
-        assert torch.equal(turned[i], expected.t())
+        assert torch.equal(codes_t[i], expected.t())
         assert torch.equal(masks[i], mask)
         assert int(flips[i]) == int(flip_count(before[i], pack_mask(mask)))
 
@@ -49,9 +49,9 @@ def test_planes_hold_the_codes_of_the_same_pass(nm: tuple[int, int], given: bool
     masks = [reference.nm_mask(w.flip(1), *nm) for w in made] if given else None
     before = [pack_mask(torch.ones(w.shape, dtype=torch.bool, device=DEVICE)) for w in made]
     wanted = [True, False, True, True]
-    told = {"masks": masks, "with_mask": True, "transpose": True, "previous": before}
-    plain = kernel.codes_of_many(made, gammas, *nm, **told)
-    all_of = kernel.codes_of_many(made, gammas, *nm, **told, planes=wanted)
+    options = {"masks": masks, "with_mask": True, "transpose": True, "previous": before}
+    plain = kernel.codes_of_many(made, gammas, *nm, **options)
+    all_of = kernel.codes_of_many(made, gammas, *nm, **options, planes=wanted)
     for want, codes, planes in zip(wanted, all_of.codes, all_of.planes, strict=True):
         assert (planes is not None) == want
         assert planes is None or torch.equal(planes, pack_planes(codes))

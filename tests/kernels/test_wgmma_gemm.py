@@ -34,7 +34,7 @@ class Run:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, programs: int, times: tuple[bool, bool]) -> None:
         self.patch, self.programs, self.times = monkeypatch, programs, times
-        self.slack = 0  # added to the products that a wait leaves running
+        self.slack = 0  # added to the wgmma that a wait leaves running
         self.parity = 0  # added to the phases that are waited for
 
     def __call__(

@@ -68,7 +68,7 @@ def _quantize_rows(
         given: fp32 [rows] in place of max|g|; then results are clipped to [-128, 127].
     """
     top = torch.full((), 127.0)
-    rounded, a = torch.empty(t.shape, dtype=torch.int8), torch.empty(len(t))
+    codes, a = torch.empty(t.shape, dtype=torch.int8), torch.empty(len(t))
     buffer = torch.empty(next(_blocks(*t.shape), slice(0, 0)).stop, t.shape[1])
     for rows in _blocks(*t.shape):
         scaled = buffer[: rows.stop - rows.start]
@@ -78,12 +78,12 @@ def _quantize_rows(
         a[rows] = most.clamp(min=floor)
         torch.mul(block, (top / a[rows]).unsqueeze(1), out=scaled).round_()
         # Its own maximum never takes a row past 127, another's might.
-        rounded[rows] = scaled if given is None else scaled.clamp_(-128.0, 127.0)
+        codes[rows] = scaled if given is None else scaled.clamp_(-128.0, 127.0)
     s = a / top
     bad = ~((top / a).isfinite() & s.isfinite())
     if bool(bad.any()):
-        rounded[bad], s[bad] = 0, torch.nan
-    return rounded, s
+        codes[bad], s[bad] = 0, torch.nan
+    return codes, s
 
 
 def _onednn(codes: Tensor) -> Callable[[Tensor], Tensor]:
