@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from same_bits import assert_same_bits
 from sbn_kernels import TernaryWeight, reference, tuning
 from sbn_kernels.cpu import linear
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 SHAPES = ((1, 1, 1), (3, 17, 5), (17, 896, 64), (2, 4864, 3), (1, 11008, 2), (0, 8, 4), (130, 64, 96))
 
 
-def operands(tokens: int, width: int, rows: int) -> tuple[Tensor, Tensor]:
+def saturating_operands(tokens: int, width: int, rows: int) -> tuple[Tensor, Tensor]:
     """The largest integers and rows of equal codes among random ones: what saturates if anything does."""
     generator = torch.Generator().manual_seed(width)
     x_q = torch.randint(-128, 128, (tokens, width), dtype=torch.int8, generator=generator)
@@ -22,7 +23,7 @@ def operands(tokens: int, width: int, rows: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("gemm", ["float", "onednn", "int_mm"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_gemm_is_exact(shape: tuple[int, int, int], gemm: str) -> None:
-    x_q, codes = operands(*shape)
+    x_q, codes = saturating_operands(*shape)
     expected = x_q.long() @ codes.long().t()
     if gemm != "float" and not x_q.numel():
         return  # never chosen for empty operands
@@ -30,27 +31,27 @@ def test_every_gemm_is_exact(shape: tuple[int, int, int], gemm: str) -> None:
     weight = TernaryWeight(codes, gamma)
     acc = linear.int_matmul(x_q, weight, gemm=gemm)
     assert acc.dtype == torch.float32
-    assert torch.equal(acc.long(), expected)
+    assert_same_bits(acc.long(), expected)
     by_columns = TernaryWeight(codes.t().contiguous().t(), gamma)
-    assert torch.equal(linear.int_matmul(x_q, by_columns, gemm=gemm), acc)
+    assert_same_bits(linear.int_matmul(x_q, by_columns, gemm=gemm), acc)
     for dtype in (torch.float32, torch.bfloat16):
         for bias in (None, torch.rand(shape[2])):
             y = linear.ternary_linear(x_q, s_x, weight, bias, dtype, gemm=gemm)
-            assert torch.equal(y, reference.ternary_linear(x_q, s_x, codes, gamma, bias, dtype))
+            assert_same_bits(y, reference.ternary_linear(x_q, s_x, codes, gamma, bias, dtype))
 
 
 @pytest.mark.parametrize("gemm", ["float", "onednn", "int_mm"])
 def test_the_longest_sums_are_exact(gemm: str) -> None:
-    x_q, codes = operands(2, 131072, 3)
+    x_q, codes = saturating_operands(2, 131072, 3)
     acc = linear.int_matmul(x_q, TernaryWeight(codes, torch.ones(3)), gemm=gemm)
-    assert torch.equal(acc.long(), x_q.long() @ codes.long().t())
+    assert_same_bits(acc.long(), x_q.long() @ codes.long().t())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_int8_gradients_have_the_references_bits(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     tokens, _, rows = shape
-    x_q, codes = operands(*shape)
+    x_q, codes = saturating_operands(*shape)
     dy, gamma, s_x = (torch.randn(tokens, rows) * 1e-4).to(dtype), torch.rand(rows), torch.rand(tokens)
     if tokens > 2:
         dy[2, 0] = torch.nan
@@ -66,7 +67,7 @@ def test_int8_gradients_have_the_references_bits(shape: tuple[int, int, int], dt
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_exact_gradients_are_those_of_fp64(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     tokens, _, rows = shape
-    x_q, codes = operands(*shape)
+    x_q, codes = saturating_operands(*shape)
     dy, gamma, s_x = torch.randn(tokens, rows).to(dtype), torch.rand(rows), torch.rand(tokens)
     dx = linear.input_gradient(dy, TernaryWeight(codes, gamma))
     expected = (dy.double() * gamma.double()) @ codes.double()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import sbn_kernels as kernels
 import torch
+from same_bits import assert_same_bits
 from sbn_kernels import TernaryWeight, ops
 from torch.utils.checkpoint import checkpoint
 
@@ -75,9 +76,9 @@ def test_a_part_of_the_layer_has_no_gradient_of_its_own_and_says_so(call: Callab
 def test_the_differentiable_operator_is_the_layer(mode: str) -> None:
     expected = gradients(lambda *t: layer(*t, backward=mode))
     plain = gradients(differentiable(mode))
-    assert all(torch.equal(a, b) for a, b in zip(plain, expected, strict=True))
+    assert_same_bits(plain, expected)
     again = gradients(lambda *t: checkpoint(differentiable(mode), *t, use_reentrant=False))
-    assert all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))
+    assert_same_bits(again, plain)
     compiled = gradients(torch.compile(differentiable(mode), backend="aot_eager", fullgraph=True))
     for a, b in zip(compiled, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
@@ -86,7 +87,7 @@ def test_the_differentiable_operator_is_the_layer(mode: str) -> None:
 def test_the_differentiable_operator_takes_every_form() -> None:
     expected = gradients(differentiable("exact", backend="triton"))
     packed = gradients(differentiable("exact", "planes", "triton"))
-    assert all(torch.equal(a, b) for a, b in zip(packed, expected, strict=True))
+    assert_same_bits(packed, expected)
 
 
 def test_the_differentiable_operator_gives_what_is_asked_for() -> None:
@@ -97,7 +98,7 @@ def test_the_differentiable_operator_gives_what_is_asked_for() -> None:
     assert w.grad is not None
     assert w.grad.dtype == torch.bfloat16
     with torch.no_grad():
-        assert torch.equal(kernels.quantized_linear(x, w, WEIGHT), y)
+        assert_same_bits(kernels.quantized_linear(x, w, WEIGHT), y)
 
 
 def test_codes_of_another_weight_are_refused() -> None:
@@ -126,7 +127,7 @@ def gradients(function: object) -> list[torch.Tensor]:
 def test_recomputation_gives_the_same_bits() -> None:
     plain = gradients(layer)
     again = gradients(lambda *t: checkpoint(layer, *t, use_reentrant=False))
-    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert_same_bits(plain, again)
 
 
 def prepared_layer(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

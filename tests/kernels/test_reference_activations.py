@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import sbn_kernels as kernels
 import torch
+from same_bits import assert_same_bits
 from sbn_kernels import TernaryWeight, reference
 
 pytest.importorskip("hypothesis")  # `make gpu` runs these tests with PyTorch, Triton and pytest alone
@@ -63,14 +64,14 @@ def test_dtypes_shapes_and_strides_do_not_matter(dtype: torch.dtype, bits: int) 
     x = torch.randn(6, 3, 40).to(dtype)
     x_q, s_x = kernels.quantize_activations(x, bits)
     expected = kernels.quantize_activations(x.float().reshape(18, 40), bits)
-    assert torch.equal(x_q.reshape(18, 40), expected[0])
-    assert torch.equal(s_x.reshape(18), expected[1])
+    assert_same_bits(x_q.reshape(18, 40), expected[0])
+    assert_same_bits(s_x.reshape(18), expected[1])
     strided = kernels.quantize_activations(x.transpose(0, 1), bits)
-    assert torch.equal(strided[0], x_q.transpose(0, 1))
-    assert torch.equal(strided[1], s_x.transpose(0, 1))
+    assert_same_bits(strided[0], x_q.transpose(0, 1))
+    assert_same_bits(strided[1], s_x.transpose(0, 1))
     one = kernels.quantize_activations(x[2, 1], bits)
-    assert torch.equal(one[0], x_q[2, 1])
-    assert torch.equal(one[1], s_x[2, 1])
+    assert_same_bits(one[0], x_q[2, 1])
+    assert_same_bits(one[1], s_x[2, 1])
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -88,8 +89,8 @@ def test_slices_of_the_input_with_the_common_maximum_have_the_codes_of_the_whole
     pieces = x.chunk(shards, dim=-1)
     abs_max = torch.stack([kernels.activation_abs_max(p) for p in pieces]).amax(0)
     quantized = [kernels.quantize_activations(p, abs_max=abs_max) for p in pieces]
-    assert torch.equal(torch.cat([q for q, _ in quantized], dim=-1), x_q)
-    assert all(torch.equal(s, s_x) for _, s in quantized)
+    assert_same_bits(torch.cat([q for q, _ in quantized], dim=-1), x_q)
+    assert_same_bits([s for _, s in quantized], [s_x] * shards)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -101,8 +102,8 @@ def test_a_bad_token_is_nan_and_no_other(bits: int, bad: float) -> None:
     x_q, s_x = kernels.quantize_activations(x, bits)
     assert not x_q[1].any()
     assert s_x.isnan().tolist() == [False, True, False]
-    assert torch.equal(x_q[::2], clean_q[::2])
-    assert torch.equal(s_x[::2], clean_s[::2])
+    assert_same_bits(x_q[::2], clean_q[::2])
+    assert_same_bits(s_x[::2], clean_s[::2])
     y = kernels.ternary_linear(x_q, s_x, TernaryWeight(torch.zeros(4, 16, dtype=torch.int8), torch.ones(4)))
     assert y.isnan().all(dim=1).tolist() == [False, True, False]
     assert y[::2].isfinite().all()
@@ -144,7 +145,7 @@ def test_gradient_rows_are_within_half_a_step(rows: list[list[float]]) -> None:
 def test_tiny_gradients_keep_their_bits() -> None:
     t = torch.randn(4, 64)
     for exponent in (-80, -20, 60):
-        assert torch.equal(reference.quantize_rows(t * 2.0**exponent)[0], reference.quantize_rows(t)[0])
+        assert_same_bits(reference.quantize_rows(t * 2.0**exponent)[0], reference.quantize_rows(t)[0])
 
 
 @pytest.mark.parametrize("width", [1, 7, 896, 4864, 131072])
@@ -156,12 +157,12 @@ def test_ternary_products_are_exact(width: int) -> None:
     expected = x_q.astype(np.int64) @ codes.astype(np.int64).T
     acc = int_matmul(torch.from_numpy(x_q), torch.from_numpy(codes))
     assert acc.dtype == torch.float32
-    assert (acc.numpy().astype(np.int64) == expected).all()
+    np.testing.assert_array_equal(acc.numpy().astype(np.int64), expected)
     halves = [
         int_matmul(torch.from_numpy(x_q[:, part]), torch.from_numpy(codes[:, part]))
         for part in (slice(0, width // 3), slice(width // 3, None))
     ]
-    assert torch.equal(halves[0] + halves[1], acc)
+    assert_same_bits(halves[0] + halves[1], acc)
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
@@ -177,8 +178,8 @@ def test_reduced_precision_modes_do_not_reach_integers(precision: str) -> None:
             product = reference.int8_matmul(x_q.clamp(min=-127), x_q)
     finally:
         torch.set_float32_matmul_precision(before)
-    assert torch.equal(acc.long(), expected)
-    assert torch.equal(product.long(), x_q.clamp(min=-127).long() @ x_q.long().t())
+    assert_same_bits(acc.long(), expected)
+    assert_same_bits(product.long(), x_q.clamp(min=-127).long() @ x_q.long().t())
 
 
 @pytest.mark.parametrize("length", [1, 1023, 1025, 5000])
@@ -188,7 +189,7 @@ def test_int8_products_are_exact(length: int) -> None:
     a[0], b[0] = 127, -128
     product = reference.int8_matmul(torch.from_numpy(a.astype(np.int8)), torch.from_numpy(b.astype(np.int8)))
     assert product.dtype == torch.int32
-    assert (product.numpy() == a @ b.T).all()
+    np.testing.assert_array_equal(product.numpy(), a @ b.T)
 
 
 def test_products_that_could_round_are_refused() -> None:
@@ -215,7 +216,7 @@ def test_scaling_multiplies_token_first_then_row_and_rounds_once(dtype: torch.dt
         given_acc, torch.from_numpy(s_x), torch.from_numpy(gamma), torch.from_numpy(bias) if with_bias else None, dtype
     )
     assert y.dtype == dtype
-    assert torch.equal(y, torch.from_numpy(expected).to(dtype))
-    assert torch.equal(given_acc, torch.from_numpy(acc))
+    assert_same_bits(y, torch.from_numpy(expected).to(dtype))
+    assert_same_bits(given_acc, torch.from_numpy(acc))
     as_int = kernels.scale_accumulator(given_acc.int(), torch.from_numpy(s_x), torch.from_numpy(gamma))
-    assert torch.equal(as_int, torch.from_numpy((acc * s_x[:, None]) * gamma[None, :]))
+    assert_same_bits(as_int, torch.from_numpy((acc * s_x[:, None]) * gamma[None, :]))

@@ -3,6 +3,7 @@
 import pytest
 import sbn_kernels as kernels
 import torch
+from same_bits import assert_same_bits
 from sbn_kernels import TernaryWeight, reference
 from sbn_kernels.gpu import forward_forms
 from torch import Tensor
@@ -27,14 +28,14 @@ def layer(n: int = 6, m: int = 8, dtype: torch.dtype = torch.float32) -> tuple[T
 def test_every_operation_agrees_with_the_reference(mode: str, dtype: torch.dtype) -> None:
     x, dy, codes, gamma, x_q, s_x = layer(dtype=dtype)
     ours, theirs = kernels.quantize_activations(x, backend="triton"), (x_q, s_x)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert_same_bits(ours, theirs)
     weight = TernaryWeight(codes, gamma)
     y = [kernels.ternary_linear(x_q, s_x, weight, None, dtype, backend=b) for b in ("triton", "reference")]
-    assert torch.equal(*y)
+    assert_same_bits(*y)
     acc = [kernels.int_matmul(x_q, weight, backend=b) for b in ("triton", "reference")]
-    assert torch.equal(*acc)
+    assert_same_bits(*acc)
     scaled = [kernels.scale_accumulator(acc[0], s_x, gamma, backend=b) for b in ("triton", "reference")]
-    assert torch.equal(*scaled)
+    assert_same_bits(*scaled)
     exact_dx = (dy.double() * gamma.double()) @ codes.double()
     exact_dw = (dy.double() * s_x.double().unsqueeze(-1)).flatten(0, 1).t() @ x_q.double().flatten(0, 1)
     tolerance = 2.0**-7 if dtype == torch.bfloat16 else 1e-6
@@ -47,11 +48,11 @@ def test_every_operation_agrees_with_the_reference(mode: str, dtype: torch.dtype
                     dx.double(), exact_dx, rtol=tolerance, atol=tolerance * float(exact_dx.abs().max())
                 )
             else:
-                assert torch.equal(dx, kernels.input_gradient(dy, weight, mode, backend="reference"))
+                assert_same_bits(dx, kernels.input_gradient(dy, weight, mode, backend="reference"))
     dw = kernels.weight_gradient(dy, x_q, s_x, mode, backend="triton")
     assert dw.dtype == torch.float32
     if mode == "int8":
-        assert torch.equal(dw, kernels.weight_gradient(dy, x_q, s_x, mode, backend="reference"))
+        assert_same_bits(dw, kernels.weight_gradient(dy, x_q, s_x, mode, backend="reference"))
     else:
         torch.testing.assert_close(dw.double(), exact_dw, rtol=tolerance, atol=tolerance * float(exact_dw.abs().max()))
 
@@ -62,8 +63,8 @@ def test_every_form_gives_the_same_bits(form: str) -> None:
     _, _, codes, gamma, x_q, s_x = layer(n, m)
     weight = TernaryWeight(codes, gamma, form=form, packed=forward_forms.pack_form(form, codes, n, m), group=m)
     y = kernels.ternary_linear(x_q, s_x, weight, backend="triton")
-    assert torch.equal(y, reference.ternary_linear(x_q, s_x, codes, gamma))
-    assert torch.equal(kernels.int_matmul(x_q, weight, backend="triton"), reference.int_matmul(x_q, codes))
+    assert_same_bits(y, reference.ternary_linear(x_q, s_x, codes, gamma))
+    assert_same_bits(kernels.int_matmul(x_q, weight, backend="triton"), reference.int_matmul(x_q, codes))
 
 
 def test_quantized_weights_bring_what_their_forms_read() -> None:
@@ -77,7 +78,7 @@ def test_quantized_weights_bring_what_their_forms_read() -> None:
             assert (ours.form, ours.group) == (form, 8)
             expected = forward_forms.pack_form(form, ours.codes, 6, 8)
             assert len(ours.packed) == len(expected)
-            assert all(torch.equal(*pair) for pair in zip(ours.packed, expected, strict=True))
+            assert_same_bits(ours.packed, expected)
 
 
 @pytest.mark.parametrize(
