@@ -76,7 +76,7 @@ def fake_quant_weight(w: Tensor, parts: Sequence[int], n: int, m: int) -> Tensor
 
 
 def fake_quant_activations(x: Tensor) -> Tensor:
-    """Dequantized tokens [..., in] in the type of x; the gradient goes straight through."""
+    """Dequantized activations [..., in] in the type of x; the gradient goes straight through."""
     with torch.no_grad():
         scale = 127.0 / x.abs().amax(dim=-1, keepdim=True).clamp(min=SCALE_FLOOR)
         rounded = (x * scale).round().clamp(-128, 127) / scale

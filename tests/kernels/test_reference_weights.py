@@ -191,8 +191,7 @@ def test_low_precision_weights_are_converted_first() -> None:
     w = torch.randn(16, 64).bfloat16()
     codes, gamma = kernels.ternary_codes(w, 6, 8)
     expected = kernels.ternary_codes(w.float(), 6, 8)
-    assert_same_bits(codes, expected[0])
-    assert_same_bits(gamma, expected[1])
+    assert_same_bits((codes, gamma), expected)
 
 
 @pytest.mark.parametrize(

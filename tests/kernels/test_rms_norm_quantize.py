@@ -34,8 +34,7 @@ def test_codes_are_those_of_the_norm(shape: tuple[int, ...], dtype: torch.dtype)
     assert y.dtype == dtype
     torch.testing.assert_close(y.double(), norm(x, weight), rtol=EPSILON[dtype], atol=1e-7)
     expected = reference.quantize_activations(y)
-    assert_same_bits(x_q, expected[0])
-    assert_same_bits(s_x, expected[1])
+    assert_same_bits((x_q, s_x), expected)
     torch.testing.assert_close(rstd.double(), 1 / (x.double().square().mean(-1) + 1e-5).sqrt(), rtol=1e-6, atol=0)
     assert_same_bits(rms_norm_quantize(x, weight)[:3], (x_q, s_x, rstd))
 
