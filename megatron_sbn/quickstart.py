@@ -10,7 +10,6 @@ import math
 import statistics
 import sys
 import sysconfig
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,9 @@ from megatron_sbn.config.validation import validate_world_size
 from megatron_sbn.data import corpus
 from megatron_sbn.errors import InputError, NumericalError, RecipeError
 from megatron_sbn.launch import launch
+from megatron_sbn.runs.folder import METRICS, new_folder
 from megatron_sbn.text_table import aligned
+from megatron_sbn.tracking.destination import destination
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 MODELS = ("quickstart", "quickstart-dense")
@@ -63,7 +64,7 @@ def run(overrides: list[str], prepare_only: bool = False) -> int:
         print("device=cpu (make quickstart DEVICE=cpu) trains on the CPU instead", flush=True)
     outcomes = []
     for name, recipe in zip(MODELS, recipes, strict=True):
-        folder = Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = new_folder(recipe.name)
         arguments = [str(RECIPES / f"{name}.yaml"), *overrides, f"run_dir={folder}"]
         status = launch(arguments, ranks)
         if status:
@@ -114,7 +115,6 @@ def _library_sources() -> list[Path]:
 
 
 def _outcome(recipe: Recipe, folder: Path) -> Outcome:
-    from megatron_sbn.runs.folder import METRICS
     from megatron_sbn.runs.metrics_file import read_metrics
 
     metrics = folder / METRICS

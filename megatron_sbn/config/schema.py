@@ -334,7 +334,7 @@ class Tracking(Section):
     enabled: bool = True
     """Whether MLflow records the run."""
     uri: str | None = None
-    """MLflow's tracking URI; null: MLFLOW_TRACKING_URI of the environment, else a database in the folder of all runs."""
+    """MLflow's tracking URI; null: MLFLOW_TRACKING_URI of the environment, else one database in the folder of runs."""
     experiment: Annotated[str, Field(min_length=1, max_length=500)] | None = None
     """The experiment in MLflow; null: MLFLOW_EXPERIMENT_NAME of the environment, else megatron_sbn."""
     study: Name | None = None

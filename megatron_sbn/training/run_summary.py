@@ -7,11 +7,13 @@ from pathlib import Path
 
 from megatron_sbn.checkpoint.directory import newest
 from megatron_sbn.config import Recipe
+from megatron_sbn.errors import InputError
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.plan.hardware import CPU, ON_CUDA
 from megatron_sbn.plan.memory import worst_rank
 from megatron_sbn.plan.shapes import Layout, model_parameters
-from megatron_sbn.runs.folder import RunFolder
+from megatron_sbn.runs.folder import TRACKING, RunFolder
+from megatron_sbn.runs.tracking_record import read_record
 from megatron_sbn.text_table import count_text, size_text
 from megatron_sbn.tracking.destination import destination
 
@@ -54,6 +56,7 @@ def shutdown_summary(recipe: Recipe, folder: RunFolder, ended: str) -> list[str]
         _row("metrics", str(folder.metrics)),
         _row("checkpoint", "none" if saved is None else str(saved)),
         _row("mlflow", mlflow_place(recipe, folder.path)),
+        *_mlflow_link(recipe, folder.path),
     ]
 
 
@@ -64,6 +67,15 @@ def mlflow_place(recipe: Recipe, run: Path) -> str:
         return "off (tracking.enabled = false)"
     place = destination(recipe, run)
     return f"{place.open_command}, experiment {place.experiment}"
+
+
+def _mlflow_link(recipe: Recipe, run: Path) -> list[str]:
+    """Where the run list is in a browser, once MLflow has the run."""
+    try:
+        known = read_record(run / TRACKING).experiment_id if recipe.tracking.enabled else None
+    except InputError:
+        return []
+    return [] if known is None else [_row("", destination(recipe, run).link(known))]
 
 
 def _row(name: str, text: str) -> str:
