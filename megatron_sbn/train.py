@@ -58,6 +58,7 @@ def _train(recipe: "Recipe", signals: StopSignals) -> int:
     from megatron_sbn.tracking.mlflow_settings import configure_mlflow
 
     engines.quiet_engines()
+    environment.ensure_caches()
     if recipe.device == "cpu":
         environment.hide_gpus()
     configure_mlflow()
