@@ -191,7 +191,9 @@ def _write(path: Path, entries: Mapping[str, Any]) -> None:
     except OSError as error:
         if os.environ.get(_VARIABLE):
             raise OSError(f"{path} cannot be written ({error}): set {_VARIABLE} to a folder that can") from error
-        _warn_once(f"{path} cannot be written ({error.strerror}): kernels are measured again at every start; {_VARIABLE}")
+        _warn_once(
+            f"{path} cannot be written ({error.strerror}): kernels are measured again at every start; {_VARIABLE}"
+        )
 
 
 @lru_cache(maxsize=1)

@@ -168,6 +168,28 @@ class Linear(Section):
         """The settings in force at an optimizer step: these, changed by every phase that has begun."""
         return self.in_order()[sum(phase.step <= step for phase in self.phases)]
 
+    @property
+    def final(self) -> "Linear":
+        """The settings at the end, after all phases: what a run's result is of."""
+        return self.in_order()[-1]
+
+    @property
+    def label(self) -> str:
+        """Format and N:M before any phase: ternary 6:8."""
+        return f"{self.weight_format} {self.sparsity[0]}:{self.sparsity[1]}"
+
+    @property
+    def schedule(self) -> str:
+        """The phases in words: dense 8:8 -> ternary 6:8 at step 200; empty where there are none."""
+        settings = self.in_order()
+        words = [settings[0].label] if self.phases else []
+        for before, after, phase in zip(settings, settings[1:], self.phases, strict=False):
+            changed = [after.label] if after.label != before.label else []
+            if after.activation_bits != before.activation_bits:
+                changed.append(f"{after.activation_bits or 'no'}-bit activations")
+            words.append(f"{', '.join(changed) or after.label} at step {phase.step}")
+        return " -> ".join(words)
+
     def in_order(self) -> tuple["Linear", ...]:
         """The settings before any phase, then those from each phase on. None of them has phases."""
         settings = [self.model_copy(update={"phases": ()})]

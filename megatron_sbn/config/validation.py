@@ -135,6 +135,12 @@ def _check_linear(recipe: Recipe) -> None:
             raise RecipeError(
                 f"linear.phases.{index}.step = {phase.step}: phases start at increasing steps; put them in order"
             )
+    for index, phase in enumerate(linear.phases):
+        if phase.step >= recipe.training.steps:
+            raise RecipeError(
+                f"linear.phases.{index}.step = {phase.step}: never begins, training.steps = {recipe.training.steps}; "
+                "let it begin earlier, train longer, or leave it out"
+            )
     settings = linear.in_order()
     ternary = [own.activation_bits for own in settings if own.weight_format == "ternary"]
     _check_used(recipe, bool(ternary), any(bits is not None for bits in ternary))

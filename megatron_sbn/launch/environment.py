@@ -103,7 +103,7 @@ def end_with_launcher() -> None:
 
 
 def ensure_caches() -> None:
-    """Gives the engines a cache in the temporary folder where the home folder cannot be written. Before their import."""
+    """Gives the engines caches in the temporary folder where the home folder cannot be written; before imports."""
     home = Path(os.path.expanduser("~"))  # noqa: PTH111 - there may be none
     if os.access(home, os.W_OK | os.X_OK) and home.is_dir():
         return

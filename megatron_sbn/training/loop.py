@@ -176,6 +176,7 @@ class Loop:
                     self._stop(step, reason)
                     ending.status = "KILLED"
                     break
+                self._say_phase(step)
                 try:
                     result, seconds = self._step(step)
                 except BadStepError as error:
@@ -192,6 +193,12 @@ class Loop:
         console.say("\n".join(run_summary.shutdown_summary(self.recipe, self.folder, ended)))
         console.close()
         return reason
+
+    def _say_phase(self, step: int) -> None:
+        if any(phase.step == step for phase in self.recipe.linear.phases):
+            now = self.recipe.linear.at(step)
+            bits = now.activation_bits or "no"
+            self.console.say(f"step {step + 1}: a phase begins: {now.label}, {bits}-bit activations (linear.phases)")
 
     def _stop(self, done: int, reason: Reason) -> None:
         """Saves what is not saved yet, then says so: whoever reads STOPPED may rely on the checkpoint."""

@@ -39,6 +39,7 @@ def startup_summary(
             "batch", f"{per_replica} micro-batches of {training.micro_batch_size} x {model.seq_length} tokens a replica"
         ),
         _row("linear", _linear(recipe)),
+        *([_row("phases", recipe.linear.schedule)] if recipe.linear.phases else []),
         *(_row("kernels", f"{layer}: {served}") for layer, served in kernels.items()),
         _row("tokens", extent),
         *(_row("changed", line) for line in folder.changed),
@@ -86,11 +87,8 @@ def _linear(recipe: Recipe) -> str:
     linear = recipe.linear
     bits = "floating" if linear.activation_bits is None else f"{linear.activation_bits}-bit"
     ternary = f", {bits} activations, backward {linear.backward}" if linear.weight_format == "ternary" else ""
-    phases = f", {len(linear.phases)} phases change it" if linear.phases else ""
     between = "bf16" if recipe.model.bf16 else "fp32"
-    return (
-        f"{linear.weight_format} {linear.sparsity[0]}:{linear.sparsity[1]}{ternary}{phases}; {between} between layers"
-    )
+    return f"{linear.label}{ternary}; {between} between layers"
 
 
 def _saving(recipe: Recipe, parameters: int) -> str:
