@@ -109,8 +109,8 @@ def _changed_rate(was: Recipe, recipe: Recipe, done: int) -> list[str]:
     if math.isclose(expected, following, rel_tol=1e-3):
         return []
     line = f"learning rate: {last:.3g} at step {done}, {following:.3g} at step {done + 1}"
-    decay = was.optimizer.lr_decay_steps or was.training.steps
-    if decay != (recipe.optimizer.lr_decay_steps or recipe.training.steps) and not recipe.optimizer.stages:
+    decay = was.optimizer.decay_steps(was.training.steps)
+    if decay != recipe.optimizer.decay_steps(recipe.training.steps) and not recipe.optimizer.stages:
         line += f"; optimizer.lr_decay_steps={decay} keeps the schedule ({expected:.3g})"
     return [line]
 

@@ -16,6 +16,7 @@ from megatron_sbn.runs.folder import TRACKING, RunFolder
 from megatron_sbn.runs.tracking_record import read_record
 from megatron_sbn.text_table import count_text, size_text
 from megatron_sbn.tracking.destination import destination
+from megatron_sbn.training import schedule
 
 
 def startup_summary(
@@ -42,6 +43,7 @@ def startup_summary(
         *([_row("phases", recipe.linear.schedule)] if recipe.linear.phases else []),
         *(_row("kernels", f"{layer}: {served}") for layer, served in kernels.items()),
         _row("tokens", extent),
+        _row("lr", schedule.describe(recipe)),
         *(_row("changed", line) for line in folder.changed),
         _row("memory", _memory(recipe, parallel)),
         _row("saving", _saving(recipe, sum(kinds.values()))),
