@@ -200,6 +200,17 @@ class Optimizer(Section):
         return self.lr_warmup_steps if share is None else round(share * self.decay_steps(steps))
 
 
+class Profile(Section):
+    """Steps to profile with torch.profiler (RUN/profile)."""
+
+    start: NonNegative
+    """Steps that are done before."""
+    steps: Positive = 3
+    """Steps to profile."""
+    ranks: Annotated[tuple[NonNegative, ...], BeforeValidator(as_tuple)] = (0,)
+    """Ranks that are profiled."""
+
+
 class Training(Section):
     """Length, batch, and how often things are looked at. Intervals are in optimizer steps; 0 means never."""
 
@@ -237,6 +248,8 @@ class Training(Section):
     """Seconds without progress until the process ends, for the launcher to start anew; 0: never."""
     rank_check_interval: NonNegative = 100
     """Steps between comparisons of the ranks' speed."""
+    profile: Profile | None = None
+    """Writes a trace of some steps, and a snapshot of GPU memory; null: none."""
     rollback_steps: Positive = 1
     """rollback: to the newest checkpoint of at least so many steps before."""
 

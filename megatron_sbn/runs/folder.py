@@ -8,6 +8,7 @@ system_metrics.jsonl  samples of rank 0's machine, of a tracked run (system_metr
 tracking.json         what MLflow is given of the run (tracking_record.py)
 checkpoints/          step-N folders and `latest` (checkpoint/directory.py)
 logs/rank-0.log       what was printed
+profile/              traces of torch.profiler (training.profile)
 status.json           how the run stands (status.py)
 STOP                  made by a person, here or beside a study's runs: the run stops at the next step, checkpointed
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 RUNS = Path("runs")  # of runs without a run_dir
 RECIPE, RECIPE_CHANGES, ENVIRONMENT = "recipe.yaml", "recipe_changes.jsonl", "environment.txt"
 METRICS, SYSTEM_METRICS, TRACKING = "metrics.jsonl", "system_metrics.jsonl", "tracking.json"
-CHECKPOINTS, LOGS = "checkpoints", "logs"
+CHECKPOINTS, LOGS, PROFILE = "checkpoints", "logs", "profile"
 STATUS, STOP = "status.json", "STOP"
 
 
