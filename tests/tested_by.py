@@ -49,7 +49,6 @@ TESTED_BY = {
     "megatron_sbn/plan/step_time.py": "plan/test_plan_command.py",
     "megatron_sbn/runs/finished_run.py": "analysis/test_compare.py",
     "megatron_sbn/runs/folder.py": "training/test_run.py",
-    "megatron_sbn/tracking/mlflow_delivery.py": "tracking/test_tracker.py",
     "megatron_sbn/tracking/mlflow_settings.py": "tracking/test_tracker.py",
     "megatron_sbn/tracking/pending_points.py": "tracking/test_tracker.py",
     "megatron_sbn/tracking/tags.py": "tracking/test_study.py",

@@ -1,0 +1,98 @@
+"""What is said to MLflow where it or the run folder is not as usual: older servers, copied folders, long messages."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from megatron_sbn.runs.metrics_file import MetricsFile
+from megatron_sbn.runs.tracking_record import read_record
+from megatron_sbn.tracking.mlflow_delivery import short_reason
+from megatron_sbn.tracking.tracker import Tracker, sync
+
+
+def tracked(run: Path, uri: str, params: dict[str, str], tags: dict[str, str], perplexity: float = 9.0) -> Tracker:
+    run.mkdir(exist_ok=True)
+    file = MetricsFile(run / "metrics.jsonl")
+    file.append(1, {"loss": 2.0, "validation_perplexity": perplexity})
+    file.close()
+    tracker = Tracker(run, run.name, "e", uri, params, tags, [], poll_seconds=0.05)
+    assert tracker.close("FINISHED")
+    return tracker
+
+
+def runs_of(uri: str) -> dict[str, object]:
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("e")
+    assert experiment is not None
+    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+
+@pytest.mark.parametrize("limit", [500, 250])
+def test_an_older_server_gets_shorter_values(
+    limit: int, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow 2.8 takes 500 characters of a parameter, 2.0 250; the rest of the run arrives whole."""
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - binds the checks
+    from mlflow.utils import validation
+
+    monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")
+    monkeypatch.setattr(validation, "MAX_PARAM_VAL_LENGTH", limit)
+    long = "x" * 3000
+    for _ in range(2):  # a second start finds the shortened value, which is no change
+        tracked(tmp_path / "run", uri, {"data.train": long, "lr": "0.1"}, {})
+    run = runs_of(uri)["run"]
+    assert len(run.data.params["data.train"]) == limit
+    assert run.data.params["lr"] == "0.1"
+    assert not [tag for tag in run.data.tags if tag.startswith("changed.")]
+    assert run.data.metrics["loss"] == 2.0
+
+
+def test_a_copied_run_folder_is_a_run_of_its_own(tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    first = tracked(tmp_path / "first", uri, {}, {})
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    with caplog.at_level(logging.WARNING, "megatron_sbn"):
+        second = tracked(tmp_path / "second", uri, {}, {})
+    assert second.run_id != first.run_id
+    assert set(runs_of(uri)) == {"first", "second"}
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path / 'second'} is a copy of {tmp_path / 'first'}: it is a run of its own in MLflow"
+    ]
+    (tmp_path / "second").rename(tmp_path / "third")
+    moved = tracked(tmp_path / "third", uri, {}, {})
+    assert moved.run_id == second.run_id  # a folder that was moved is the same run
+
+
+def test_a_record_of_the_first_version_is_read(tmp_path: Path, uri: str) -> None:
+    run = tmp_path / "run"
+    first = tracked(run, uri, {}, {})
+    text = (run / "tracking.json").read_text()
+    lines = [line for line in text.splitlines() if '"folder"' not in line and '"experiment_id"' not in line]
+    old = "\n".join(lines).replace(",\n}", "\n}")
+    (run / "tracking.json").write_text(old)
+    assert read_record(run / "tracking.json").folder is None
+    assert sync(run) == first.run_id
+    assert read_record(run / "tracking.json").experiment_id is not None
+
+
+def test_the_studys_row_has_the_best_perplexity(tmp_path: Path, uri: str) -> None:
+    for name, perplexity in (("a", 12.0), ("b", 8.0), ("c", 10.0)):
+        tracked(tmp_path / name, uri, {}, {"study": "s", "run_kind": "run"}, perplexity)
+    parent = runs_of(uri)["s"]
+    assert parent.data.metrics["best_validation_perplexity"] == 8.0
+    assert parent.data.tags["best_run"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("text", "short"),
+    [
+        ("API request failed (HTTPConnection(host='h'): Max retries", "API request failed"),
+        ("Invalid name. See the page for more", "Invalid name"),
+        ("(sqlite3.OperationalError) disk I/O error", "(sqlite3.OperationalError) disk I/O error"),
+        ("x" * 500, "x" * 117 + "..."),
+    ],
+)
+def test_a_reason_is_short_and_whole(text: str, short: str) -> None:
+    assert short_reason(text) == short
