@@ -19,6 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("cluster", "doctor", "train"),
     ("cli",),
+    ("__main__",),
 )
 # Walls within a room that is imported: no engine is known to the layers, and the model knows ranks but not ZeRO.
 WITHIN = {("layers", "parallel"): {"shard"}, ("model", "parallel"): {"shard", "state"}}

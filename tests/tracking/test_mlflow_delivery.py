@@ -1,5 +1,6 @@
 """What is said to MLflow where it or the run folder is not as usual: older servers, copied folders, long messages."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from megatron_sbn.data.fingerprint import shard_digest
 from megatron_sbn.runs.metrics_file import MetricsFile
-from megatron_sbn.runs.tracking_record import read_record
+from megatron_sbn.runs.tracking_record import DatasetRecord, read_record
 from megatron_sbn.tracking.mlflow_delivery import short_reason
 from megatron_sbn.tracking.tracker import Tracker, sync
 
@@ -96,3 +98,39 @@ def test_the_studys_row_has_the_best_perplexity(tmp_path: Path, uri: str) -> Non
 )
 def test_a_reason_is_short_and_whole(text: str, short: str) -> None:
     assert short_reason(text) == short
+
+
+def test_datasets_are_inputs_and_checkpoints_models_each_once(tmp_path: Path, uri: str) -> None:
+    run = tmp_path / "run"
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.bin").write_bytes(name.encode() * 3_000_000)
+    digests = {shard_digest(str(tmp_path / name)) for name in ("a", "b")}
+    assert len(digests) == 2
+    datasets = [
+        DatasetRecord("a", shard_digest(str(tmp_path / "a")), "/data/a", "training"),
+        DatasetRecord("b", shard_digest(str(tmp_path / "b")), '/data/"b"', "validation"),
+    ]
+    for step in (1, 2):
+        (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    (run / "checkpoints" / ".step-00000003.partial").mkdir()
+    file = MetricsFile(run / "metrics.jsonl")
+    file.append(2, {"loss": 2.0, "validation_perplexity": 9.0})
+    file.close()
+    for _ in range(2):
+        tracker = Tracker(run, "run", "e", uri, {}, {}, [], datasets, poll_seconds=0.05)
+        assert tracker.close("FINISHED")
+    sync(run)
+    found = runs_of(uri)["run"]
+    inputs = {one.dataset.name: one for one in found.inputs.dataset_inputs}
+    assert len(found.inputs.dataset_inputs) == 2
+    assert inputs["b"].tags[0].value == "validation"
+    assert json.loads(inputs["b"].dataset.source) == {"uri": '/data/"b"'}
+    models = MlflowClient(uri).search_logged_models([found.info.experiment_id])
+    assert sorted(one.name for one in models) == ["step-00000001", "step-00000002"]
+    last = next(one for one in models if one.name == "step-00000002")
+    assert (last.source_run_id, last.tags["validation_perplexity"], str(last.status)) == (
+        found.info.run_id,
+        "9.0",
+        "READY",
+    )
+    assert last.tags["path"] == str(run / "checkpoints" / "step-00000002")
