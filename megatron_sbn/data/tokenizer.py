@@ -5,6 +5,7 @@ normalization, no added or removed spaces, runs of spaces may become one piece (
 digit is its own piece, and a character outside the vocabulary becomes its UTF-8 bytes. Two things need care:
 
 - sentencepiece writes a space as U+2581 and so cannot tell it from a real U+2581; that one is given as its three bytes.
+  A model that was trained on text (almost) without spaces has no piece for a space: it is given as its byte.
 - a text is encoded in segments of at most 1 Mi characters, cut behind a line end where there is one, which bounds the
   memory that sentencepiece needs.
 
@@ -29,6 +30,7 @@ SAMPLE_CHARACTERS = 100_000_000  # what training a tokenizer looks at, at most: 
 _SEGMENT = 1 << 20
 _CHUNK = 8192  # characters given to the trainer at once; its word positions are 16 bits
 _SPACE = "\u2581"
+_UNKNOWN = "\u2585"  # the trainer's own mark of a character outside its alphabet
 _LOG_FATAL = 3
 
 
@@ -62,10 +64,7 @@ class Tokenizer:
             raise InputError(
                 f"{path}: the tokenizer has no end-of-sentence piece to end documents with; use one that has"
             )
-        fallback = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
-        in_bytes = all(self._model.is_byte(token) for token in fallback)
-        verbatim = in_bytes and _SPACE not in "".join(self._model.encode("a", out_type=str))
-        self._space_bytes: list[int] | None = fallback if verbatim else None
+        self._in_bytes = self._given_in_bytes()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without an end-of-document token. Raises ValueError for a lone surrogate."""
@@ -87,16 +86,27 @@ class Tokenizer:
                 raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size} ({self.path})")
         return str(self._model.decode(tokens))
 
+    def _given_in_bytes(self) -> dict[str, list[int]]:
+        """Characters that sentencepiece would take for others, by their bytes' ids; none for a model that normalizes."""
+        fallback = {
+            character: [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in character.encode()]
+            for character in (_SPACE, " ")
+        }
+        in_bytes = all(self._model.is_byte(token) for ids in fallback.values() for token in ids)
+        if not in_bytes or _SPACE in "".join(self._model.encode("a", out_type=str)):
+            return {}
+        if self._model.piece_to_id(_SPACE) != self._model.unk_id():
+            del fallback[" "]
+        return fallback
+
     def _encode_parts(self, text: str) -> Iterator[list[int]]:
-        if self._space_bytes is None:
+        if not self._in_bytes:
             yield self._model.encode(text)
             return
+        apart = re.compile(f"([{''.join(self._in_bytes)}])")
         for segment in _segments(text):
-            pieces = segment.split(_SPACE)
-            yield self._model.encode(pieces[0])
-            for piece in pieces[1:]:
-                yield self._space_bytes
-                yield self._model.encode(piece)
+            for piece in apart.split(segment):
+                yield self._in_bytes.get(piece) or self._model.encode(piece)
 
 
 def _segments(text: str) -> Iterator[str]:
@@ -181,8 +191,8 @@ def _sample(documents: Iterable[str], limit: int, seed: int) -> list[str]:
 
 
 def _chunks(documents: Iterable[str]) -> Iterator[str]:
-    """What the trainer is given: no NUL (it refuses them), no U+2581 (it would read a space), bounded length."""
+    """What the trainer is given: no NUL, no U+2585 (it leaves such text out), no U+2581 (a space), bounded length."""
     for document in documents:
-        text = document.replace("\0", "").replace(_SPACE, "")
+        text = document.replace("\0", "").replace(_SPACE, "").replace(_UNKNOWN, "")
         for start in range(0, len(text), _CHUNK):
             yield text[start : start + _CHUNK]

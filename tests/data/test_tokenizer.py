@@ -48,6 +48,40 @@ def test_round_trip_over_segments(tokenizer, text, segment):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+WORDS = "the model learns from text and more words again".split()
+JAPANESE = "".join(chr(0x3042 + 7 * i % 80) + chr(0x4E00 + 11 * i % 60) for i in range(4000))
+TRAINED_ON = {
+    "no space": ["\t".join(WORDS[i % 9] for i in range(k, k + 40)) for k in range(50)],
+    "Japanese": [JAPANESE],
+    "a space in ten thousand": [JAPANESE[:7000] + " " + JAPANESE],
+    "control pieces": ["<s> </s> <unk> <0x41> <0x20> <0xE2> \u2585 \u2047" * 20] * 20,
+    "spaces alone": [" " * 400, "\n \n  \n" * 90],
+    "marks alone": ["a\u2581b" * 90],
+}
+
+
+@pytest.fixture(scope="module", params=TRAINED_ON)
+def odd_tokenizer(request, tmp_path_factory):
+    texts = TRAINED_ON[request.param]
+    sizes = {"no space": 300, "spaces alone": 263, "control pieces": 263, "marks alone": 262}
+    path = tmp_path_factory.mktemp("odd") / "odd.model"
+    return train_tokenizer(texts, path, sizes.get(request.param, 420))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.lists(st.one_of(st.text(), st.sampled_from([*AWKWARD, " ", "the model", "a b"]))).map("".join))
+def test_round_trip_is_exact_whatever_it_was_trained_on(odd_tokenizer, text):
+    ids = odd_tokenizer.encode(text)
+    assert odd_tokenizer.decode(ids) == text
+    assert all(2 < token < odd_tokenizer.vocab_size for token in ids)
+
+
+def test_a_space_is_not_its_mark(odd_tokenizer):
+    assert odd_tokenizer.encode(" ") != odd_tokenizer.encode("\u2581")
+    assert odd_tokenizer.encode("a b") != odd_tokenizer.encode("a\u2581b")
+    assert [odd_tokenizer.decode(odd_tokenizer.encode(text)) for text in (" ", "\u2581")] == [" ", "\u2581"]
+
+
 def test_segments_end_with_lines(monkeypatch):
     monkeypatch.setattr(tokenizer_module, "_SEGMENT", 5)
     assert list(tokenizer_module._segments("ab\ncd\nefghijkl\n\n")) == ["ab\n", "cd\n", "efghi", "jkl\n\n"]
