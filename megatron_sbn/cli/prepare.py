@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from megatron_sbn.cli.options import Commands, add_command, positive
@@ -10,6 +11,7 @@ from megatron_sbn.cli.options import Commands, add_command, positive
 def prepare(options: argparse.Namespace) -> int:
     """Text to token shards."""
     from megatron_sbn.data import corpus
+    from megatron_sbn.data.round_trip import what_is_lost
     from megatron_sbn.engines import check_installed
 
     check_installed()
@@ -34,6 +36,9 @@ def prepare(options: argparse.Namespace) -> int:
         print(f"skipped: {count} x {kind}")
     for example in report.examples:
         print(f"  such as {example}")
+    lost = what_is_lost(str(plan.model), report.round_trip, report.unknown, report.tokens)
+    if lost:
+        print(f"sbn: warning: {lost}", file=sys.stderr)
     print("wrote " + " ".join(str(path) for path in report.paths))
     return 0
 

@@ -11,6 +11,7 @@ with the options means that there is nothing left to do (`is_prepared`, which im
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_sbn.atomic_files import exclusive, partial_path, staged, write_atomically
 from megatron_sbn.data.encoding import Encoded, EncodingJob, encode_files, is_held_out
 from megatron_sbn.data.progress import Progress
-from megatron_sbn.data.readers import BadRecord, blocks, documents, expand_inputs
+from megatron_sbn.data.readers import BadRecord, Document, blocks, documents, expand_inputs
+from megatron_sbn.data.round_trip import SAMPLE_DOCUMENTS, RoundTrip, try_round_trip
 from megatron_sbn.data.tokenizer import Tokenizer, train_model
 from megatron_sbn.errors import InputError
 
@@ -81,16 +83,39 @@ class PrepareOptions:
 
 @dataclasses.dataclass(frozen=True)
 class PrepareReport:
-    """What came out. `skipped` counts records by kind, `splits` is {split: (documents, tokens)}."""
+    """What came out. `skipped` counts records by kind, `splits` is {split: (documents, tokens)}.
+
+    `unknown` counts unknown tokens; `round_trip` is what a tokenizer that was given makes of a sample of the documents.
+    """
 
     documents: int
     tokens: int
     text_bytes: int
     vocab_size: int
+    unknown: int
     skipped: Mapping[str, int]
     examples: tuple[str, ...]
     splits: Mapping[str, tuple[int, int]]
-    paths: tuple[Path, ...]
+    round_trip: RoundTrip | None = None
+    paths: tuple[Path, ...] = ()
+
+
+@dataclasses.dataclass
+class _Tally:
+    """What is counted while documents are tokenized."""
+
+    skipped: Counter[str] = dataclasses.field(default_factory=Counter)
+    examples: list[str] = dataclasses.field(default_factory=list)
+    text_bytes: int = 0
+    unknown: int = 0
+
+    def add(self, encoded: Encoded) -> None:
+        self.skipped.update({EMPTY: encoded.empty} if encoded.empty else {})
+        for record in encoded.bad:
+            self.skipped[record.kind] += record.records
+        self.examples += [record.message for record in encoded.bad[: _EXAMPLES - len(self.examples)]]
+        self.text_bytes += int(encoded.text_bytes.sum())
+        self.unknown += encoded.unknown
 
 
 def is_prepared(options: PrepareOptions) -> bool:
@@ -138,41 +163,36 @@ def prepare(options: PrepareOptions, *, workers: int = 1) -> PrepareReport:
                 options.validation_fraction,
                 options.seed,
             )
+            trip = None if models else try_round_trip(tokenizer, _sampled_texts(options, files))
             report = _write_shards(options, files, job, tokenizer, workers)
+            report = dataclasses.replace(report, round_trip=trip, paths=(*models, *bins, *indices, options.manifest))
         manifest = _manifest(options, settings, report, job.digest, tokenizer)
         write_atomically(options.manifest, json.dumps(manifest, indent=1).encode() + b"\n")
-    return dataclasses.replace(report, paths=(*models, *bins, *indices, options.manifest))
+    return report
 
 
 def _write_shards(
     options: PrepareOptions, files: list[Path], job: EncodingJob, tokenizer: Tokenizer, workers: int
 ) -> PrepareReport:
     """Write the partial files of all shards; InputError if one of them would be empty."""
-    skipped: Counter[str] = Counter()
-    examples: list[str] = []
-    text_bytes = 0
+    tally = _Tally()
     total = sum(path.stat().st_size for path in files)
     with _writers(options, tokenizer.vocab_size) as writers, Progress(total, "tokenizing") as progress:
         for encoded in encode_files(files, job, workers):
             if encoded.bad and not options.skip_bad:
                 raise InputError(_stop(encoded.bad[0]))
-            skipped.update({EMPTY: encoded.empty} if encoded.empty else {})
-            for record in encoded.bad:
-                skipped[record.kind] += record.records
-            examples += [record.message for record in encoded.bad[: _EXAMPLES - len(examples)]]
-            text_bytes += encoded.text_bytes
+            tally.add(encoded)
             _append(writers, encoded)
             splits = {split: (writer.documents, writer.tokens) for split, writer in writers.items()}
             counts = [sum(column) for column in zip(*splits.values(), strict=True)]
             progress.advance(encoded.size, f"{counts[0]} documents, {counts[1]} tokens")
         splits = {split: (writer.documents, writer.tokens) for split, writer in writers.items()}
-        _refuse_empty(options, splits, len(files), skipped)
+        _refuse_empty(options, splits, len(files), tally.skipped)
         for writer in writers.values():
             writer.finish()
     all_documents, tokens = (sum(column) for column in zip(*splits.values(), strict=True))
-    return PrepareReport(
-        all_documents, tokens, text_bytes, tokenizer.vocab_size, dict(skipped), tuple(examples), splits, ()
-    )
+    counted = (tokenizer.vocab_size, tally.unknown, dict(tally.skipped), tuple(tally.examples))
+    return PrepareReport(all_documents, tokens, tally.text_bytes, *counted, splits)
 
 
 @contextlib.contextmanager
@@ -228,6 +248,15 @@ def _training_texts(options: PrepareOptions, files: list[Path]) -> Iterator[str]
                 progress.advance(block.size, path.name)
 
 
+def _sampled_texts(options: PrepareOptions, files: list[Path]) -> Iterator[str]:
+    """At most SAMPLE_DOCUMENTS documents: the first of every file, or of files at even distances."""
+    chosen = [files[number * len(files) // SAMPLE_DOCUMENTS] for number in range(SAMPLE_DOCUMENTS)]
+    for path, share in Counter(chosen).items():
+        items = (item for block in blocks(path) for item in documents(block, options.text_field))
+        texts = (item.text for item in items if isinstance(item, Document) and item.text)
+        yield from itertools.islice(texts, share)
+
+
 def _stop(record: BadRecord) -> str:
     return f"{record.message} [--skip-bad leaves such records out and counts them]"
 
@@ -261,6 +290,8 @@ def _manifest(
         "tokens": report.tokens,
         "text_bytes": report.text_bytes,
         "skipped": report.skipped,
+        "unknown_tokens": report.unknown,
+        "round_trip": None if report.round_trip is None else report.round_trip.as_json(),
         "splits": {
             split: {"prefix": prefix, "documents": report.splits[split][0], "tokens": report.splits[split][1]}
             for split, prefix in options.shards.items()

@@ -38,12 +38,16 @@ class EncodingJob(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """One block's documents: tokens (eod included) one document behind the other, and what was not usable."""
+    """One block's documents: tokens (eod included) one document behind the other, and what was not usable.
+
+    `text_bytes` are those of UTF-8, `unknown` counts unknown tokens, `size` is in bytes of the file.
+    """
 
     tokens: np.ndarray  # int32 [tokens]
     lengths: np.ndarray  # int64 [documents]
     held_out: np.ndarray  # bool [documents]
-    text_bytes: int
+    text_bytes: np.ndarray  # int64 [documents]
+    unknown: int
     empty: int
     bad: list[BadRecord]
     size: int
@@ -62,8 +66,8 @@ def is_held_out(text: str, fraction: float, seed: int) -> bool:
 def encode_block(job: EncodingJob, block: Block) -> Encoded:
     """Tokens of one block: every document's, then the end-of-document token. A document without text is left out."""
     tokenizer = _load(job.tokenizer, job.digest)
-    parts, lengths, held_out, bad = [], [], [], []
-    text_bytes = empty = 0
+    parts, lengths, held_out, text_bytes, bad = [], [], [], [], []
+    unknown = empty = 0
     eod = np.array([tokenizer.eod], dtype=np.int32)
     for item in documents(block, job.text_field):
         if isinstance(item, BadRecord):
@@ -73,11 +77,13 @@ def encode_block(job: EncodingJob, block: Block) -> Encoded:
         else:
             tokens = tokenizer.encode_array(item.text)
             parts += [tokens, eod]
+            unknown += int(np.count_nonzero(tokens == tokenizer.unknown))
             lengths.append(len(tokens) + 1)
             held_out.append(is_held_out(item.text, job.validation_fraction, job.seed))
-            text_bytes += len(item.text.encode())
+            text_bytes.append(len(item.text.encode()))
     joined = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
-    return Encoded(joined, np.array(lengths, np.int64), np.array(held_out, bool), text_bytes, empty, bad, block.size)
+    sizes = [np.array(values, np.int64) for values in (lengths, text_bytes)]
+    return Encoded(joined, sizes[0], np.array(held_out, bool), sizes[1], unknown, empty, bad, block.size)
 
 
 def encode_files(files: Sequence[Path], job: EncodingJob, workers: int) -> Iterator[Encoded]:

@@ -37,6 +37,8 @@ _LOG_FATAL = 3
 class Tokenizer:
     """A sentencepiece model. `vocab_size` pieces, `eod` is the id that ends every document (the model's eos).
 
+    `unknown` is the id of what the model cannot write, -1 where there is none.
+
     Raises InputError for a model file that is missing, is no sentencepiece model, or has no end-of-sentence piece.
     """
 
@@ -59,6 +61,7 @@ class Tokenizer:
                 f"{path}: not a sentencepiece model; give one made by `sbn prepare --vocab-size`"
             ) from error
         self.vocab_size: int = self._model.vocab_size()
+        self.unknown: int = self._model.unk_id()
         self.eod: int = self._model.eos_id()
         if self.eod < 0:
             raise InputError(
@@ -87,7 +90,7 @@ class Tokenizer:
         return str(self._model.decode(tokens))
 
     def _given_in_bytes(self) -> dict[str, list[int]]:
-        """Characters that sentencepiece would take for others, by their bytes' ids; none for a model that normalizes."""
+        """What sentencepiece takes for other characters, and its bytes' ids; none for a model that normalizes."""
         fallback = {
             character: [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in character.encode()]
             for character in (_SPACE, " ")
