@@ -9,11 +9,13 @@ def train(options: argparse.Namespace) -> int:
     """Checks the recipe, then starts its ranks on this machine."""
     from megatron_sbn.config import load_recipe
     from megatron_sbn.config.validation import min_world_size, validate_world_size
+    from megatron_sbn.data.check import warn_of_data
     from megatron_sbn.launch import launch
 
     recipe = load_recipe(options.recipe, options.overrides)
     ranks = options.nproc_per_node or min_world_size(recipe)
     validate_world_size(recipe, ranks)
+    warn_of_data(recipe)
     return launch([options.recipe, *options.overrides], ranks)
 
 
