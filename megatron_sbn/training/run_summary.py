@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_sbn.checkpoint.directory import newest
 from megatron_sbn.config import Recipe
+from megatron_sbn.data.passes import data_lines
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.plan.hardware import CPU, ON_CUDA
 from megatron_sbn.plan.memory import worst_rank
@@ -40,6 +41,7 @@ def startup_summary(
         _row("linear", _linear(recipe)),
         *(_row("kernels", f"{layer}: {served}") for layer, served in kernels.items()),
         _row("tokens", extent),
+        *(_row("data", line) for line in data_lines(recipe)),
         *(_row("changed", line) for line in folder.changed),
         _row("memory", _memory(recipe, parallel)),
         _row("saving", _saving(recipe, sum(kinds.values()))),
