@@ -37,11 +37,11 @@ class Shard:
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
         _check_files(self.prefix)
-        self._indexed = IndexedDataset(self.prefix, mmap=False)
+        indexed = IndexedDataset(self.prefix, mmap=False)  # not kept: it holds its index open
         self._file = Path(f"{self.prefix}.bin").open("rb", buffering=0)  # noqa: SIM115 - for as long as the shard lives
-        self.dtype = np.dtype(self._indexed.index.dtype)
-        marks = np.asarray(self._indexed.document_indices)
-        ends = np.concatenate([[0], np.cumsum(self._indexed.sequence_lengths, dtype=np.int64)])  # [sequences + 1]
+        self.dtype = np.dtype(indexed.index.dtype)
+        marks = np.asarray(indexed.document_indices)
+        ends = np.concatenate([[0], np.cumsum(indexed.sequence_lengths, dtype=np.int64)])  # [sequences + 1]
         self.document_starts: np.ndarray = ends[marks[:-1]]
         self.document_lengths: np.ndarray = np.diff(ends[marks])
         self.tokens = int(ends[-1])
