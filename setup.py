@@ -31,6 +31,7 @@ setup(
         "matplotlib>=3.8",
         "safetensors>=0.5",
         "pyarrow>=17",
+        "zstandard>=0.22",
         "numpy>=1.26",
         "psutil>=5.9",
         "packaging>=24.2",

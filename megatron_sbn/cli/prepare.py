@@ -36,6 +36,8 @@ def prepare(options: argparse.Namespace) -> int:
         print(f"skipped: {count} x {kind}")
     for example in report.examples:
         print(f"  such as {example}")
+    for line in report.lost:
+        print(f"sbn: warning: left out from here on: {line}", file=sys.stderr)
     lost = what_is_lost(str(plan.model), report.round_trip, report.unknown, report.tokens)
     if lost:
         print(f"sbn: warning: {lost}", file=sys.stderr)

@@ -85,7 +85,8 @@ class PrepareOptions:
 class PrepareReport:
     """What came out. `skipped` counts records by kind, `splits` is {split: (documents, tokens)}.
 
-    `unknown` counts unknown tokens; `round_trip` is what a tokenizer that was given makes of a sample of the documents.
+    `lost` has a line for each file of which the rest cannot be read. `unknown` counts unknown tokens; `round_trip` is
+    what a tokenizer that was given makes of a sample of the documents.
     """
 
     documents: int
@@ -95,6 +96,7 @@ class PrepareReport:
     unknown: int
     skipped: Mapping[str, int]
     examples: tuple[str, ...]
+    lost: tuple[str, ...]
     splits: Mapping[str, tuple[int, int]]
     round_trip: RoundTrip | None = None
     paths: tuple[Path, ...] = ()
@@ -108,11 +110,13 @@ class _Tally:
     examples: list[str] = dataclasses.field(default_factory=list)
     text_bytes: int = 0
     unknown: int = 0
+    lost: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, encoded: Encoded) -> None:
         self.skipped.update({EMPTY: encoded.empty} if encoded.empty else {})
         for record in encoded.bad:
             self.skipped[record.kind] += record.records
+        self.lost += [record.message for record in encoded.bad if record.kind == "corrupt file"]
         self.examples += [record.message for record in encoded.bad[: _EXAMPLES - len(self.examples)]]
         self.text_bytes += int(encoded.text_bytes.sum())
         self.unknown += encoded.unknown
@@ -191,7 +195,7 @@ def _write_shards(
         for writer in writers.values():
             writer.finish()
     all_documents, tokens = (sum(column) for column in zip(*splits.values(), strict=True))
-    counted = (tokenizer.vocab_size, tally.unknown, dict(tally.skipped), tuple(tally.examples))
+    counted = (tokenizer.vocab_size, tally.unknown, dict(tally.skipped), tuple(tally.examples), tuple(tally.lost))
     return PrepareReport(all_documents, tokens, tally.text_bytes, *counted, splits)
 
 
@@ -258,6 +262,8 @@ def _sampled_texts(options: PrepareOptions, files: list[Path]) -> Iterator[str]:
 
 
 def _stop(record: BadRecord) -> str:
+    if record.kind == "corrupt file":
+        return f"{record.message} [--skip-bad goes on without the rest of such a file, and names it]"
     return f"{record.message} [--skip-bad leaves such records out and counts them]"
 
 
@@ -290,6 +296,7 @@ def _manifest(
         "tokens": report.tokens,
         "text_bytes": report.text_bytes,
         "skipped": report.skipped,
+        "lost": report.lost,
         "unknown_tokens": report.unknown,
         "round_trip": None if report.round_trip is None else report.round_trip.as_json(),
         "splits": {

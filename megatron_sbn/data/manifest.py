@@ -1,7 +1,7 @@
 """What `sbn prepare` wrote down about a shard: PREFIX.json beside PREFIX.bin, or beside PREFIX-train.bin and its twin.
 
     {"format": 1, "tokenizer": FILE, "tokenizer_sha256": HEX, "vocab_size": N, "eod": ID, "documents": N, "tokens": N,
-     "text_bytes": N, "unknown_tokens": N, "round_trip": {...} or null, "skipped": {KIND: N},
+     "text_bytes": N, "unknown_tokens": N, "round_trip": {...} or null, "skipped": {KIND: N}, "lost": [LINE],
      "splits": {SPLIT: {"prefix": PREFIX, "documents": N, "tokens": N, "text_bytes": N, "unigram_loss": NATS}},
      "files": {NAME: BYTES}, "settings": {...}}
 

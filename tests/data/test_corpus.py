@@ -187,6 +187,10 @@ def test_bad_input_is_skipped_and_counted(inputs, tmp_path, tokenizer, documents
     for _, kind, count, _ in BAD.values():
         expected[kind] += count
     assert report.skipped == expected
+    assert [line.split(": ")[0] for line in report.lost] == [
+        str(tmp_path / "bad.parquet"),
+        f"{tmp_path}/bad.jsonl.gz:1",
+    ]
     assert len(report.examples) == 3
     assert "bad.txt:2: invalid UTF-8" in report.examples[0]
     fine = [*tokenizer.encode("fine"), tokenizer.eod]
