@@ -12,6 +12,7 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -89,16 +90,17 @@ def encode_block(job: EncodingJob, block: Block) -> Encoded:
 def encode_files(files: Sequence[Path], job: EncodingJob, workers: int) -> Iterator[Encoded]:
     """Every block of every file, encoded, in order; one worker means this process.
 
+    Where there is no shared memory for more, this process works alone, and a line on standard error says so.
     Raises what `readers.blocks` and `readers.documents` do, and SbnError when a worker process dies.
     """
     stream = (block for path in files for block in blocks(path))
-    if workers == 1:
+    executor = _workers(workers) if workers > 1 else None
+    if executor is None:
         for block in stream:
             yield encode_block(job, block)
         return
     pending: collections.deque[concurrent.futures.Future[Encoded]] = collections.deque()
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker) as pool:
+    with executor as pool:
         try:
             for block in stream:
                 pending.append(pool.submit(encode_block, job, block))
@@ -111,6 +113,21 @@ def encode_files(files: Sequence[Path], job: EncodingJob, workers: int) -> Itera
         finally:
             for future in pending:
                 future.cancel()
+
+
+def _workers(count: int) -> concurrent.futures.ProcessPoolExecutor | None:
+    """Processes to work in; None where the system has no semaphores for them (/dev/shm is full or read-only)."""
+    spawn = multiprocessing.get_context("spawn")
+    try:
+        return concurrent.futures.ProcessPoolExecutor(count, mp_context=spawn, initializer=_start_worker)
+    except (OSError, ImportError, NotImplementedError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        print(
+            f"sbn: warning: --workers {count} takes semaphores in /dev/shm, which cannot be made ({reason}): "
+            "tokenizing with one process",
+            file=sys.stderr,
+        )
+        return None
 
 
 @functools.lru_cache(maxsize=1)
