@@ -18,12 +18,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from megatron_sbn.atomic_files import exclusive, partial_path, staged, write_atomically
 from megatron_sbn.data.encoding import Encoded, EncodingJob, encode_files, is_held_out
 from megatron_sbn.data.progress import Progress
 from megatron_sbn.data.readers import BadRecord, Document, blocks, documents, expand_inputs
 from megatron_sbn.data.round_trip import SAMPLE_DOCUMENTS, RoundTrip, try_round_trip
 from megatron_sbn.data.tokenizer import Tokenizer, train_model
+from megatron_sbn.data.unigram import unigram_loss
 from megatron_sbn.errors import InputError
 
 if TYPE_CHECKING:
@@ -86,7 +89,8 @@ class PrepareReport:
     """What came out. `skipped` counts records by kind, `splits` is {split: (documents, tokens)}.
 
     `lost` has a line for each file of which the rest cannot be read. `unknown` counts unknown tokens; `round_trip` is
-    what a tokenizer that was given makes of a sample of the documents.
+    what a tokenizer that was given makes of a sample of the documents. `text_bytes` and `split_bytes` are of UTF-8.
+    `unigram_loss` is the baseline of the validation split, nats/token (`unigram.py`); None without one.
     """
 
     documents: int
@@ -98,17 +102,20 @@ class PrepareReport:
     examples: tuple[str, ...]
     lost: tuple[str, ...]
     splits: Mapping[str, tuple[int, int]]
+    split_bytes: Mapping[str, int]
+    unigram_loss: float | None = None
     round_trip: RoundTrip | None = None
     paths: tuple[Path, ...] = ()
 
 
 @dataclasses.dataclass
 class _Tally:
-    """What is counted while documents are tokenized."""
+    """What is counted while documents are tokenized; `split_bytes` and `counts` (of each token) by split."""
 
+    split_bytes: dict[str, int]
+    counts: dict[str, np.ndarray]  # int64 [vocab_size]
     skipped: Counter[str] = dataclasses.field(default_factory=Counter)
     examples: list[str] = dataclasses.field(default_factory=list)
-    text_bytes: int = 0
     unknown: int = 0
     lost: list[str] = dataclasses.field(default_factory=list)
 
@@ -118,8 +125,12 @@ class _Tally:
             self.skipped[record.kind] += record.records
         self.lost += [record.message for record in encoded.bad if record.kind == "corrupt file"]
         self.examples += [record.message for record in encoded.bad[: _EXAMPLES - len(self.examples)]]
-        self.text_bytes += int(encoded.text_bytes.sum())
         self.unknown += encoded.unknown
+        for split in self.counts:
+            own = encoded.held_out == (split == "validation")
+            self.split_bytes[split] += int(encoded.text_bytes[own].sum())
+            tokens = encoded.tokens[np.repeat(own, encoded.lengths)]
+            self.counts[split] += np.bincount(tokens, minlength=len(self.counts[split]))
 
 
 def is_prepared(options: PrepareOptions) -> bool:
@@ -179,7 +190,10 @@ def _write_shards(
     options: PrepareOptions, files: list[Path], job: EncodingJob, tokenizer: Tokenizer, workers: int
 ) -> PrepareReport:
     """Write the partial files of all shards; InputError if one of them would be empty."""
-    tally = _Tally()
+    tally = _Tally(
+        dict.fromkeys(options.shards, 0),
+        {split: np.zeros(tokenizer.vocab_size, dtype=np.int64) for split in options.shards},
+    )
     total = sum(path.stat().st_size for path in files)
     with _writers(options, tokenizer.vocab_size) as writers, Progress(total, "tokenizing") as progress:
         for encoded in encode_files(files, job, workers):
@@ -196,7 +210,12 @@ def _write_shards(
             writer.finish()
     all_documents, tokens = (sum(column) for column in zip(*splits.values(), strict=True))
     counted = (tokenizer.vocab_size, tally.unknown, dict(tally.skipped), tuple(tally.examples), tuple(tally.lost))
-    return PrepareReport(all_documents, tokens, tally.text_bytes, *counted, splits)
+    baseline = None if len(splits) == 1 else unigram_loss(tally.counts["train"], tally.counts["validation"])
+    return PrepareReport(
+        *(all_documents, tokens, sum(tally.split_bytes.values()), *counted, splits),
+        split_bytes=tally.split_bytes,
+        unigram_loss=baseline,
+    )
 
 
 @contextlib.contextmanager
@@ -299,12 +318,15 @@ def _manifest(
         "lost": report.lost,
         "unknown_tokens": report.unknown,
         "round_trip": None if report.round_trip is None else report.round_trip.as_json(),
-        "splits": {
-            split: {"prefix": prefix, "documents": report.splits[split][0], "tokens": report.splits[split][1]}
-            for split, prefix in options.shards.items()
-        },
+        "splits": {split: _split_entry(split, prefix, report) for split, prefix in options.shards.items()},
         "files": {path.name: path.stat().st_size for path in written},
     }
+
+
+def _split_entry(split: str, prefix: str, report: PrepareReport) -> dict[str, Any]:
+    documents, tokens = report.splits[split]
+    entry = {"prefix": prefix, "documents": documents, "tokens": tokens, "text_bytes": report.split_bytes[split]}
+    return entry | ({"unigram_loss": report.unigram_loss} if split == "validation" else {})
 
 
 def _sha256(path: Path) -> str:

@@ -16,6 +16,7 @@ from megatron_sbn.redaction import mask_secrets
 from megatron_sbn.runs.folder import RunFolder
 from megatron_sbn.text_table import count_text, size_text
 from megatron_sbn.tracking.sqlite_file import default_uri
+from megatron_sbn.training.evaluate import Evaluator
 
 
 def startup_summary(
@@ -49,11 +50,13 @@ def startup_summary(
     ]
 
 
-def shutdown_summary(recipe: Recipe, folder: RunFolder, ended: str) -> list[str]:
-    """Lines after the last step: how it `ended`, and where everything is."""
+def shutdown_summary(recipe: Recipe, folder: RunFolder, ended: str, evaluator: Evaluator | None = None) -> list[str]:
+    """Lines after the last step: how it `ended`, the last validation if there was one, and where everything is."""
     saved = newest(folder.checkpoints)
+    validation = evaluator.summary() if evaluator is not None else ""
     return [
         f"{ended}; run folder {folder.path}",
+        *([_row("validation", validation)] if validation else []),
         _row("metrics", str(folder.metrics)),
         _row("checkpoint", "none" if saved is None else str(saved)),
         _row("mlflow", mlflow_place(recipe, folder.path)),
