@@ -10,7 +10,6 @@ import math
 import statistics
 import sys
 import sysconfig
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,9 @@ from megatron_sbn.data.check import QUICKSTART_DATA
 from megatron_sbn.data.manifest import shard_facts
 from megatron_sbn.errors import InputError, NumericalError, RecipeError
 from megatron_sbn.launch import launch
+from megatron_sbn.runs.folder import METRICS, new_folder
 from megatron_sbn.text_table import aligned
+from megatron_sbn.tracking.destination import destination
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 MODELS = ("quickstart", "quickstart-dense")
@@ -65,7 +66,7 @@ def run(overrides: list[str], prepare_only: bool = False) -> int:
         print("device=cpu (make quickstart DEVICE=cpu) trains on the CPU instead", flush=True)
     outcomes = []
     for name, recipe in zip(MODELS, recipes, strict=True):
-        folder = Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = new_folder(recipe.name)
         arguments = [str(RECIPES / f"{name}.yaml"), *overrides, f"run_dir={folder}"]
         status = launch(arguments, ranks)
         if status:
@@ -119,7 +120,6 @@ def _library_sources() -> list[Path]:
 
 
 def _outcome(recipe: Recipe, folder: Path) -> Outcome:
-    from megatron_sbn.runs.folder import METRICS
     from megatron_sbn.runs.metrics_file import read_metrics
 
     metrics = folder / METRICS
@@ -147,9 +147,9 @@ def _table(recipes: list[Recipe], outcomes: list[Outcome], unigram: float) -> st
     lines = ["", *aligned(header, rows)]
     lines += ["", f"unigram perplexity of the held-out text: {unigram:.1f}"]
     lines += [f"run folder: {outcome.folder}" for outcome in outcomes]
-    uri = recipes[0].tracking.uri or f"sqlite:///{(Path('runs') / 'mlflow.db').resolve()}"
-    mlflow = Path(sys.executable).with_name("mlflow")
-    return "\n".join([*lines, f"MLflow page: {mlflow} server --backend-store-uri {uri} --port 5000"])
+    place = destination(recipes[0], outcomes[0].folder)
+    command = place.open_command.replace("mlflow ", f"{Path(sys.executable).with_name('mlflow')} ", 1)
+    return "\n".join([*lines, f"MLflow page: {command}"])
 
 
 def _verdict(outcomes: list[Outcome], unigram: float) -> int:

@@ -44,10 +44,13 @@ def main(arguments: list[str]) -> int:
 def _checked(arguments: list[str]) -> "Recipe":
     from megatron_sbn.config import load_recipe
     from megatron_sbn.config.validation import validate_world_size
+    from megatron_sbn.training.preflight import check_start
 
     recipe = load_recipe(arguments[0], arguments[1:])
     validate_world_size(recipe, environment.world_size())
     engines.check_installed()
+    if environment.rank() == 0:
+        check_start(recipe)
     return recipe
 
 
@@ -55,6 +58,7 @@ def _train(recipe: "Recipe", signals: StopSignals) -> int:
     from megatron_sbn.tracking.mlflow_settings import configure_mlflow
 
     engines.quiet_engines()
+    environment.ensure_caches()
     if recipe.device == "cpu":
         environment.hide_gpus()
     configure_mlflow()

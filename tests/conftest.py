@@ -56,20 +56,20 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow's tables take seconds to make: once for all tests."""
     from mlflow import MlflowClient
 
-    from megatron_sbn.tracking.sqlite_file import default_uri
+    from megatron_sbn.tracking.sqlite_file import database_uri
 
     folder = tmp_path_factory.mktemp("database")
-    MlflowClient(default_uri(folder)).search_experiments()
+    MlflowClient(database_uri(folder / "mlflow.db")).search_experiments()
     return folder / "mlflow.db"
 
 
 @pytest.fixture
 def uri(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Of an MLflow database of the test's own, in its folder; a busy machine has longer than a run has to deliver."""
-    from megatron_sbn.tracking.sqlite_file import default_uri
+    from megatron_sbn.tracking.sqlite_file import database_uri
     from megatron_sbn.tracking.tracker import Tracker
 
     monkeypatch.setattr(Tracker.close, "__defaults__", (LIMIT_SECONDS,))
 
     shutil.copy(empty_database, tmp_path / "mlflow.db")
-    return default_uri(tmp_path)
+    return database_uri(tmp_path / "mlflow.db")

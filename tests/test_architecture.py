@@ -14,10 +14,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("atomic_files", "config", "engines", "launch"),
     ("data", "parallel", "plan"),
     ("layers", "runs"),
-    ("model", "quickstart", "telemetry", "tracking"),
-    ("analysis", "checkpoint"),
-    ("cluster", "training"),
-    ("doctor", "train"),
+    ("model", "telemetry", "tracking"),
+    ("analysis", "checkpoint", "quickstart"),
+    ("training",),
+    ("cluster", "doctor", "train"),
     ("cli",),
 )
 # Walls within a room that is imported: no engine is known to the layers, and the model knows ranks but not ZeRO.

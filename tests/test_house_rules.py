@@ -15,7 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILE_LINES, FUNCTION_LINES, KERNEL_LINES = 400, 60, 150
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc"}
-_LIGHT = "analysis cli cluster config engines errors launch plan runs tracking train."
+_LIGHT = (
+    "training/preflight training/schedule analysis cli cluster config engines errors launch plan runs tracking train."
+)
 NO_TORCH = tuple(f"megatron_sbn/{room}" for room in _LIGHT.split())
 HEAVY = ("torch", "deepspeed", "megatron", "mlflow", "sbn_kernels")
 ONLY_IMPORTER = {"deepspeed": "megatron_sbn/parallel/zero/", "mlflow": "megatron_sbn/tracking/mlflow_delivery.py"}

@@ -69,9 +69,11 @@ TESTED_BY = {
     "kernels/sbn_kernels/preparation.py": "kernels/test_weight_prepare.py",
     "kernels/sbn_kernels/quantized_linear.py": "kernels/test_ops.py",
     "kernels/sbn_kernels/reference.py": "kernels/test_reference_weights.py",
+    "kernels/sbn_kernels/reference_linear.py": "kernels/test_dispatch.py",
     "kernels/sbn_kernels/registry.py": "kernels/test_dispatch.py",
     "kernels/sbn_kernels/gpu/primitives/rounding.py": "kernels/test_activation_quantize.py",
     "kernels/sbn_kernels/gpu/primitives/tiles.py": "kernels/test_ternary_gemm.py",
     "kernels/sbn_kernels/gpu/primitives/transpose.py": "kernels/test_weight_prepare.py",
     "kernels/sbn_kernels/gpu/linear.py": "kernels/test_triton_backend.py",
+    "kernels/sbn_kernels/ternary_weight.py": "kernels/test_ops.py",
 }

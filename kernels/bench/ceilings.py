@@ -1,7 +1,7 @@
 """What the machine can do, measured in the same run as everything else: what shares are shares of.
 
 copy   bytes a second, read and written, of a copy larger than any cache
-bf16, fp32   operations a second of PyTorch's largest convenient square product (no TF32)
+bf16, fp32   operations a second of PyTorch's largest convenient square GEMM (no TF32)
 int_mm   the same of `torch._int_mm`
 int8     twice bf16: what int8 matrix instructions are worth on every GPU that has them
 """

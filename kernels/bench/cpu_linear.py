@@ -1,16 +1,16 @@
 """The whole linear layer on CPU, forward and backward of 2,048 tokens: ours in two modes against dense and fake-quant.
 
-The best that the arithmetic allows, from raw products timed in the same run at the same shapes (raw_products):
+The best that the arithmetic allows, from raw GEMMs timed in the same run at the same shapes (raw_gemms):
 
-    exact        forward by the fastest exact integer product + fp32 dgrad + fp32 wgrad
-    int8_dgrad   the same with dgrad by the fastest exact integer product
+    exact        forward by the fastest exact integer GEMM + fp32 dgrad + fp32 wgrad
+    int8_dgrad   the same with dgrad by the fastest exact integer GEMM
 
 and the share of it that ours reaches, with its part of the preparation, is `predicted / ours`.
 """
 
 from collections.abc import Iterator
 
-import raw_products
+import raw_gemms
 import torch
 from goals import Goal, Measured, geometric_mean, mean_ratio
 from harness import Benchmark, Result
@@ -36,16 +36,16 @@ def benchmarks(selection: Selection) -> Iterator[Benchmark]:
                 *(ours(step, mode) for mode in ("exact", "int8_dgrad")),
                 *(dense(step, dtype) for dtype in (fp32, bf16)),
                 *(fake_quant(step, dtype) for dtype in (fp32, bf16)),
-                *raw_products.contenders(),
+                *raw_gemms.contenders(),
             )
             yield benchmark(step, "cpu_linear", "fp32", selection.device, contenders, 45.0)
 
 
 def predicted(result: Result, mode: str) -> float | None:
-    """Milliseconds that raw products alone would take; None if one was not measured."""
+    """Milliseconds that raw GEMMs alone would take; None if one was not measured."""
 
     def fastest(side: str) -> float | None:
-        times = [result.milliseconds(f"raw {side} {form}") for form in raw_products.INTEGER_FORMS]
+        times = [result.milliseconds(f"raw {side} {form}") for form in raw_gemms.INTEGER_FORMS]
         return min((time for time in times if time is not None), default=None)
 
     dgrad = fastest("dgrad") if mode == "int8_dgrad" else result.milliseconds("raw dgrad fp32")

@@ -1,8 +1,8 @@
-"""Linear + cross-entropy by blocks of tokens, both gradients: sbn_kernels' cross_entropy around PyTorch's products.
+"""Linear + cross-entropy by blocks of tokens, both gradients: sbn_kernels' cross_entropy around PyTorch's GEMMs.
 
 z = h W^T in fp32 for a block of tokens, three numbers a token, then dz in bf16, dh = dz W, dW += dz^T h. Peers make all
 logits at once, or fuse as Liger does. Bytes are those of the logits alone, written, read twice and written as dz:
-the products are PyTorch's in every contender but Liger.
+the GEMMs are PyTorch's in every contender but Liger.
 """
 
 from collections.abc import Iterator

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from forward_products import BF16, Product, bf16_linear
+from forward_gemms import BF16, Gemm, bf16_linear
 from goals import Goal, Measured
 from harness import Benchmark, Call, Case, Contender, Inputs
 from sbn_kernels.gpu.decode import decode as ours
@@ -44,18 +44,18 @@ def _layers(selection: Selection) -> Iterator[tuple[Linear, str, int, int]]:
     yield from ((layer, *form) for layer in (large[3], small[2]) for form in FORMATS[:2])
 
 
-def _benchmark(product: Product, format: str, device: torch.device) -> Benchmark:
-    out, width = product.layer.out_features, product.layer.in_features
-    packed = int(ours.BYTES_PER_WEIGHT[format] * product.layer.weights)
-    moved = packed + product.tokens * (width + 2 * out)
-    sizes = (product.tokens, out, width, f"{product.n}:{product.m}", "bfloat16", moved, product.operations, "copy")
+def _benchmark(gemm: Gemm, format: str, device: torch.device) -> Benchmark:
+    out, width = gemm.layer.out_features, gemm.layer.in_features
+    packed = int(ours.BYTES_PER_WEIGHT[format] * gemm.layer.weights)
+    moved = packed + gemm.tokens * (width + 2 * out)
+    sizes = (gemm.tokens, out, width, f"{gemm.n}:{gemm.m}", "bfloat16", moved, gemm.operations, "copy")
     contenders = (
-        Contender(format, partial(_packed, format), product.scaled, ours=True),
-        Contender("int8 product", _int8, product.scaled, ours=True),
-        bf16_linear(product),
+        Contender(format, partial(_packed, format), gemm.scaled, ours=True),
+        Contender("int8 GEMM", _int8, gemm.scaled, ours=True),
+        bf16_linear(gemm),
     )
-    case = Case("decode", f"{product.layer.name} {format}", *sizes)
-    return Benchmark(case, partial(product.inputs, device), contenders, 0.3)
+    case = Case("decode", f"{gemm.layer.name} {format}", *sizes)
+    return Benchmark(case, partial(gemm.inputs, device), contenders, 0.3)
 
 
 def benchmarks(selection: Selection) -> Iterator[Benchmark]:
@@ -63,7 +63,7 @@ def benchmarks(selection: Selection) -> Iterator[Benchmark]:
     for layer, format, n, m in _layers(selection):
         for tokens in selection.tokens_or(1, 8, 32):
             if tokens <= ours.MAX_TOKENS:
-                yield _benchmark(Product(layer, tokens, n, m), format, selection.device)
+                yield _benchmark(Gemm(layer, tokens, n, m), format, selection.device)
 
 
 def _share(measured: Measured) -> float | None:

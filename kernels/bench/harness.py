@@ -52,7 +52,7 @@ class Case:
     Attributes:
         kernel: name of the file in this folder.
         layer: of `shapes`, or what else is measured.
-        tokens, out_features, in_features: of the product, or of the tensor that is worked on.
+        tokens, out_features, in_features: of the GEMM, or of the tensor that is worked on.
         sparsity: "6:8"; "" where there is none.
         dtype: of activations, outputs and gradients.
         bytes_moved: least bytes read and written.

@@ -27,7 +27,7 @@ MICRO_BATCHES = 4
 """Micro-batches of an optimizer step, over which preparing the weights is spread."""
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-"""Error allowed of floating products, over the largest value."""
+"""Error allowed of floating GEMMs, over the largest value."""
 
 _FAKE_QUANT = {torch.float32: 2e-3, torch.bfloat16: 1e-1}
 """Of fake-quantized forms, over the 2-norm: their own rounding puts some codes elsewhere."""
@@ -50,7 +50,7 @@ class Step:
 
     @property
     def operations(self) -> int:
-        """Of one of the three products."""
+        """Of one of the three GEMMs."""
         return 2 * self.tokens * self.layer.weights
 
     @property
@@ -109,32 +109,30 @@ class Step:
         return codes, gamma
 
 
-def prepare_weight(w: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gamma and codes of one weight as training makes them: codes, gamma fp32 [out], codes^T if dX reads it."""
+def prepare_weight(w: Tensor, step: Step, form: str = "dense") -> kernels.TernaryWeight:
+    """The ternary weight of a latent one as training makes it."""
     parts = step.layer.parts
     if w.is_cuda:
         (gamma,) = weight_prepare.scales([w], [parts])
     else:
         gamma = kernels.gamma_rows(kernels.weight_scales(w, parts), parts)
-    made = kernels.codes_of_many([w], [gamma], step.n, step.m)[0]
-    return made.codes, gamma, made.codes_t
+    bounds = [(0, *accumulate(parts))]
+    weight, _ = kernels.quantize_weights([w], [gamma], step.n, step.m, bounds=bounds, forms=[form])[0]
+    return weight
 
 
 def _ours(step: Step, mode: str, inputs: Inputs) -> Call:
-    """Our forward and backward; on CUDA in the form of the product that is fastest, as "auto" chooses it."""
-    x, dy = inputs["x"], inputs["dy"]
-    codes, gamma, codes_t = prepare_weight(inputs["w"], step)
-    form, packed = "dense", tuple[Tensor, ...]()
+    """Our forward and backward; on CUDA in the form of the GEMM that is fastest, as "auto" chooses it."""
+    x, dy, form = inputs["x"], inputs["dy"], "dense"
     if x.is_cuda:
         shape = (step.layer.out_features, step.layer.in_features)
         form = forward_forms.choose_form(step.n, step.m, *shape, step.tokens, step.dtype, x.device)
-        packed = forward_forms.pack_form(form, codes, step.n, step.m)
-    bounds = (0, *accumulate(step.layer.parts))
+    weight = prepare_weight(inputs["w"], step, form)
 
     def call() -> tuple[Tensor, Tensor, Tensor]:
         x_q, s_x = kernels.quantize_activations(x)
-        y = kernels.ternary_linear(x_q, s_x, codes, gamma, None, step.dtype, packed=packed, form=form, group=step.m)
-        dx = kernels.input_gradient(dy, codes, gamma, codes_t, mode, bounds=bounds)
+        y = kernels.ternary_linear(x_q, s_x, weight, None, step.dtype)
+        dx = kernels.input_gradient(dy, weight, mode)
         return y, dx, kernels.weight_gradient(dy, x_q, s_x, mode)
 
     return call
@@ -159,7 +157,10 @@ def preparation(step: Step) -> Contender:
     def expected(inputs: Inputs) -> tuple[Tensor, Tensor]:
         return inputs["codes"], inputs["gamma"]
 
-    return Contender("preparation", prepare, expected, ours=True, raw=True, view=lambda result: result[:2])
+    def view(weight: kernels.TernaryWeight) -> tuple[Tensor, Tensor]:
+        return weight.codes, weight.gamma_per_row
+
+    return Contender("preparation", prepare, expected, ours=True, raw=True, view=view)
 
 
 def _cast(function: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, inputs: Inputs) -> Call:

@@ -1,4 +1,4 @@
-"""What we are compared with: PyTorch's products, the fake-quantized form of the method, torchao, Liger, torch.compile.
+"""What we are compared with: PyTorch's GEMMs, the fake-quantized form of the method, torchao, Liger, torch.compile.
 
 The fake-quantized form (as published for BitNet and Sparse-BitNet) keeps everything in floating tensors. Each
 micro-batch quantizes and dequantizes the weights, mask included, and each token, and multiplies the results:
@@ -76,7 +76,7 @@ def fake_quant_weight(w: Tensor, parts: Sequence[int], n: int, m: int) -> Tensor
 
 
 def fake_quant_activations(x: Tensor) -> Tensor:
-    """Dequantized tokens [..., in] in the type of x; the gradient goes straight through."""
+    """Dequantized activations [..., in] in the type of x; the gradient goes straight through."""
     with torch.no_grad():
         scale = 127.0 / x.abs().amax(dim=-1, keepdim=True).clamp(min=SCALE_FLOOR)
         rounded = (x * scale).round().clamp(-128, 127) / scale

@@ -1,9 +1,9 @@
-"""Forward product from codes at 2 bits, unpacked in registers: sbn_kernels' planes_gemm, any N:M."""
+"""Forward GEMM from codes at 2 bits, unpacked in registers: sbn_kernels' planes_gemm, any N:M."""
 
 from collections.abc import Iterator
 from functools import partial
 
-from forward_products import BF16, bf16_linear, products
+from forward_gemms import BF16, bf16_linear, gemms
 from goals import Goal
 from harness import Benchmark, Call, Contender, Inputs
 from sbn_kernels.formats import planes
@@ -28,11 +28,11 @@ def _int8(inputs: Inputs) -> Call:
 
 def benchmarks(selection: Selection) -> Iterator[Benchmark]:
     """As ternary_gemm, and at few tokens, where reading the weight is what costs."""
-    for product in products(selection, 6, 8, 64, 16384):
+    for gemm in gemms(selection, 6, 8, 64, 16384):
         contenders = (
-            Contender("planes", _ours, product.scaled, ours=True),
-            Contender("ternary_gemm", _int8, product.scaled, ours=True),
-            bf16_linear(product),
+            Contender("planes", _ours, gemm.scaled, ours=True),
+            Contender("ternary_gemm", _int8, gemm.scaled, ours=True),
+            bf16_linear(gemm),
         )
-        case = product.case("planes_gemm", bytes_a_weight=0.25)
-        yield Benchmark(case, partial(product.inputs, selection.device), contenders)
+        case = gemm.case("planes_gemm", bytes_a_weight=0.25)
+        yield Benchmark(case, partial(gemm.inputs, selection.device), contenders)

@@ -1,9 +1,9 @@
-"""Forward product of int8 activations and int8 codes on tensor cores: sbn_kernels' ternary_gemm, any N:M."""
+"""Forward GEMM of int8 activations and int8 codes on tensor cores: sbn_kernels' ternary_gemm, any N:M."""
 
 from collections.abc import Iterator
 from functools import partial
 
-from forward_products import BF16, peers_of, products
+from forward_gemms import BF16, gemms, peers_of
 from goals import Goal, Measured
 from harness import Benchmark, Call, Contender, Inputs
 from sbn_kernels.gpu.gemm import ternary_gemm as ours
@@ -22,9 +22,9 @@ def _ours(inputs: Inputs) -> Call:
 
 def benchmarks(selection: Selection) -> Iterator[Benchmark]:
     """All linear layers at 6:8; the zeros cost what other codes cost."""
-    for product in products(selection, 6, 8, 2048, 16384):
-        contenders = (Contender("ternary_gemm", _ours, product.scaled, ours=True), *peers_of(product))
-        yield Benchmark(product.case("ternary_gemm"), partial(product.inputs, selection.device), contenders)
+    for gemm in gemms(selection, 6, 8, 2048, 16384):
+        contenders = (Contender("ternary_gemm", _ours, gemm.scaled, ours=True), *peers_of(gemm))
+        yield Benchmark(gemm.case("ternary_gemm"), partial(gemm.inputs, selection.device), contenders)
 
 
 def share_of_peak(measured: Measured, kernel: str, ours: str) -> float | None:
@@ -38,7 +38,7 @@ def share_of_peak(measured: Measured, kernel: str, ours: str) -> float | None:
 
 
 def goal(kernel: str, ours: str) -> Goal:
-    """What every form of the dense product should reach."""
+    """What every form of the dense GEMM should reach."""
     text = "3B, 16k tokens: share of int8 peak"
     return Goal(text, 0.7, lambda measured: share_of_peak(measured, kernel, ours), percent=True)
 

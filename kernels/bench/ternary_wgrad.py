@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 
-from forward_products import Product, products
+from forward_gemms import Gemm, gemms
 from goals import Goal
 from harness import Benchmark, Call, Case, Contender, Inputs, checked_rows
 from sbn_kernels import reference
@@ -33,28 +33,28 @@ def _bf16(inputs: Inputs) -> Call:
     return lambda: inputs["dy"].t() @ inputs["x"]
 
 
-def _few(product: Product) -> slice:
-    return slice(0, checked_rows(product.layer.out_features, product.operations))
+def _few(gemm: Gemm) -> slice:
+    return slice(0, checked_rows(gemm.layer.out_features, gemm.operations))
 
 
-def _expected(product: Product, mode: str, inputs: Inputs) -> tuple[Tensor]:
-    return (reference.weight_gradient(inputs["dy"][:, _few(product)], inputs["x_q"], inputs["s_x"], mode),)
+def _expected(gemm: Gemm, mode: str, inputs: Inputs) -> tuple[Tensor]:
+    return (reference.weight_gradient(inputs["dy"][:, _few(gemm)], inputs["x_q"], inputs["s_x"], mode),)
 
 
-def _dense(product: Product, inputs: Inputs) -> tuple[Tensor]:
-    return (inputs["dy"][:, _few(product)].float().t() @ inputs["x"].float(),)
+def _dense(gemm: Gemm, inputs: Inputs) -> tuple[Tensor]:
+    return (inputs["dy"][:, _few(gemm)].float().t() @ inputs["x"].float(),)
 
 
 def benchmarks(selection: Selection) -> Iterator[Benchmark]:
     """All linear layers; bytes at least: dY and X_q read, dW written in fp32 (bf16 by the peer)."""
-    for product in products(selection, 6, 8, 16384):
-        out, width = product.layer.out_features, product.layer.in_features
+    for gemm in gemms(selection, 6, 8, 16384):
+        out, width = gemm.layer.out_features, gemm.layer.in_features
         contenders = (
-            Contender("exact", _exact, partial(_expected, product, "exact"), 1e-2, ours=True),
-            Contender("int8", _int8, partial(_expected, product, "int8"), ours=True),
-            Contender("bf16", _bf16, partial(_dense, product), 1e-2),
+            Contender("exact", _exact, partial(_expected, gemm, "exact"), 1e-2, ours=True),
+            Contender("int8", _int8, partial(_expected, gemm, "int8"), ours=True),
+            Contender("bf16", _bf16, partial(_dense, gemm), 1e-2),
         )
-        moved = product.tokens * (2 * out + width) + 4 * product.layer.weights
-        sizes = (product.tokens, out, width, "", "bfloat16", moved, product.operations, "bf16")
-        case = Case("ternary_wgrad", product.layer.name, *sizes)
-        yield Benchmark(case, partial(with_gradient, product, selection.device), contenders)
+        moved = gemm.tokens * (2 * out + width) + 4 * gemm.layer.weights
+        sizes = (gemm.tokens, out, width, "", "bfloat16", moved, gemm.operations, "bf16")
+        case = Case("ternary_wgrad", gemm.layer.name, *sizes)
+        yield Benchmark(case, partial(with_gradient, gemm, selection.device), contenders)

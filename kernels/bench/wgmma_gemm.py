@@ -1,10 +1,10 @@
-"""Forward product on Hopper with its multiplications kept in flight: sbn_kernels' wgmma_gemm, beside ternary_gemm."""
+"""Forward GEMM on Hopper with its multiplications kept in flight: sbn_kernels' wgmma_gemm, beside ternary_gemm."""
 
 from collections.abc import Iterator
 from functools import partial
 
 import ternary_gemm
-from forward_products import peers_of, products
+from forward_gemms import gemms, peers_of
 from harness import Benchmark
 from shapes import Selection
 from sparse_gemm import forms
@@ -15,6 +15,6 @@ GOALS = (ternary_gemm.goal("wgmma_gemm", "wgmma"),)
 
 def benchmarks(selection: Selection) -> Iterator[Benchmark]:
     """All linear layers at 6:8."""
-    for product in products(selection, 6, 8, 2048, 16384):
-        contenders = (*forms(product, "wgmma", "dense"), *peers_of(product))
-        yield Benchmark(product.case("wgmma_gemm"), partial(product.inputs, selection.device), contenders)
+    for gemm in gemms(selection, 6, 8, 2048, 16384):
+        contenders = (*forms(gemm, "wgmma", "dense"), *peers_of(gemm))
+        yield Benchmark(gemm.case("wgmma_gemm"), partial(gemm.inputs, selection.device), contenders)

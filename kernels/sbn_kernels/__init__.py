@@ -1,7 +1,8 @@
 """The kernel library of megatron_sbn: what a ternary + N:M linear layer computes. Imports torch and triton only.
 
 `reference` is the specification in plain PyTorch, `exact_sum` the sums that do not depend on order, `packing` codes at
-2 bits and masks at 1 bit, `registry` the backends by name, `dispatch` the functions that run on any of them.
+2 bits and masks at 1 bit, `TernaryWeight` the weight that all of it multiplies by, `registry` the backends by name,
+`dispatch` the functions that run on any of them.
 """
 
 from sbn_kernels.dispatch import (
@@ -31,29 +32,28 @@ from sbn_kernels.exact_sum import (
 )
 from sbn_kernels.formats.packing import flip_count, pack, pack_mask, unpack, unpack_mask
 from sbn_kernels.preparation import (
-    Codes,
     abs_maxima,
     choose_form,
-    codes_of_many,
     fixed_point_sums,
     pack_form,
+    quantize_weights,
     served_by,
 )
 from sbn_kernels.quantized_linear import quantized_linear
 from sbn_kernels.reference import check_sparsity, check_splits, gamma_rows, weight_scales
 from sbn_kernels.registry import BACKENDS, FORMS, resolve
+from sbn_kernels.ternary_weight import TernaryWeight
 
 __all__ = [
     "BACKENDS",
     "FORMS",
-    "Codes",
+    "TernaryWeight",
     "abs_maxima",
     "activation_abs_max",
     "check_sparsity",
     "check_splits",
     "choose_form",
     "codes_from_gamma",
-    "codes_of_many",
     "fixed_point_sum",
     "fixed_point_sums",
     "flip_count",
@@ -71,6 +71,7 @@ __all__ = [
     "quantize_activations",
     "quantize_rms_norm",
     "quantize_swiglu",
+    "quantize_weights",
     "quantized_linear",
     "resolve",
     "rms_norm_backward",

@@ -13,6 +13,7 @@ from torch import Tensor
 from sbn_kernels import ops
 from sbn_kernels.reference import check_sparsity, check_splits, gamma_rows, weight_scales
 from sbn_kernels.registry import find, resolve
+from sbn_kernels.ternary_weight import TernaryWeight
 
 
 def nm_mask(w: Tensor, n: int, m: int, *, backend: str = "auto") -> Tensor:
@@ -91,17 +92,9 @@ def quantize_activations(
     return x_q, s_x
 
 
-def int_matmul(
-    x_q: Tensor,
-    codes: Tensor,
-    *,
-    packed: Sequence[Tensor] = (),
-    form: str = "dense",
-    group: int = 0,
-    backend: str = "auto",
-) -> Tensor:
-    """Exact integers x_q @ codes^T, as fp32 [..., out]: see `reference.int_matmul`; `form` as `ternary_linear`."""
-    acc: Tensor = ops.int_matmul(x_q, codes, list(packed), form, group, resolve(backend, x_q.device))
+def int_matmul(x_q: Tensor, weight: TernaryWeight, *, backend: str = "auto") -> Tensor:
+    """Exact integers x_q @ codes^T, as fp32 [..., out]: see `reference.int_matmul`."""
+    acc: Tensor = ops.int_matmul(x_q, resolve(backend, x_q.device), *weight.operator_fields())
     return acc
 
 
@@ -122,43 +115,21 @@ def scale_accumulator(
 def ternary_linear(
     x_q: Tensor,
     s_x: Tensor,
-    codes: Tensor,
-    gamma_per_row: Tensor,
+    weight: TernaryWeight,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
     *,
-    packed: Sequence[Tensor] = (),
-    form: str = "dense",
-    group: int = 0,
     backend: str = "auto",
 ) -> Tensor:
-    """`int_matmul`, then `scale_accumulator`, as one kernel: see `reference.ternary_linear`.
-
-    On CUDA `form` says what the product reads: the codes ("dense") or `packed`, as `forward_forms.pack_form` made it of
-    the same codes; `group` is M, for the sliding windows.
-    """
-    told = (list(packed), form, group, resolve(backend, x_q.device))
-    y: Tensor = ops.ternary_linear(x_q, s_x, codes, gamma_per_row, bias, out_dtype, *told)
+    """`int_matmul`, then `scale_accumulator`, as one kernel: see `reference.ternary_linear`."""
+    name = resolve(backend, x_q.device)
+    y: Tensor = ops.ternary_linear(x_q, s_x, bias, out_dtype, name, *weight.operator_fields())
     return y
 
 
-def input_gradient(
-    dy: Tensor,
-    codes: Tensor,
-    gamma_per_row: Tensor,
-    codes_t: Tensor | None = None,
-    mode: str = "exact",
-    *,
-    bounds: Sequence[int] | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """dX [..., in] in dY's dtype: see `reference.input_gradient`.
-
-    On CUDA `codes_t` int8 [in, out] saves transposing, and `bounds`, where the runs of rows with one gamma begin (and
-    out at the end), keeps the scales out of the inner loop.
-    """
-    told = (codes_t, mode, None if bounds is None else list(bounds), resolve(backend, dy.device))
-    dx: Tensor = ops.input_gradient(dy, codes, gamma_per_row, *told)
+def input_gradient(dy: Tensor, weight: TernaryWeight, mode: str = "exact", *, backend: str = "auto") -> Tensor:
+    """DX [..., in] in dY's dtype: see `reference.input_gradient`."""
+    dx: Tensor = ops.input_gradient(dy, mode, resolve(backend, dy.device), *weight.operator_fields())
     return dx
 
 

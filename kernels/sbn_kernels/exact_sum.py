@@ -1,7 +1,7 @@
 """Sums of magnitudes whose bits depend on neither the order of the terms nor on how they are split over ranks.
 
-A part's scale is the mean of |w| over all of it, while the part may be cut over ranks, fragments and chunks. Floating
-sums round differently in every order, fp64 included (1, 2^-24 and 1024 times 2^-62). So the terms become integers:
+A part's scale is the mean of |w| over all of it, while the part may be sharded over ranks, fragments and chunks.
+Floating sums round differently in every order, fp64 included (1, 2^-24 and 1024 times 2^-62). So terms become integers:
 
     e = least integer with max|w| < 2^e          (the maximum over the WHOLE part: an all-reduce MAX)
     u = 2^(e + ceil(log2 count) - 62)            (the unit; `count` terms can then never exceed 2^62)
@@ -131,7 +131,7 @@ def gamma_from_fixed_point(total: Tensor, unit: Tensor, count: Tensor | int) -> 
 def row_abs_mean(x: Tensor) -> Tensor:
     """Return mean|x| over the last dimension, fp32 [...]; rows with NaN or Inf give NaN.
 
-    The sum is the fixed-point one with a unit per row, because a floating sum over a row may be cut differently
+    The sum is the fixed-point one with a unit per row, because a floating sum over a row may be split differently
     for different numbers of rows, and then equal tokens would get unequal scales.
     """
     flat = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)  # [tokens, in]

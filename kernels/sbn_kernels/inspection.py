@@ -34,7 +34,7 @@ SHARED_LIMIT = MappingProxyType({80: 166912, 90: 232448, 100: 232448, 120: 10137
 
 REGISTER_FILE = 65536
 TCGEN05_INT8 = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
-"""Whether int8 products for sm_100 become tcgen05; before 3.8 Triton has none of that kind and takes mma.sync."""
+"""Whether int8 GEMMs for sm_100 become tcgen05; before 3.8 Triton has none of that kind and takes mma.sync."""
 
 INT8_MMA = MappingProxyType({80: r"IMMA", 90: r"IGMMA", 100: r"UTC\w*IMMA" if TCGEN05_INT8 else r"IMMA", 120: r"IMMA"})
 """SASS names of int8 matrix instructions: mma.sync, wgmma, tcgen05."""

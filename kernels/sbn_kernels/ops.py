@@ -3,7 +3,8 @@
 Opaque to torch.compile, which then neither traces into kernel launches nor breaks the graph at them; `dispatch` is
 what users call. None is differentiable by itself: gradients are those of the whole layer (straight-through), which
 `quantized_linear` registers for one device and megatron_sbn's layers define for many, so that calling one on a tensor
-that requires grad and then going backward is an error.
+that requires grad and then going backward is an error. A `TernaryWeight` is the last of an operator's arguments, as
+its fields.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sbn_kernels.registry import find
+from sbn_kernels.ternary_weight import OPERATOR_SCHEMA, TernaryWeight
 
 
 @torch.library.custom_op("sbn::activation_abs_max", mutates_args=())
@@ -39,25 +41,25 @@ def _(x: Tensor, bits: int, abs_max: Tensor | None, backend: str) -> tuple[Tenso
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-def _formed(backend: str, packed: Sequence[Tensor], form: str, group: int) -> tuple[Any, ...]:
-    """What a backend's product is told of the weight's form: forms beside "dense" are Triton's."""
-    if backend == "triton":
-        return list(packed), form, group
-    if form != "dense":
-        raise ValueError(f"form {form!r} belongs to backend 'triton'; backend {backend!r} has 'dense' alone")
-    return ()
+def _weight(fields: Sequence[Any], backend: str) -> TernaryWeight:
+    """The weight of an operator's `fields`. Raises ValueError for a form that the backend does not have."""
+    weight = TernaryWeight.from_operator(fields)
+    if weight.form != "dense" and backend != "triton":
+        raise ValueError(f"form {weight.form!r} belongs to backend 'triton'; backend {backend!r} has 'dense' alone")
+    return weight
 
 
-@torch.library.custom_op("sbn::int_matmul", mutates_args=())
-def int_matmul(x_q: Tensor, codes: Tensor, packed: Sequence[Tensor], form: str, group: int, backend: str) -> Tensor:
+@torch.library.custom_op(
+    "sbn::int_matmul", mutates_args=(), schema=f"(Tensor x_q, str backend, {OPERATOR_SCHEMA}) -> Tensor"
+)
+def int_matmul(x_q: Tensor, backend: str, *fields: Any) -> Tensor:  # noqa: ANN401
     """See `reference.int_matmul`."""
-    formed = _formed(backend, packed, form, group)
-    acc: Tensor = find("int_matmul", backend, x_q.device)(x_q, codes, *formed)
+    acc: Tensor = find("int_matmul", backend, x_q.device)(x_q, _weight(fields, backend))
     return acc
 
 
 @int_matmul.register_fake
-def _(x_q: Tensor, codes: Tensor, packed: Sequence[Tensor], form: str, group: int, backend: str) -> Tensor:
+def _(x_q: Tensor, backend: str, codes: Tensor, *_: Any) -> Tensor:  # noqa: ANN401
     return x_q.new_empty((*x_q.shape[:-1], codes.shape[0]), dtype=torch.float32)
 
 
@@ -77,23 +79,22 @@ def _(
     return acc.new_empty(acc.shape, dtype=out_dtype)
 
 
-@torch.library.custom_op("sbn::ternary_linear", mutates_args=())
+@torch.library.custom_op(
+    "sbn::ternary_linear",
+    mutates_args=(),
+    schema=f"(Tensor x_q, Tensor s_x, Tensor? bias, ScalarType out_dtype, str backend, {OPERATOR_SCHEMA}) -> Tensor",
+)
 def ternary_linear(
     x_q: Tensor,
     s_x: Tensor,
-    codes: Tensor,
-    gamma_per_row: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
-    packed: Sequence[Tensor],
-    form: str,
-    group: int,
     backend: str,
+    *fields: Any,  # noqa: ANN401
 ) -> Tensor:
     """See `reference.ternary_linear`."""
-    formed = _formed(backend, packed, form, group)
     run = find("ternary_linear", backend, x_q.device)
-    y: Tensor = run(x_q, s_x, codes, gamma_per_row, bias, out_dtype, *formed)
+    y: Tensor = run(x_q, s_x, _weight(fields, backend), bias, out_dtype)
     return y
 
 
@@ -101,44 +102,28 @@ def ternary_linear(
 def _(
     x_q: Tensor,
     s_x: Tensor,
-    codes: Tensor,
-    gamma_per_row: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
-    packed: Sequence[Tensor],
-    form: str,
-    group: int,
     backend: str,
+    codes: Tensor,
+    *_: Any,  # noqa: ANN401
 ) -> Tensor:
     return x_q.new_empty((*x_q.shape[:-1], codes.shape[0]), dtype=out_dtype)
 
 
-@torch.library.custom_op("sbn::input_gradient", mutates_args=())
-def input_gradient(
-    dy: Tensor,
-    codes: Tensor,
-    gamma_per_row: Tensor,
-    codes_t: Tensor | None,
-    mode: str,
-    bounds: Sequence[int] | None,
-    backend: str,
-) -> Tensor:
+@torch.library.custom_op(
+    "sbn::input_gradient",
+    mutates_args=(),
+    schema=f"(Tensor dy, str mode, str backend, {OPERATOR_SCHEMA}) -> Tensor",
+)
+def input_gradient(dy: Tensor, mode: str, backend: str, *fields: Any) -> Tensor:  # noqa: ANN401
     """See `reference.input_gradient`."""
-    told = (bounds,) if backend == "triton" else ()
-    dx: Tensor = find("input_gradient", backend, dy.device)(dy, codes, gamma_per_row, codes_t, mode, *told)
+    dx: Tensor = find("input_gradient", backend, dy.device)(dy, TernaryWeight.from_operator(fields), mode)
     return dx
 
 
 @input_gradient.register_fake
-def _(
-    dy: Tensor,
-    codes: Tensor,
-    gamma_per_row: Tensor,
-    codes_t: Tensor | None,
-    mode: str,
-    bounds: Sequence[int] | None,
-    backend: str,
-) -> Tensor:
+def _(dy: Tensor, mode: str, backend: str, codes: Tensor, *_: Any) -> Tensor:  # noqa: ANN401
     return dy.new_empty((*dy.shape[:-1], codes.shape[1]))
 
 

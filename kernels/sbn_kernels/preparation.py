@@ -6,33 +6,16 @@ is its own, while the codes are made of the whole weight at once.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sbn_kernels import exact_sum
 from sbn_kernels.registry import find, resolve
+from sbn_kernels.ternary_weight import TernaryWeight
 
 Parts = Sequence[Sequence[Tensor]]
 """Parts, each as contiguous views of rows."""
-
-
-@dataclass(frozen=True)
-class Codes:
-    """Ternary codes of one weight.
-
-    Attributes:
-        codes: int8 [out, in].
-        mask: bool [out, in] if it was asked for.
-        codes_t: int8 [in, out], the same codes, where the backend's backward pass reads them so.
-        packed: what the form of the forward product reads beside the codes.
-    """
-
-    codes: Tensor
-    mask: Tensor | None
-    codes_t: Tensor | None
-    packed: tuple[Tensor, ...] = ()
 
 
 def abs_maxima(parts: Parts, *, backend: str = "auto") -> Tensor:
@@ -65,54 +48,60 @@ def fixed_point_sums(parts: Parts, units: Tensor, masks: Parts | None = None, *,
     return torch.stack(totals)
 
 
-def codes_of_many(
+def quantize_weights(
     weights: Sequence[Tensor],
     gammas: Sequence[Tensor],
     n: int,
     m: int,
     *,
+    bounds: Sequence[tuple[int, ...] | None] = (),
     mask_source: str = "latent",
     masks: Sequence[Tensor] | None = None,
     with_mask: bool = False,
     forms: Sequence[str] = (),
     backend: str = "auto",
-) -> list[Codes]:
-    """Return the codes of each weight: `reference.codes_from_gamma`.
+) -> list[tuple[TernaryWeight, Tensor | None]]:
+    """Return the ternary weight, and the mask bool [out, in] if wanted, of each: `reference.codes_from_gamma`.
 
     Args:
         weights: [out, in] of one float type, finite (their `abs_maxima` say so).
         gammas: fp32 [out] each.
         n, m, mask_source: sparsity, and where masks come from.
+        bounds: where the runs of rows with one gamma begin, of each weight; unknown if empty.
         masks: bool [out, in] each, used as they are if given.
         with_mask: whether masks are wanted.
-        forms: of the forward product of each weight, on the triton backend; "dense" where none are given. Planes are
+        forms: of the forward GEMM of each weight, on the triton backend; "dense" where none are given. Planes are
             made in the same pass, what others read by `pack_form`.
         backend: by name.
     """
+    bounds = bounds or [None] * len(weights)
     if weights and resolve(backend, weights[0].device) == "triton":
         from sbn_kernels.gpu.weights import weight_prepare
 
-        named = forms or ["dense"] * len(weights)
-        made = weight_prepare.codes_of_many(
+        forms = forms or ["dense"] * len(weights)
+        many = weight_prepare.codes_of_many(
             weights, gammas, n, m,
             mask_source=mask_source, masks=masks, with_mask=with_mask, transpose=True,
-            planes=[form == "planes" for form in named],
+            planes=[form == "planes" for form in forms],
         )  # fmt: skip
-        turned, kept = made.codes_t, made.masks
-        assert turned is not None
+        assert many.codes_t is not None
         packed = [
             pack_form(form, codes, n, m) if planes is None else (planes,)
-            for form, codes, planes in zip(named, made.codes, made.planes, strict=True)
+            for form, codes, planes in zip(forms, many.codes, many.planes, strict=True)
         ]
         return [
-            Codes(codes, None if kept is None else kept[i], turned[i], packed[i]) for i, codes in enumerate(made.codes)
+            (
+                TernaryWeight(codes, gammas[i], many.codes_t[i], bounds[i], forms[i], packed[i], m),
+                None if many.masks is None else many.masks[i],
+            )
+            for i, codes in enumerate(many.codes)
         ]
     results = []
     for i, (w, gamma) in enumerate(zip(weights, gammas, strict=True)):
         run = find("codes_from_gamma", backend, w.device)
         mask = None if masks is None else masks[i]
         codes, mask = run(w, gamma, n, m, mask_source=mask_source, mask=mask, with_mask=with_mask)
-        results.append(Codes(codes, mask, None))
+        results.append((TernaryWeight(codes, gamma, bounds=bounds[i], group=m), mask))
     return results
 
 
@@ -126,7 +115,7 @@ def served_by(
     elif name == "cpu":
         from sbn_kernels.cpu import linear
 
-        forward = linear.product_form(tokens, torch.zeros(out_features, in_features, dtype=torch.int8))
+        forward = linear.choose_gemm(tokens, torch.zeros(out_features, in_features, dtype=torch.int8))
     else:
         forward = "float"
     return f"{name}: forward {forward}, backward {mode}"
@@ -140,12 +129,15 @@ def choose_form(
     dtype: torch.dtype,
     device: torch.device,
 ) -> str:
-    """Return the form of the forward product for a layer on CUDA: the one named, checked, or the fastest for "auto".
+    """Return the form of the forward GEMM for a layer on CUDA: the one named, checked, or the fastest for "auto".
 
     Args:
         form: one of `FORMS`.
-        sparsity: (N, M). shape: (out, in) of the weight.
-        tokens: that a product has. dtype: of its result. device: where.
+        sparsity: (N, M).
+        shape: (out, in) of the weight.
+        tokens: rows of the GEMM's activations.
+        dtype: of its result.
+        device: where it runs.
 
     Raises:
         ValueError: the form cannot serve the layer; the line says why.

@@ -205,7 +205,7 @@ def activation_abs_max(x: Tensor) -> Tensor:
     return torch.nan_to_num(x.abs().amax(dim=-1).float(), nan=torch.inf, posinf=torch.inf)
 
 
-def _round_rows(x: Tensor, r: Tensor, s: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+def _quantize_rows(x: Tensor, r: Tensor, s: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     """Return (clip(rint(x * r), low, high) int8 [..., in], s fp32 [...]); rows with bad r or s get 0 and NaN."""
     bad = ~(r.isfinite() & s.isfinite())
     scaled = x.float() * r.masked_fill(bad, 0.0).unsqueeze(-1)
@@ -237,12 +237,12 @@ def quantize_activations(x: Tensor, bits: int = 8, *, abs_max: Tensor | None = N
         if x.dim() == 0 or x.shape[-1] == 0:
             raise ValueError(f"activations must be [..., in] with in >= 1, got shape {tuple(x.shape)}")
         r = _divide(7**0.5, row_abs_mean(x).clamp(min=SCALE_FLOOR))
-        return _round_rows(x, r, _divide(1.0, r), -8, 7)
+        return _quantize_rows(x, r, _divide(1.0, r), -8, 7)
     a = activation_abs_max(x) if abs_max is None else abs_max
     if a.shape != x.shape[:-1]:
         raise ValueError(f"abs_max has shape {tuple(a.shape)}, expected one value per token {tuple(x.shape[:-1])}")
     a = a.clamp(min=SCALE_FLOOR)
-    return _round_rows(x, _divide(127.0, a), a / a.new_full((), 127.0), -128, 127)
+    return _quantize_rows(x, _divide(127.0, a), a / a.new_full((), 127.0), -128, 127)
 
 
 def quantize_rows(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,13 +251,13 @@ def quantize_rows(t: Tensor) -> tuple[Tensor, Tensor]:
     As the 8-bit activations, but with a floor of 1e-30 under max|t|, since gradients are legitimately tiny.
     """
     a = activation_abs_max(t).clamp(min=ROW_FLOOR)
-    return _round_rows(t, _divide(127.0, a), a / a.new_full((), 127.0), -127, 127)
+    return _quantize_rows(t, _divide(127.0, a), a / a.new_full((), 127.0), -127, 127)
 
 
 def int_matmul(x_q: Tensor, codes: Tensor) -> Tensor:
     """Return x_q @ codes^T exactly: fp32 [..., out] that holds integers, so that a caller can add it up over ranks.
 
-    A plain fp32 product: every partial sum is an integer of at most 128 * in <= 2^24. TF32 and bf16 multiplication
+    A plain fp32 GEMM: every partial sum is an integer of at most 128 * in <= 2^24. TF32 and bf16 multiplication
     modes cannot harm, as int8 values are exact in either and the accumulation stays in fp32; autocast would round
     the result, and is therefore off inside.
 
@@ -292,7 +292,7 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
 def check_int8(a: Tensor, b: Tensor) -> None:
     """Raise ValueError unless a [..., k] and b [rows, k] are int8 with one k of at most `MAX_REDUCTION`."""
     if a.dtype != torch.int8 or b.dtype != torch.int8:
-        raise ValueError(f"integer products take int8 operands, got {a.dtype} and {b.dtype}")
+        raise ValueError(f"integer GEMMs take int8 operands, got {a.dtype} and {b.dtype}")
     if b.dim() != 2 or a.shape[-1] != b.shape[-1]:
         raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)} do not share their last dimension")
     if b.shape[-1] > MAX_REDUCTION:
@@ -340,8 +340,8 @@ def input_gradient(
 ) -> Tensor:
     """Return dX [..., in] = (dY * gamma[row]) @ C in dY's dtype: the identity through the activation quantizer.
 
-    "exact": the scales are folded into dY in fp32 and rounded to its dtype, C is exact in it, and the product is
-    accumulated in fp32. "int8_dgrad" and "int8": G = dY * gamma is rounded per token to int8 instead and multiplied
+    "exact": the scales are folded into dY in fp32 and rounded to its dtype, C is exact in it, and the GEMM is
+    accumulated in fp32. "int8_dgrad" and "int8": G = dY * gamma is quantized per token to int8 instead and multiplied
     exactly, so that |error of dX| <= sum over rows of |C| * max|G[token]| / 254.
 
     Args:
@@ -361,7 +361,7 @@ def input_gradient(
 def weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor, mode: str = "exact") -> Tensor:
     """Return dW fp32 [out, in] = (dY * s_x[token])^T @ X_q: dense, the identity through quantizer and mask.
 
-    "exact" and "int8_dgrad" fold the scales as `input_gradient` does. "int8": H = dY * s_x is rounded per row of out,
+    "exact" and "int8_dgrad" fold the scales as `input_gradient` does. "int8": H = dY * s_x is quantized per row of out,
     over the tokens, to int8, so that |error of dW| <= sum over tokens of |X_q| * max|H[:, row]| / 254.
 
     Args:

@@ -1,7 +1,7 @@
 """Which implementation a call runs: always the one that was named, or an error; never a fallback.
 
     reference   the specification in plain PyTorch, on any device
-    cpu         masks by sorting networks, oneDNN's and PyTorch's int8 products
+    cpu         masks by sorting networks, oneDNN's and PyTorch's int8 GEMMs
     triton      CUDA (or, interpreted, CPU tensors)
     auto        by the tensors' device: cpu on CPU, triton on CUDA
 
@@ -12,15 +12,17 @@ import importlib
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
-BACKENDS = ("auto", "cpu", "triton", "reference")
+Backend = Literal["auto", "cpu", "triton", "reference"]
+FormName = Literal["auto", "dense", "planes", "wgmma", "cusparselt", "mma_sp", "sliding_cusparselt", "sliding_mma_sp"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
 """What settings may name."""
 
-FORMS = ("auto", "dense", "planes", "wgmma", "cusparselt", "mma_sp", "sliding_cusparselt", "sliding_mma_sp")
-"""Forms of the forward product that settings may name: see `forward_forms`; on CPU "auto" and "dense"."""
+FORMS: tuple[str, ...] = get_args(FormName)
+"""Forms of the forward GEMM that settings may name: see `forward_forms`; on CPU "auto" and "dense"."""
 
 _BY_DEVICE = MappingProxyType({"cpu": "cpu", "cuda": "triton"})
 
@@ -32,10 +34,10 @@ _MODULES: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 "codes_from_gamma": "reference",
                 "activation_abs_max": "reference",
                 "quantize_activations": "reference",
-                "int_matmul": "reference",
+                "int_matmul": "reference_linear",
                 "scale_accumulator": "reference",
-                "ternary_linear": "reference",
-                "input_gradient": "reference",
+                "ternary_linear": "reference_linear",
+                "input_gradient": "reference_linear",
                 "weight_gradient": "reference",
                 "logit_statistics": "cpu.cross_entropy",
                 "logit_gradient": "cpu.cross_entropy",

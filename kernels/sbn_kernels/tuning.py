@@ -6,11 +6,15 @@ returns the name of the fastest candidate. The table is the file `tuning.json` i
 ~/.cache/sbn_kernels: readable JSON with every median, so that a choice can be looked up and doubted. An entry
 belongs to one operation, device model, version of torch and of Triton, and key. Delete the file to measure again.
 
+A home folder that cannot be written (a container, a compute node) costs a warning: choices are then remembered by this
+process alone. A folder that $SBN_KERNELS_CACHE names has to be writable.
+
 Processes share the table: it is read again before it is written, and replaced whole (written aside, then renamed). Of
 two that measure one key at the same time the later one stays; both are fast.
 """
 
 import json
+import logging
 import os
 import platform
 import statistics
@@ -28,6 +32,8 @@ from triton.runtime.errors import OutOfResources
 from sbn_kernels.gpu.primitives.tiles import Tile
 
 _CPU_RUNS = 5
+_VARIABLE = "SBN_KERNELS_CACHE"
+_log = logging.getLogger("sbn_kernels")
 
 
 def bucket_tokens(tokens: int) -> int:
@@ -37,12 +43,14 @@ def bucket_tokens(tokens: int) -> int:
 
 def table_path() -> Path:
     """Where the measurements are kept (see the module)."""
-    folder = os.environ.get("SBN_KERNELS_CACHE") or "~/.cache/sbn_kernels"
-    return Path(folder).expanduser() / "tuning.json"
+    folder = os.environ.get(_VARIABLE)
+    if folder:
+        return Path(folder).expanduser() / "tuning.json"
+    return Path(os.path.expanduser("~"), ".cache", "sbn_kernels", "tuning.json")  # noqa: PTH111 - there may be no home
 
 
 def check_table() -> None:
-    """Raise ValueError if the table is damaged, or OSError if it cannot be written: to be asked before work begins."""
+    """Raise ValueError if the table is damaged, or OSError as `choose` does: to be asked before work begins."""
     path = table_path()
     _read(path)
     _write(path, {})
@@ -69,7 +77,7 @@ def choose(
 
     Raises:
         ValueError: no candidates, or the table is damaged.
-        OSError: the table cannot be written.
+        OSError: the folder that $SBN_KERNELS_CACHE names cannot be written.
         triton.runtime.errors.OutOfResources: no candidate fits the GPU.
     """
     if not candidates:
@@ -160,7 +168,7 @@ def _read(path: Path) -> dict[str, Any]:
     """The table in a file; empty if there is no file."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return {}
     try:
         table = json.loads(text)
@@ -181,4 +189,13 @@ def _write(path: Path, entries: Mapping[str, Any]) -> None:
             json.dump(merged, file, indent=1, sort_keys=True)
         Path(file.name).replace(path)
     except OSError as error:
-        raise OSError(f"{path} cannot be written ({error}): set SBN_KERNELS_CACHE to a folder that can") from error
+        if os.environ.get(_VARIABLE):
+            raise OSError(f"{path} cannot be written ({error}): set {_VARIABLE} to a folder that can") from error
+        _warn_once(
+            f"{path} cannot be written ({error.strerror}): kernels are measured again at every start; {_VARIABLE}"
+        )
+
+
+@lru_cache(maxsize=1)
+def _warn_once(message: str) -> None:
+    _log.warning("%s names a folder to remember them in", message)

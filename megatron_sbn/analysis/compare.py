@@ -21,7 +21,7 @@ _OF_NO_INTEREST = ("name", "run_dir")
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """(key, value in every run) of recipe keys that are not the same in all."""
-    flat = [run.recipe.flat() for run in runs]
+    flat = [run.recipe.flat() | {"linear.phases": run.schedule or "none"} for run in runs]
     rows = [(key, [one_line(values[key]) for values in flat]) for key in flat[0] if key not in _OF_NO_INTEREST]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 

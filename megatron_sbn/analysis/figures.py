@@ -17,7 +17,9 @@ from matplotlib import pyplot as plt
 
 COLOURS = {"ternary": "#1f5fa8", "dense": "#e07b1a"}
 MARKERS = {"ternary": "o", "dense": "s"}
+MORE_MARKERS = "D^v*PX"
 LINES = ("-", "--", ":", "-.")
+LONG_LABEL = 24  # characters: more do not fit beside another entry of a legend
 COLLAPSE = 1.10
 """A model has collapsed where its perplexity is more than this many times that of its own dense run."""
 
@@ -26,27 +28,32 @@ COLLAPSE = 1.10
 class Curve:
     """Perplexity of one format over N of N:M: means, lowest and highest over seeds, in the order of `n`.
 
-    `setting` tells it from other curves of the format; empty where there are none.
+    Attributes:
+        weight_format: of its last phase. called: the same in the legend: ternary, dense BF16, or all phases.
+        setting: tells it from other curves of the format; empty where there are none.
+        baseline: mean perplexity of the N = M runs of its format and setting that had no phases; None: not run.
     """
 
     weight_format: str
+    called: str
     group: int  # M
     n: tuple[int, ...]
     mean: tuple[float, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
     setting: str = ""
+    baseline: float | None = None
 
     @property
     def name(self) -> str:
         """Format and setting."""
-        return f"{self.weight_format}, {self.setting}" if self.setting else self.weight_format
+        return f"{self.called}, {self.setting}" if self.setting else self.called
 
     def normalized(self) -> "Curve | None":
-        """Over the mean of N = M; None where that was not run."""
-        if self.group not in self.n:
+        """Over the baseline; None where that was not run."""
+        unit = self.baseline
+        if unit is None:
             return None
-        unit = self.mean[self.n.index(self.group)]
         mean, low, high = (tuple(value / unit for value in values) for values in (self.mean, self.low, self.high))
         return replace(self, mean=mean, low=low, high=high)
 
@@ -54,14 +61,14 @@ class Curve:
 def perplexity_over_sparsity(curves: Sequence[Curve], group: int, path: Path) -> None:
     """Two panels: raw perplexity, and over each format's own N = M = `group`, with the collapse line."""
     figure, (raw, normalized) = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
-    own: dict[str, int] = {}  # curves of a format so far: lines of one colour differ in their dashes
+    own: dict[str, int] = {}  # curves of a format so far: those of one colour differ in dashes and markers
     for curve in curves:
-        dashes = LINES[own.setdefault(curve.weight_format, 0) % len(LINES)]
+        index = own.setdefault(curve.weight_format, 0)
         own[curve.weight_format] += 1
-        _draw(raw, curve, dashes)
+        _draw(raw, curve, index)
         scaled = curve.normalized()
         if scaled is not None:
-            _draw(normalized, scaled, dashes)
+            _draw(normalized, scaled, index)
     raw.set_ylabel("validation perplexity")
     normalized.set_ylabel(f"perplexity / that of {group}:{group}")
     normalized.axhline(COLLAPSE, color="0.4", linewidth=1, linestyle="--")
@@ -74,29 +81,41 @@ def perplexity_over_sparsity(curves: Sequence[Curve], group: int, path: Path) ->
         axes.invert_xaxis()
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    raw.legend(frameon=False)
+    _legend_below(figure, raw)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def _draw(axes: Any, curve: Curve, dashes: str) -> None:  # noqa: ANN401 - matplotlib's own
+def _draw(axes: Any, curve: Curve, index: int) -> None:  # noqa: ANN401 - matplotlib's own
+    """The format's curve number `index`: the first has filled markers, others hollow ones of other shapes."""
     colour = COLOURS.get(curve.weight_format, "0.3")
-    marker = MARKERS.get(curve.weight_format, "x")
-    label = ", ".join(filter(None, (_called(curve.weight_format), curve.setting)))
-    axes.plot(curve.n, curve.mean, color=colour, marker=marker, linestyle=dashes, linewidth=1.8, label=label)
+    style = {"color": colour, "linestyle": LINES[index % len(LINES)], "linewidth": 1.8, "label": curve.name}
+    style["marker"] = MORE_MARKERS[(index - 1) % len(MORE_MARKERS)] if index else MARKERS.get(curve.weight_format, "x")
+    if index:
+        style["markerfacecolor"] = "white"
+    axes.plot(curve.n, curve.mean, **style)
     axes.fill_between(curve.n, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
 
 
-def _called(weight_format: str) -> str:
-    return "BF16" if weight_format == "dense" else weight_format
+def _legend_below(figure: Any, axes: Any) -> None:  # noqa: ANN401 - matplotlib's own
+    """One legend for all panels, below them, where it covers no curve; long entries one a line."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not labels:
+        return
+    columns = 1 if max(map(len, labels)) > LONG_LABEL else min(3, len(labels))
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize="small", ncols=columns)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Training loss of one run: (tokens, nats a token), with what tells it from others; `batch` in samples."""
+    """Training loss of one run: (tokens, nats a token), with what tells it from others; `batch` in samples.
 
-    weight_format: str
+    `called` and `sparsity` are of its last phase; `schedule` has all phases, and is empty where there are none.
+    """
+
+    called: str
     sparsity: tuple[int, int]
+    schedule: str
     batch: int
     points: tuple[tuple[float, float], ...]
 
@@ -104,20 +123,20 @@ class Trace:
     def setting(self) -> tuple[float, int, str]:
         """What has a shade of its own, in the order of the legend."""
         n, m = self.sparsity
-        return -n / m, self.batch, f"{n}:{m}"
+        return -n / m, self.batch, self.schedule or f"{n}:{m}"
 
 
 def loss_over_tokens(traces: Sequence[Trace], path: Path) -> None:
     """One panel a format on a common scale; a shade for each N:M and size of the batch, a line for each seed."""
     batches_differ = len({trace.batch for trace in traces}) > 1
-    formats = sorted({trace.weight_format for trace in traces}, reverse=True)
+    formats = sorted({trace.called for trace in traces}, reverse=True)
     size = (1.0 + 4.6 * len(formats), 4.4)
     figure, panels = plt.subplots(
         1, len(formats), figsize=size, sharex=True, sharey=True, squeeze=False, constrained_layout=True
     )
     colours = plt.get_cmap("viridis")
-    for axes, weight_format in zip(panels[0], formats, strict=True):
-        own = [trace for trace in traces if trace.weight_format == weight_format]
+    for axes, called in zip(panels[0], formats, strict=True):
+        own = [trace for trace in traces if trace.called == called]
         settings = sorted({trace.setting for trace in own})
         shades = {setting: colours(0.9 * i / max(1, len(settings) - 1)) for i, setting in enumerate(settings)}
         for trace in own:
@@ -127,11 +146,12 @@ def loss_over_tokens(traces: Sequence[Trace], path: Path) -> None:
             _, batch, sparsity = setting
             label = f"{sparsity}, batch {batch}" if batches_differ else sparsity
             axes.plot([], [], color=shade, linewidth=2, label=label)
-        axes.set_title(_called(weight_format))
+        axes.set_title(called)
         axes.set_xlabel("tokens (millions)")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize="small", ncols=2, loc="upper right")
+        columns = 1 if any(len(setting[2]) > LONG_LABEL for setting in settings) else 2
+        axes.legend(frameon=False, fontsize="small", ncols=columns, loc="upper right")
     panels[0][0].set_ylabel("training loss (nats / token)")
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -172,6 +192,6 @@ def speed_over_ranks(layouts: Sequence[Scaling], path: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    speed.legend(frameon=False, fontsize="small")
+    _legend_below(figure, speed)
     figure.savefig(path, dpi=150)
     plt.close(figure)

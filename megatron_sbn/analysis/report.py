@@ -5,8 +5,9 @@
                                                         report/scaling.png       speed over ranks, if they vary
 
 Reads recipe.yaml and metrics.jsonl of every run in the study's folder, or the study's runs in MLflow. Runs that have
-not finished are in the table, marked, and not in the curves. A normalized perplexity is over the mean of the same
-format's N = M runs; where it first exceeds 1.10, going down in N, the format has collapsed.
+not finished are in the table, marked, and not in the curves. A run with phases goes by its last one, and has a curve of
+its own. A normalized perplexity is over the mean of the same format's N = M runs without phases; where it first exceeds
+1.10, going down in N, the format has collapsed.
 """
 
 import csv
@@ -34,9 +35,10 @@ from megatron_sbn.runs.tracking_record import read_record
 from megatron_sbn.tracking.study import STUDY_TAG
 
 COLUMNS = (
-    *("run", "weight_format", "sparsity", "seed", "steps", "tokens", "finished", "loss", "validation_perplexity"),
-    *("zero_fraction", "flip_rate_cumulative", "tokens_per_second", "ranks"),
+    *("run", "weight_format", "sparsity", "schedule", "seed", "steps", "tokens", "finished"),
+    *("loss", "validation_perplexity", "zero_fraction", "flip_rate_cumulative", "tokens_per_second", "ranks"),
 )
+LONGEST_SETTING = 60  # characters of a legend's entry
 
 # What results depend on, beside what a figure is over: seed and sparsity; ranks, batch and layout.
 _OF_SPEED = re.compile(r"(model|linear)\..+|parallel\.(virtual_pipeline|sequence)")
@@ -84,30 +86,54 @@ def curves(runs: Sequence[Run], group: int) -> list[Curve]:
     found: dict[str, list[Run]] = {}
     for run in runs:
         points = run.points("validation_perplexity")
-        n, m = run.recipe.linear.sparsity
         # The last step's own: a run that is read during its last validation has only one of before.
-        if points and points[-1][0] >= run.recipe.training.steps and (m == group or n == m):
-            found.setdefault(run.recipe.linear.weight_format, []).append(run)
+        if points and points[-1][0] >= run.recipe.training.steps and _is_drawn(run, group):
+            found.setdefault(run.format_name, []).append(run)
     made = []
-    for weight_format, own in sorted(found.items(), reverse=True):
-        by_setting: dict[str, dict[int, list[float]]] = {}
-        for run, setting in zip(own, _settings(own, _OF_PERPLEXITY), strict=True):
-            n, m = run.recipe.linear.sparsity
-            by_n = by_setting.setdefault(setting, {})
+    for called, own in sorted(found.items(), reverse=True):
+        by_setting: dict[tuple[str, str], dict[int, list[float]]] = {}
+        for run, setting in zip(own, settings_of(own, _OF_PERPLEXITY), strict=True):
+            n, m = run.sparsity
+            by_n = by_setting.setdefault((setting, run.schedule), {})
             by_n.setdefault(group if n == m else n, []).append(run.points("validation_perplexity")[-1][1])
-        for setting, by_n in by_setting.items():
+        weight_format = own[0].recipe.linear.final.weight_format
+        for (setting, schedule), by_n in sorted(by_setting.items(), key=lambda item: item[0][1] != ""):
             order = sorted(by_n, reverse=True)
             spread = [by_n[n] for n in order]
             ranges = (tuple(map(mean, spread)), tuple(map(min, spread)), tuple(map(max, spread)))
-            made.append(Curve(weight_format, group, tuple(order), *ranges, setting))
+            unphased = by_setting.get((setting, ""), {}).get(group)
+            baseline = mean(unphased) if unphased else None
+            made.append(Curve(weight_format, schedule or called, group, tuple(order), *ranges, setting, baseline))
     return made
 
 
-def _settings(runs: Sequence[Run], matters: re.Pattern[str]) -> list[str]:
-    """Of every run, the keys that matter and are not the same in all, with their values."""
-    flat = [run.recipe.flat() for run in runs]
+def _is_drawn(run: Run, group: int) -> bool:
+    """Whether its N:M has a place on the axis of N of N:`group`."""
+    n, m = run.sparsity
+    return m == group or n == m
+
+
+def settings_of(runs: Sequence[Run], matters: re.Pattern[str]) -> list[str]:
+    """Of every run, the keys that matter and are not the same in all, with their values at the end of its phases.
+
+    Short enough for a legend: the last part of a key, unless two keys share it, and at most 24 characters of a value.
+    What then is the same for runs that differ is told apart by the runs' names.
+    """
+    flat = [run.recipe.model_copy(update={"linear": run.recipe.linear.final}).flat() for run in runs]
     keys = [key for key in flat[0] if matters.fullmatch(key) and len({values[key] for values in flat}) > 1]
-    return [", ".join(f"{key} {one_line(values[key])}" for key in keys) for values in flat]
+    last = [key.rpartition(".")[2] for key in keys]
+    names = [key if last.count(end) > 1 else end for key, end in zip(keys, last, strict=True)]
+    exact = [tuple(values[key] for key in keys) for values in flat]
+    short = [", ".join(f"{name} {_short(value)}" for name, value in zip(names, own, strict=True)) for own in exact]
+    if len(set(short)) == len(set(exact)) and all(len(text) <= LONGEST_SETTING for text in short):
+        return short
+    first = {own: run.name for own, run in reversed(list(zip(exact, runs, strict=True)))}
+    return [f"as {first[own]}" for own in exact]
+
+
+def _short(value: str) -> str:
+    text = one_line(value)
+    return text if len(text) <= 24 else f"{text[:10]}...{text[-10:]}"
 
 
 def collapse_point(curve: Curve) -> int | None:
@@ -124,12 +150,12 @@ def scalings(runs: Sequence[Run]) -> list[Scaling]:
     Where models or formats differ too, each has its own layouts.
     """
     speeds: dict[str, dict[int, list[float]]] = {}
-    for run, setting in zip(runs, _settings(runs, _OF_SPEED), strict=True):
+    for run, setting in zip(runs, settings_of(runs, _OF_SPEED), strict=True):
         measured = [value for _, value in run.points("tokens_per_second")]
         if measured and run.ranks is not None:
             parallel = run.recipe.parallel
             layout = f"tensor {parallel.tensor} x pipeline {parallel.pipeline}, ZeRO-{parallel.zero_stage}"
-            layout = ", ".join(filter(None, (layout, setting)))
+            layout = ", ".join(filter(None, (layout, run.schedule, setting)))
             speeds.setdefault(layout, {}).setdefault(run.ranks, []).append(median(measured))
     return [
         Scaling(layout, tuple(sorted(by_ranks)), tuple(mean(by_ranks[ranks]) for ranks in sorted(by_ranks)))
@@ -142,9 +168,9 @@ def write_report(name: str, runs: Sequence[Run], output: Path) -> list[Path]:
     """Writes the page, the table and the figures of a study's runs; returns their paths."""
     make_folder(output)
     written = [output / "index.md", output / "runs.csv"]
-    group = max((m for run in runs for n, m in [run.recipe.linear.sparsity] if n < m), default=8)
+    group = max((m for run in runs for n, m in [run.sparsity] if n < m), default=8)
     made = curves(runs, group)
-    page = [f"# {name}", "", *_summary(runs)]
+    page = [f"# {name}", "", *_summary(runs, group)]
     if made:
         written.append(output / "perplexity.png")
         perplexity_over_sparsity(made, group, written[-1])
@@ -152,12 +178,7 @@ def write_report(name: str, runs: Sequence[Run], output: Path) -> list[Path]:
         page += _table(made, group)
     measured = [(run, [(run.tokens(step), value) for step, value in run.points("loss")]) for run in runs]
     traces = [
-        Trace(
-            run.recipe.linear.weight_format,
-            run.recipe.linear.sparsity,
-            run.recipe.training.global_batch_size,
-            tuple(points),
-        )
+        Trace(run.format_name, run.sparsity, run.schedule, run.recipe.training.global_batch_size, tuple(points))
         for run, points in measured
         if points
     ]
@@ -177,12 +198,19 @@ def write_report(name: str, runs: Sequence[Run], output: Path) -> list[Path]:
     return written
 
 
-def _summary(runs: Sequence[Run]) -> list[str]:
+def _summary(runs: Sequence[Run], group: int) -> list[str]:
     ended = [run for run in runs if finished(run)]
     tokens = sorted({int(run.tokens(run.recipe.training.steps)) for run in runs})
     sizes = " or ".join(f"{count / 1e6:.3g}M" for count in tokens)
     lines = [f"{len(runs)} runs, {len(ended)} finished; {sizes} tokens each."]
     lines += [f"Not finished: {run.name}." for run in runs if run not in ended]
+    for run in ended:
+        if not run.points("validation_perplexity"):
+            lines.append(f"Not in the curves, as it has no validation: {run.name}.")
+        elif not _is_drawn(run, group):
+            lines.append(
+                f"Not in the curves, which are over N of N:{group}: {run.name} ({run.recipe.linear.final.label})."
+            )
     return lines
 
 
@@ -203,7 +231,7 @@ def _table(made: Sequence[Curve], group: int) -> list[str]:
         where = f"at {point}:{group}" if point is not None else "nowhere in this study"
         finding = f"perplexity first exceeds {COLLAPSE:.2f} of {group}:{group} {where}"
         if curve.normalized() is None:
-            finding = f"no finished run at {group}:{group}, so nothing to tell a collapse by"
+            finding = f"no finished run at {group}:{group} without phases, so nothing to tell a collapse by"
         lines.append(f"- {curve.name}: {finding}.")
     return lines
 
@@ -223,9 +251,10 @@ def _csv(runs: Sequence[Run]) -> str:
     writer.writerow(COLUMNS)
     for run in runs:
         steps = int(run.lines[-1]["step"]) if run.lines else 0
-        linear = run.recipe.linear
-        known = (run.name, linear.weight_format, "{}:{}".format(*linear.sparsity), run.recipe.training.seed)
-        measured = [_last(run, name) for name in COLUMNS[7:11]]
+        final = run.recipe.linear.final
+        format_and_sparsity = (final.weight_format, "{}:{}".format(*final.sparsity), run.schedule)
+        known = (run.name, *format_and_sparsity, run.recipe.training.seed)
+        measured = [_last(run, name) for name in COLUMNS[8:12]]
         speeds = [value for _, value in run.points("tokens_per_second")]
         speed = f"{median(speeds):.1f}" if speeds else ""
         writer.writerow((*known, steps, int(run.tokens(steps)), finished(run), *measured, speed, run.ranks or ""))

@@ -10,7 +10,8 @@ def submit(options: argparse.Namespace) -> int:
     from megatron_sbn.cluster import submission
 
     planned = submission.plan_run(
-        options.recipe, options.overrides, options.nodes, options.nproc_per_node, options.time
+        *(options.recipe, options.overrides, options.nodes, options.nproc_per_node, options.time),
+        dry_run=options.dry_run,
     )
     submission.submit(planned, dry_run=options.dry_run)
     return 0

@@ -10,12 +10,21 @@ def train(options: argparse.Namespace) -> int:
     from megatron_sbn.config import load_recipe
     from megatron_sbn.config.validation import min_world_size, validate_world_size
     from megatron_sbn.data.check import warn_of_data
+    from megatron_sbn.engines import check_installed
     from megatron_sbn.launch import launch
+    from megatron_sbn.training.preflight import check_start, finished_already
 
     recipe = load_recipe(options.recipe, options.overrides)
     ranks = options.nproc_per_node or min_world_size(recipe)
     validate_world_size(recipe, ranks)
+    check_installed()
+    check_start(recipe)
+    finished = finished_already(recipe)
+    if finished is not None:
+        print(finished)
+        return 0
     warn_of_data(recipe)
+    print(f"starting {ranks} rank{'s' if ranks > 1 else ''} (importing the engines takes about 10 s)", flush=True)
     return launch([options.recipe, *options.overrides], ranks)
 
 

@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import subprocess
-import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,9 @@ from megatron_sbn.config.sweep import Variant, frozen, load_sweep
 from megatron_sbn.config.validation import min_world_size, validate_world_size
 from megatron_sbn.data.check import missing_files, warn_of_data
 from megatron_sbn.errors import InputError, RecipeError
-from megatron_sbn.runs.folder import LOGS
+from megatron_sbn.runs.folder import LOGS, RUNS, new_folder
 from megatron_sbn.runs.status import read_status
+from megatron_sbn.training.preflight import check_start
 
 SETTINGS_LINE = "SBN_CODE=${SBN_CODE:-$SLURM_SUBMIT_DIR}\n"  # of a batch script: replaced by what is known here
 TEMPLATES = {"run": "train.sbatch", "array": "train.sbatch", "series": "scaling.sbatch"}
@@ -76,12 +76,16 @@ class Submission:
         return self.folder / "submissions"
 
 
-def plan_run(recipe_path: str, overrides: list[str], nodes: int, per_node: int | None, limit: str | None) -> Submission:
-    """One run. Raises RecipeError where it cannot be trained so, or is finished."""
+def plan_run(
+    recipe_path: str, overrides: list[str], nodes: int, per_node: int | None, limit: str | None, *, dry_run: bool
+) -> Submission:
+    """One run; without a run_dir its folder is made here. Raises SbnError where it cannot start, or is finished."""
     recipe = load_recipe(recipe_path, overrides)
     per_node = per_node or max(1, min_world_size(recipe) // nodes)
     validate_world_size(recipe, nodes * per_node)
-    folder = Path(recipe.run_dir or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+    check_start(recipe)
+    own = RUNS / f"{recipe.name}-TIME" if dry_run else None
+    folder = (Path(recipe.run_dir) if recipe.run_dir else own or new_folder(recipe.name)).absolute()
     status = read_status(folder)
     if status is not None and status.state == "FINISHED" and status.step >= recipe.training.steps:
         raise RecipeError(
@@ -141,13 +145,13 @@ def submit(submission: Submission, *, dry_run: bool) -> None:
         for line in missing:
             print(f"not there yet: {line}")
         return
-    if missing:
-        raise InputError(missing[0])
-    if which("sbatch") is None:
-        raise InputError("sbatch is not on PATH: submit from a login node of the cluster, or look first with --dry-run")
     folders = [*submission.runs, submission.folder]
-    made = [folder for folder in folders if not folder.exists()]
+    made = [folder for folder in folders if not folder.exists() or not any(folder.iterdir())]
     try:
+        if missing:
+            raise InputError(missing[0])
+        if which("sbatch") is None:
+            raise InputError("sbatch is not on PATH: submit from a login node, or look first with --dry-run")
         with ExitStack() as locks:  # of the runs too: one of a study may be submitted by itself meanwhile
             for folder in sorted(set(folders)):
                 locks.enter_context(exclusive(folder / "submission"))

@@ -35,7 +35,7 @@ def keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[Key]:
     """All keys of a section in their order; those of lists of sections as NAME.*.KEY."""
     for name, field in section.model_fields.items():
         inner, repeated = _section(field.annotation)
-        if inner is None or repeated:
+        if inner is None or repeated or field.annotation is not inner:
             yield Key(f"{prefix}{name}", _values(field), _default(field), field.description or "")
         if inner is not None:
             yield from keys(inner, f"{prefix}{name}.{'*.' if repeated else ''}")
@@ -64,9 +64,10 @@ def _section(annotation: Any) -> tuple[type[BaseModel] | None, bool]:  # noqa: A
     """The section that a field holds, and whether it holds a list of them."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, False
-    inner = [_section(part)[0] for part in get_args(annotation) if part is not Ellipsis]
-    found = next((part for part in inner if part is not None), None)
-    return found, found is not None
+    inner = [_section(part) for part in get_args(annotation) if part is not Ellipsis]
+    found, repeated = next((pair for pair in inner if pair[0] is not None), (None, False))
+    is_union = get_origin(annotation) in (Union, types.UnionType)
+    return found, repeated if is_union else found is not None
 
 
 def _values(field: FieldInfo) -> str:
@@ -89,6 +90,8 @@ def _described(annotation: Any, metadata: Sequence[object]) -> str:  # noqa: ANN
         return "path | list" if Shard in get_args(annotation) else "list"
     if annotation is type(None):
         return "null"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
     names = {int: "whole number", float: "number", str: "text", bool: "true | false"}
     limits = [f" >= {m.ge}" for m in metadata if isinstance(m, Ge)]
     limits += [f" > {m.gt}" for m in metadata if isinstance(m, Gt)] + [
@@ -102,5 +105,5 @@ def _default(field: FieldInfo) -> str:
         return "(required)"
     value = field.default
     if isinstance(value, tuple):
-        return "{}:{}".format(*value) if len(value) == 2 else "[]"
+        return "{}:{}".format(*value) if len(value) == 2 else str(list(value))
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -10,10 +10,10 @@ Field names of `model` are Megatron-Core's own; those of `optimizer` follow Mega
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
+from megatron_sbn.config.linear import Linear, plain_linear
 from megatron_sbn.config.values import (
-    ActivationBits,
     ChunksPerRank,
     Folder,
     Name,
@@ -21,19 +21,10 @@ from megatron_sbn.config.values import (
     NonNegativeFloat,
     Positive,
     PositiveFloat,
-    Sparsity,
-    WeightFormat,
+    Section,
     as_tuple,
     parse_shards,
 )
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, no unknown keys, no silent conversions."""
-
-    model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", validate_default=True, use_attribute_docstrings=True
-    )
 
 
 class Model(Section):
@@ -108,74 +99,6 @@ class Model(Section):
         return -(-self.vocab_size // unit) * unit
 
 
-class Phase(Section):
-    """From `step` on, the settings given here replace those of `linear` (None: unchanged)."""
-
-    step: NonNegative
-    """The optimizer step from which on it holds."""
-    weight_format: WeightFormat | None = None
-    """As in linear."""
-    sparsity: Sparsity | None = None
-    """As in linear."""
-    activation_bits: ActivationBits | Literal["unchanged"] = "unchanged"
-    """As in linear."""
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """Settings of `linear` that are replaced, with their values."""
-        given: dict[str, Any] = {"weight_format": self.weight_format, "sparsity": self.sparsity}
-        changed = {key: value for key, value in given.items() if value is not None}
-        # Here None is a value: no rounding.
-        return changed if self.activation_bits == "unchanged" else changed | {"activation_bits": self.activation_bits}
-
-
-ForwardForm = Literal[
-    "auto", "dense", "planes", "wgmma", "cusparselt", "mma_sp", "sliding_cusparselt", "sliding_mma_sp"
-]
-
-
-class Linear(Section):
-    """What the attention and MLP projections compute (docs/method.md)."""
-
-    weight_format: WeightFormat = "ternary"
-    """ternary, or dense: no quantization, of activations neither."""
-    sparsity: Sparsity = (6, 8)
-    """N:M along the input dimension; N = M is none."""
-    activation_bits: ActivationBits = 8
-    """8; 4 (QKV and FC1 inputs only); none."""
-    order: Literal["quant_then_mask", "mask_then_quant"] = "quant_then_mask"
-    """mask_then_quant takes gamma over the survivors of the mask."""
-    mask_source: Literal["latent", "quantized"] = "latent"
-    """The mask from |W|, or from the codes (known to collapse)."""
-    masked_gradient: Literal["dense", "masked"] = "dense"
-    """Whether pruned weights get a gradient (dense) or none (masked)."""
-    sr_ste_decay: NonNegativeFloat = 0.0
-    """SR-STE: adds this times (1 - mask) W to the gradient."""
-    backward: Literal["exact", "int8_dgrad", "int8"] = "exact"
-    """exact; or dY quantized to int8 for dX (int8_dgrad), for both GEMMs (int8)."""
-    backend: Literal["auto", "cpu", "triton", "reference"] = "auto"
-    """Who computes: auto is cpu on CPU and triton on CUDA."""
-    forward_form: ForwardForm = "auto"
-    """How the forward product reads the codes on CUDA; auto: the fastest that was measured."""
-    mask_interval: Positive = 1
-    """Steps between mask updates."""
-    mask_freeze_step: NonNegative | None = None
-    """Masks stay as they are from this step on."""
-    phases: Annotated[tuple[Phase, ...], BeforeValidator(as_tuple)] = ()
-    """Changes of weight_format, sparsity or activation_bits from a step on."""
-
-    def at(self, step: int) -> "Linear":
-        """The settings in force at an optimizer step: these, changed by every phase that has begun."""
-        return self.in_order()[sum(phase.step <= step for phase in self.phases)]
-
-    def in_order(self) -> tuple["Linear", ...]:
-        """The settings before any phase, then those from each phase on. None of them has phases."""
-        settings = [self.model_copy(update={"phases": ()})]
-        for phase in self.phases:
-            settings.append(settings[-1].model_copy(update=phase.changes))
-        return tuple(settings)
-
-
 class Parallel(Section):
     """How the model is sharded. Data-parallel size is what is left of the world."""
 
@@ -244,6 +167,8 @@ class Optimizer(Section):
     """How it goes from lr to min_lr."""
     lr_warmup_steps: NonNegative = 0
     """Steps of linear warm-up."""
+    lr_warmup_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The same as a share of the steps to min_lr, rounded; null: lr_warmup_steps."""
     lr_decay_steps: Positive | None = None
     """The step at which min_lr is reached; null: training.steps."""
     stages: Annotated[tuple[Stage, ...], BeforeValidator(as_tuple)] = ()
@@ -264,6 +189,26 @@ class Optimizer(Section):
     """Of parameters and masters."""
     cpu_offload: bool = False
     """Masters, moments and the update in host memory."""
+
+    def decay_steps(self, steps: int) -> int:
+        """The step at which min_lr is reached, in a run of `steps`."""
+        return self.lr_decay_steps or steps
+
+    def warmup_steps(self, steps: int) -> int:
+        """Steps of warm-up of a run of `steps`."""
+        share = self.lr_warmup_fraction
+        return self.lr_warmup_steps if share is None else round(share * self.decay_steps(steps))
+
+
+class Profile(Section):
+    """Steps to profile with torch.profiler (RUN/profile)."""
+
+    start: NonNegative
+    """Steps that are done before."""
+    steps: Positive = 3
+    """Steps to profile."""
+    ranks: Annotated[tuple[NonNegative, ...], BeforeValidator(as_tuple)] = (0,)
+    """Ranks that are profiled."""
 
 
 class Training(Section):
@@ -303,6 +248,8 @@ class Training(Section):
     """Seconds without progress until the process ends, for the launcher to start anew; 0: never."""
     rank_check_interval: NonNegative = 100
     """Steps between comparisons of the ranks' speed."""
+    profile: Profile | None = None
+    """Writes a trace of some steps, and a snapshot of GPU memory; null: none."""
     rollback_steps: Positive = 1
     """rollback: to the newest checkpoint of at least so many steps before."""
 
@@ -334,9 +281,9 @@ class Tracking(Section):
     enabled: bool = True
     """Whether MLflow records the run."""
     uri: str | None = None
-    """MLflow's tracking URI; null: sqlite:/// beside the run folders."""
-    experiment: str = "megatron_sbn"
-    """The experiment in MLflow."""
+    """MLflow's tracking URI; null: MLFLOW_TRACKING_URI of the environment, else one database in the folder of runs."""
+    experiment: Annotated[str, Field(min_length=1, max_length=500)] | None = None
+    """The experiment in MLflow; null: MLFLOW_EXPERIMENT_NAME of the environment, else megatron_sbn."""
     study: Name | None = None
     """The parent run in MLflow that groups the runs of a study; sweeps set their own name."""
     system_metrics_interval: NonNegativeFloat = 10.0
@@ -368,7 +315,7 @@ class Recipe(Section):
     def plain(self) -> dict[str, Any]:
         """Sections as dictionaries, in the words that people write."""
         resolved = self.model_dump(mode="json")
-        resolved["linear"] = _plain_linear(resolved["linear"])
+        resolved["linear"] = plain_linear(resolved["linear"])
         return resolved
 
     def to_yaml(self) -> str:
@@ -382,15 +329,3 @@ class Recipe(Section):
             items = value.items() if isinstance(value, dict) else [("", value)]
             flat |= {f"{section}.{key}".rstrip("."): str(item) for key, item in items}
         return flat
-
-
-def _plain_linear(linear: dict[str, Any]) -> dict[str, Any]:
-    """N:M as '6:8' and no-bits as 'none', the way people write them."""
-
-    def plain(key: str, value: Any) -> Any:  # noqa: ANN401 - anything that YAML can hold
-        if key == "sparsity" and value is not None:
-            return f"{value[0]}:{value[1]}"
-        return "none" if key == "activation_bits" and value is None else value
-
-    phases = [{key: plain(key, value) for key, value in phase.items()} for phase in linear["phases"]]
-    return {key: plain(key, value) for key, value in linear.items()} | {"phases": phases}

@@ -135,6 +135,12 @@ def _check_linear(recipe: Recipe) -> None:
             raise RecipeError(
                 f"linear.phases.{index}.step = {phase.step}: phases start at increasing steps; put them in order"
             )
+    for index, phase in enumerate(linear.phases):
+        if phase.step >= recipe.training.steps:
+            raise RecipeError(
+                f"linear.phases.{index}.step = {phase.step}: never begins, training.steps = {recipe.training.steps}; "
+                "let it begin earlier, train longer, or leave it out"
+            )
     settings = linear.in_order()
     ternary = [own.activation_bits for own in settings if own.weight_format == "ternary"]
     _check_used(recipe, bool(ternary), any(bits is not None for bits in ternary))
@@ -202,7 +208,12 @@ def _check_schedule(recipe: Recipe) -> None:
     optimizer = recipe.optimizer
     if not optimizer.stages and optimizer.min_lr > optimizer.lr:
         raise RecipeError(f"optimizer.min_lr = {optimizer.min_lr} is above optimizer.lr = {optimizer.lr}; lower it")
-    decay_steps = optimizer.lr_decay_steps or recipe.training.steps
+    decay_steps = optimizer.decay_steps(recipe.training.steps)
+    if optimizer.lr_warmup_fraction is not None and optimizer.lr_warmup_steps:
+        raise RecipeError(
+            f"optimizer.lr_warmup_fraction = {optimizer.lr_warmup_fraction} and optimizer.lr_warmup_steps = "
+            f"{optimizer.lr_warmup_steps}: give one of them; optimizer.lr_warmup_fraction=null takes the steps"
+        )
     if not optimizer.stages and optimizer.lr_warmup_steps > decay_steps:
         raise RecipeError(
             f"optimizer.lr_warmup_steps = {optimizer.lr_warmup_steps} is longer than the {decay_steps} steps of the "

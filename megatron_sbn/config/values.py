@@ -4,7 +4,7 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 LARGEST = 2**53  # every whole number up to it is one in JSON, in a float and in 64 bits
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -56,3 +56,11 @@ Folder = Annotated[str, AfterValidator(_check_folder)]
 # One chunk a rank is no interleaving, for which Megatron-Core has a schedule, names and checks of its own.
 ChunksPerRank = Annotated[Positive | None, AfterValidator(_none_if_one)]
 WeightFormat = Literal["ternary", "dense"]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, no unknown keys, no silent conversions."""
+
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", validate_default=True, use_attribute_docstrings=True
+    )

@@ -31,7 +31,13 @@ def tiny_recipe(recipe: Recipe, data_size: int = 1) -> Recipe:
         "validation_interval": 0,
         "telemetry_interval": 0,
     }
-    values["optimizer"] |= {"lr_warmup_steps": 0, "lr_decay_steps": None, "min_lr": 0.0, "stages": ()}
+    values["optimizer"] |= {
+        "lr_warmup_steps": 0,
+        "lr_warmup_fraction": None,
+        "lr_decay_steps": None,
+        "min_lr": 0.0,
+        "stages": (),
+    }
     values["data"] = {"train": "unused"}
     values["run_dir"] = None
     tiny = Recipe.model_validate(values)

@@ -1,21 +1,21 @@
-"""How tokens lie over the ranks of one layer: the only way in which tensors of its forward and backward cross ranks."""
+"""The collectives of one linear layer: the only places where tensors of its forward and backward cross ranks."""
 
 from collections.abc import Callable
 
 from torch import Tensor
 
-Pending = Callable[[], Tensor]
-"""A tensor that is on its way: calling it waits for the collective."""
+AsyncTensor = Callable[[], Tensor]
+"""A tensor whose collective has begun: calling it waits for the collective and returns the tensor."""
 
 
 class LocalCollectives:
-    """How tokens and features of one layer lie over the tensor-parallel ranks. This one: all on a single device.
+    """The collectives of a layer on a single device, which move nothing.
 
-    A subclass overrides what its layout needs; tensors cross ranks here and nowhere else. `start_` methods begin what
-    the method without it does, so that products are computed meanwhile; their argument is not touched until the wait.
+    A subclass overrides those that its tensor-parallel layout needs. `start_` methods begin what the method without it
+    does, so that GEMMs run meanwhile; nothing writes to their argument before the wait.
 
     Attributes:
-        splits_input: whether X holds a slice of `in` (row-parallel), so that products are partial sums.
+        splits_input: whether X holds a slice of `in` (row-parallel), so that GEMMs give partial sums.
     """
 
     splits_input: bool = False
@@ -28,7 +28,7 @@ class LocalCollectives:
         """Column-parallel under sequence parallelism: all-gather along dim 0 (X_q, s_x or X; again in backward)."""
         return t
 
-    def start_gather_input(self, t: Tensor) -> Pending:
+    def start_gather_input(self, t: Tensor) -> AsyncTensor:
         """Begins `gather_input`."""
         gathered = self.gather_input(t)
         return lambda: gathered
@@ -49,7 +49,7 @@ class LocalCollectives:
         """Column-parallel: the sum over ranks of dx [..., in]; its own tokens under sequence parallelism."""
         return dx
 
-    def start_reduce_grad_input(self, dx: Tensor) -> Pending:
+    def start_reduce_grad_input(self, dx: Tensor) -> AsyncTensor:
         """Begins `reduce_grad_input`."""
         reduced = self.reduce_grad_input(dx)
         return lambda: reduced

@@ -1,16 +1,15 @@
-"""What a linear layer computes, as one immutable value: its settings, and which of them go together."""
+"""What a linear layer computes, as one immutable value: its settings, and which of them go together.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+A recipe's `linear` section has the same fields and choices (`config.Linear`); neither can import the other, so a test
+compares them.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_origin
 
 import sbn_kernels as kernels
+from sbn_kernels.registry import Backend, FormName
 
-WeightFormat = Literal["ternary", "dense"]
-ActivationBits = Literal[8, 4] | None
-Order = Literal["quant_then_mask", "mask_then_quant"]
-MaskSource = Literal["latent", "quantized"]
-MaskedGradient = Literal["dense", "masked"]
 Backward = Literal["exact", "int8_dgrad", "int8"]
 
 
@@ -29,29 +28,25 @@ class LinearSettings:
             accumulates K micro-batches divides it by K.
         backward: "exact", "int8_dgrad" (dX from int8) or "int8" (dW too); of quantized activations.
         backend: the `sbn_kernels` backend, by name; "auto" is cpu on CPU, triton on CUDA.
-        forward_form: how the forward product reads the codes on CUDA, one of `sbn_kernels.FORMS`; "auto" is measured.
+        forward_form: how the forward GEMM reads the codes on CUDA, one of `sbn_kernels.FORMS`; "auto" is measured.
     """
 
-    weight_format: WeightFormat = "ternary"
+    weight_format: Literal["ternary", "dense"] = "ternary"
     sparsity: tuple[int, int] = (6, 8)
-    activation_bits: ActivationBits = 8
-    order: Order = "quant_then_mask"
-    mask_source: MaskSource = "latent"
-    masked_gradient: MaskedGradient = "dense"
+    activation_bits: Literal[8, 4, None] = 8
+    order: Literal["quant_then_mask", "mask_then_quant"] = "quant_then_mask"
+    mask_source: Literal["latent", "quantized"] = "latent"
+    masked_gradient: Literal["dense", "masked"] = "dense"
     sr_ste_decay: float = 0.0
     backward: Backward = "exact"
-    backend: str = "auto"
-    forward_form: str = "auto"
+    backend: Backend = "auto"
+    forward_form: FormName = "auto"
 
     def __post_init__(self) -> None:
-        _one_of("weight_format", self.weight_format, ("ternary", "dense"))
-        _one_of("activation_bits", self.activation_bits, (8, 4, None))
-        _one_of("order", self.order, ("quant_then_mask", "mask_then_quant"))
-        _one_of("mask_source", self.mask_source, ("latent", "quantized"))
-        _one_of("masked_gradient", self.masked_gradient, ("dense", "masked"))
-        _one_of("backward", self.backward, ("exact", "int8_dgrad", "int8"))
-        _one_of("backend", self.backend, kernels.BACKENDS)
-        _one_of("forward_form", self.forward_form, kernels.FORMS)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                allowed = ", ".join(map(str, choices))
+                raise ValueError(f"linear.{name}: {getattr(self, name)!r} is not one of: {allowed}")
         if len(self.sparsity) != 2:
             raise ValueError(f"linear.sparsity: {self.sparsity} is not a pair (N, M); write for example [6, 8]")
         n, m = self.sparsity
@@ -77,7 +72,7 @@ class LinearSettings:
 
     @property
     def quantizes_activations(self) -> bool:
-        """Whether X is rounded: with ternary weights, unless activation_bits is None."""
+        """Whether X is quantized: with ternary weights, unless activation_bits is None."""
         return self.weight_format == "ternary" and self.activation_bits is not None
 
     @property
@@ -87,7 +82,4 @@ class LinearSettings:
         return uses and self.sparsity[0] < self.sparsity[1]
 
 
-def _one_of(field: str, value: object, allowed: Sequence[object]) -> None:
-    """Raise ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"linear.{field}: {value!r} is not one of: {', '.join(map(str, allowed))}")
+_CHOICES = {field.name: get_args(field.type) for field in fields(LinearSettings) if get_origin(field.type) is Literal}

@@ -1,15 +1,15 @@
-"""Where a layer's latent weight lives and where its gradient goes: whole on the rank, or cut over data parallelism.
+"""Where a layer's latent weight lives and where its gradient goes: on one rank, or sharded over data parallelism.
 
-A linear layer reads its codes, not W; what it needs of W is a place in the autograd graph, and a destination for dW.
-So it works with a store:
+A linear layer reads its codes, not W. Of W it needs a place in the autograd graph and a destination for dW, so it works
+with a store:
 
-    anchor            what stands for W in the graph
-    whole()           W itself, for as long as a block lasts; what only floating formats and SR-STE ask for
-    accumulate(dw)    hands dW over: what is returned is autograd's to add up, None if that was done here
-    fragment()        what is on this rank for good: scales and telemetry need no more
+    anchor            the tensor that represents W in the autograd graph
+    gathered()        all of W for the length of a block; only floating formats and SR-STE need it
+    accumulate(dw)    takes dW; returns what autograd is to add up, None if the store added it up itself
+    local_shard()     the elements that this rank keeps; scales and telemetry need no more
 
-Under ZeRO-3 (`parallel.zero.Zero3Weight`) the fragment is 1/dp of W, and forward and backward of ternary layers gather
-nothing of it.
+Under ZeRO-3 (`parallel.zero.Zero3Weight`) the local shard is 1/dp of W, and forward and backward of ternary layers
+gather nothing of it.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from torch import Tensor
 
 
 class LocalWeight:
-    """W as a tensor of this rank, usually a parameter; autograd adds its gradient up."""
+    """W as a tensor of this rank, usually a parameter; autograd adds up its gradient."""
 
-    is_cut = False  # whether data-parallel replicas hold a fragment each
+    is_sharded = False  # whether each data-parallel rank holds a shard of W
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
@@ -49,12 +49,12 @@ class LocalWeight:
         return self._weight
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[Tensor]:
-        """W [out, in], detached, for the length of the block; all ranks that hold a part take part."""
+    def gathered(self) -> Iterator[Tensor]:
+        """W [out, in], detached, for the length of the block. A collective of all ranks that hold a shard."""
         yield self._weight.detach()
 
-    def fragment(self) -> tuple[int, Tensor]:
-        """(first element, values [count]) of what this rank keeps of W.flatten()."""
+    def local_shard(self) -> tuple[int, Tensor]:
+        """Return (index of the first element, values [count]) of what this rank keeps of W.flatten()."""
         return 0, self._weight.detach().reshape(-1)
 
     def accumulate(self, dw: Tensor) -> Tensor | None:

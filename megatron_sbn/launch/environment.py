@@ -8,6 +8,8 @@ import os
 import re
 import signal
 import sys
+import tempfile
+from pathlib import Path
 
 from megatron_sbn.errors import RecipeError
 
@@ -98,6 +100,16 @@ def end_with_launcher() -> None:
     """
     if sys.platform == "linux" and (LAUNCHED in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def ensure_caches() -> None:
+    """Gives the engines caches in the temporary folder where the home folder cannot be written; before imports."""
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111 - there may be none
+    if os.access(home, os.W_OK | os.X_OK) and home.is_dir():
+        return
+    place = Path(tempfile.gettempdir()) / f"megatron_sbn-caches-{os.getuid()}"
+    for name in ("TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "MPLCONFIGDIR"):
+        os.environ.setdefault(name, str(place / name.lower()))
 
 
 def hide_gpus() -> None:

@@ -10,7 +10,7 @@ row-parallel (columns of W sharded)     forward: MAX of the tokens' magnitudes, 
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sbn.functional.collectives import LocalCollectives, Pending
+from megatron_sbn.functional.collectives import AsyncTensor, LocalCollectives
 
 
 class ColumnParallelCollectives(LocalCollectives):
@@ -23,7 +23,7 @@ class ColumnParallelCollectives(LocalCollectives):
         """[tokens/tp, ...] -> [tokens, ...] under sequence parallelism."""
         return _all_gather(t, self.group)() if self.sequence_parallel else t
 
-    def start_gather_input(self, t: Tensor) -> Pending:
+    def start_gather_input(self, t: Tensor) -> AsyncTensor:
         """Begins `gather_input`."""
         return _all_gather(t, self.group, async_op=True) if self.sequence_parallel else lambda: t
 
@@ -31,7 +31,7 @@ class ColumnParallelCollectives(LocalCollectives):
         """Sums the partial input gradients; under sequence parallelism each rank keeps its tokens."""
         return _reduce(dx, self.group, self.sequence_parallel)()
 
-    def start_reduce_grad_input(self, dx: Tensor) -> Pending:
+    def start_reduce_grad_input(self, dx: Tensor) -> AsyncTensor:
         """Begins `reduce_grad_input`."""
         return _reduce(dx, self.group, self.sequence_parallel, async_op=True)
 
@@ -79,14 +79,14 @@ class _Started:
         return self._result
 
 
-def _all_gather(t: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> Pending:
+def _all_gather(t: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> AsyncTensor:
     """Concatenates along dim 0 over the group."""
     t = t.contiguous()
     gathered = t.new_empty((t.shape[0] * group.size(), *t.shape[1:]))
     return _Started(dist.all_gather_into_tensor(gathered, t, group=group, async_op=async_op), gathered, t)
 
 
-def _reduce(t: Tensor, group: dist.ProcessGroup, scatter: bool, async_op: bool = False) -> Pending:
+def _reduce(t: Tensor, group: dist.ProcessGroup, scatter: bool, async_op: bool = False) -> AsyncTensor:
     """Sums over the group; with `scatter`, each rank keeps its share of dim 0."""
     if group.size() == 1:
         return lambda: t

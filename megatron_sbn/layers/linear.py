@@ -123,16 +123,20 @@ class SparseBitLinear(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(
-        self, x: Tensor, weight: Tensor | None = None, *, producer: Quantizer = PLAIN_QUANTIZER, **ignored: object
+        self, x: Tensor, weight: Tensor | None = None, *, quantizer: Quantizer = PLAIN_QUANTIZER, **ignored: object
     ) -> tuple[Tensor, Tensor | None]:
         """[tokens, batch, in] -> ([tokens, batch, out], bias where the caller adds it, else None)."""
         check_ignored(ignored, IGNORED_IN_FORWARD)
         own_bias = None if self.returns_bias else self.bias
         used = self.store if weight is None else weight
-        gain = None
+        norm_weight = None
         if self._norm and self.fuses_input:
-            producer, gain = RmsNormQuantizer(self._norm[0].eps), self._norm[0].weight
-        y = apply_linear(x, used, own_bias, self.prepared, self.settings, self.layout, producer=producer, gain=gain)
+            quantizer, norm_weight = RmsNormQuantizer(self._norm[0].eps), self._norm[0].weight
+        y = apply_linear(
+            *(x, used, own_bias, self.prepared, self.settings, self.layout),
+            quantizer=quantizer,
+            norm_weight=norm_weight,
+        )
         return y, self.bias if self.returns_bias else None
 
 

@@ -24,7 +24,7 @@ class GatedMlp(MLP):
             output: tuple[Tensor, Tensor | None] = super().forward(hidden_states, **rest)
             return output
         gate_up, _ = self.linear_fc1(hidden_states)
-        fused: tuple[Tensor, Tensor | None] = self.linear_fc2(gate_up, producer=SwigluQuantizer())
+        fused: tuple[Tensor, Tensor | None] = self.linear_fc2(gate_up, quantizer=SwigluQuantizer())
         return fused
 
 

@@ -107,7 +107,8 @@ class WeightQuantizer:
         for name, layer in self.layers.items():
             settings, (out_features, in_features) = layer.settings, layer.store.shape
             if settings.quantizes_activations:
-                form, mode = layer.prepared.form, settings.backward
+                assert layer.prepared.ternary is not None
+                form, mode = layer.prepared.ternary.form, settings.backward
                 tokens, device = self._tokens_of(name), layer.store.device
                 served = sbn_kernels.served_by(settings.backend, form, mode, out_features, in_features, tokens, device)
             else:
@@ -162,32 +163,22 @@ class WeightQuantizer:
         n, m = settings.sparsity
         gammas = row_scales(self.layers, settings, masks, self._holders)
         forms = {name: self._form(layer, settings, self._tokens_of(name)) for name, layer in self.layers.items()}
-        made: list[sbn_kernels.Codes] = []
+        made: list[tuple[sbn_kernels.TernaryWeight, Tensor | None]] = []
         for names in self._batches():
             with contextlib.ExitStack() as gathered:
-                made += sbn_kernels.codes_of_many(
-                    [gathered.enter_context(self.layers[name].store.whole()) for name in names],
+                made += sbn_kernels.quantize_weights(
+                    [gathered.enter_context(self.layers[name].store.gathered()) for name in names],
                     [gammas[name] for name in names],
                     n,
                     m,
+                    bounds=[_bounds(self.layers[name]) for name in names],
                     mask_source=settings.mask_source,
                     masks=[masks[name] for name in names] if masks else None,
                     with_mask=settings.needs_mask or self._keeps_masks(settings),
                     forms=[forms[name] for name in names],
                     backend=settings.backend,
                 )
-        prepared = {}
-        for (name, layer), codes in zip(self.layers.items(), made, strict=True):
-            prepared[name] = PreparedWeight(
-                codes=codes.codes,
-                gamma_per_row=gammas[name],
-                mask=codes.mask,
-                codes_t=codes.codes_t,
-                form=forms[name],
-                packed=codes.packed,
-                bounds=_bounds(layer),
-            )
-        return prepared
+        return {name: PreparedWeight(*weight_and_mask) for name, weight_and_mask in zip(self.layers, made, strict=True)}
 
     def _batches(self) -> list[list[str]]:
         """Layers whose weights may be in memory together: all of them, or one where they have to be gathered."""

@@ -45,7 +45,7 @@ class Part:
 
 def layer_mask(layer: SparseBitLinear, n: int, m: int) -> Tensor:
     """The N:M mask of a layer's present weight, bool [out, in]."""
-    with layer.store.whole() as weight:
+    with layer.store.gathered() as weight:
         return sbn_kernels.nm_mask(weight, n, m, backend=layer.settings.backend)
 
 
@@ -54,7 +54,7 @@ def parts_of(name: str, layer: SparseBitLinear) -> list[Part]:
     columns = layer.store.shape[1]
     shares = layer.weight_shard.shares
     return [
-        Part(name, ranges, sum(length for _, length in ranges) * columns * shares, shares > 1 or layer.store.is_cut)
+        Part(name, ranges, sum(length for _, length in ranges) * columns * shares, shares > 1 or layer.store.is_sharded)
         for ranges in layer.part_rows
     ]
 
@@ -111,7 +111,7 @@ def row_scales(
 def _elements(layer: SparseBitLinear, part: Part, whole: Tensor | None = None) -> tuple[Tensor, ...]:
     """This rank's elements of a part: of its weight, or of a tensor [out, in] that it has whole."""
     store = layer.store
-    first, flat = store.fragment()
+    first, flat = store.local_shard()
     if whole is not None:
         flat = whole.reshape(-1)[first : first + len(flat)]
     return part.elements(first, flat, store.shape[1])

@@ -107,6 +107,14 @@ DEVICES: Mapping[str, Device] = MappingProxyType(
 CPU = Device("cpu", 0, 0, 1, 1, 1, 1, 1, 1, 1, ON_CPU, "what ranks on CPU keep; no speed is known")
 
 
+def known_device(product: str) -> Device | None:
+    """The device that a driver calls `product` (NVIDIA H100 80GB HBM3); None for others, and for PCIe's slower ones."""
+    words = product.lower().replace("-", " ").split()
+    if "pcie" in words or "nvl" in words:
+        return None
+    return next((device for name, device in DEVICES.items() if name in words), None)
+
+
 def find_device(name: str) -> Device:
     """The device of that name. Raises RecipeError."""
     if name not in DEVICES:

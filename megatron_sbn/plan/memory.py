@@ -129,7 +129,10 @@ def packed_bytes(layout: Layout) -> float:
 
 
 def is_two_four(n: int, m: int) -> bool:
-    """Whether N:M promises at most 2 non-zeros in each 4: what sparse tensor cores take."""
+    """Whether N:M promises at most 2 non-zeros in each 4: what sparse tensor cores take.
+
+    As `promises_two_four` of sbn_kernels, which loads torch; tests/plan/test_weight_forms.py compares them.
+    """
     return (m % 4 == 0 and n <= 2) or (m, n) == (2, 1)
 
 

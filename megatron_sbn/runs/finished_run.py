@@ -30,6 +30,22 @@ class Run:
         """The folder's name, of `.` too."""
         return self.folder.absolute().name
 
+    @property
+    def format_name(self) -> str:
+        """The final weight format as figures name it: ternary, dense BF16 or dense FP32."""
+        weight_format = self.recipe.linear.final.weight_format
+        return weight_format if weight_format == "ternary" else f"dense {'BF16' if self.recipe.model.bf16 else 'FP32'}"
+
+    @property
+    def sparsity(self) -> tuple[int, int]:
+        """N and M at the end."""
+        return self.recipe.linear.final.sparsity
+
+    @property
+    def schedule(self) -> str:
+        """Its phases in words; empty where there are none."""
+        return self.recipe.linear.schedule
+
     def points(self, metric: str) -> list[tuple[int, float]]:
         """(step, value) of every measurement, in order."""
         return [(int(line["step"]), line[metric]) for line in self.lines if metric in line]

@@ -8,17 +8,34 @@ system_metrics.jsonl  samples of rank 0's machine, of a tracked run (system_metr
 tracking.json         what MLflow is given of the run (tracking_record.py)
 checkpoints/          step-N folders and `latest` (checkpoint/directory.py)
 logs/rank-0.log       what was printed
+profile/              traces of torch.profiler (training.profile)
 status.json           how the run stands (status.py)
 STOP                  made by a person, here or beside a study's runs: the run stops at the next step, checkpointed
 """
 
+import itertools
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+RUNS = Path("runs")  # of runs without a run_dir
 RECIPE, RECIPE_CHANGES, ENVIRONMENT = "recipe.yaml", "recipe_changes.jsonl", "environment.txt"
 METRICS, SYSTEM_METRICS, TRACKING = "metrics.jsonl", "system_metrics.jsonl", "tracking.json"
-CHECKPOINTS, LOGS = "checkpoints", "logs"
+CHECKPOINTS, LOGS, PROFILE = "checkpoints", "logs", "profile"
 STATUS, STOP = "status.json", "STOP"
+
+
+def new_folder(name: str) -> Path:
+    """runs/NAME-TIME, made now; -2, -3, ... where another start has that name in the same second. Raises OSError."""
+    stem = RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        path = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError("there is always a next number")
 
 
 @dataclass(frozen=True)

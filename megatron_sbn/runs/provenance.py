@@ -5,6 +5,7 @@ them. Whatever leaves the process passes `mask_secrets` (redaction.py), because 
 turn up in recipes, command lines and error messages.
 """
 
+import getpass
 import os
 import platform
 import shlex
@@ -28,9 +29,13 @@ def describe_environment() -> dict[str, str]:
     """
     tags = {"host": socket.gethostname(), "version_python": platform.python_version()}
     tags["command"] = mask_secrets(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    # MLflow's own names, which its pages have columns for.
+    tags |= {"mlflow.source.name": tags["command"], "mlflow.user": getpass.getuser()}
+    tags["mlflow.source.type"] = "JOB" if "SLURM_JOB_ID" in os.environ else "LOCAL"
     commit = code_commit()
     if commit is not None:
         tags["git_commit"] = commit
+        tags["mlflow.source.git.commit"] = commit.removesuffix("-dirty")
     for package in PACKAGES:
         try:
             tags[f"version_{package.replace('-', '_')}"] = version(package)

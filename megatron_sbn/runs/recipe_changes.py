@@ -16,8 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from megatron_sbn.config import Recipe
-from megatron_sbn.config.schema import Linear
+from megatron_sbn.config import Linear, Recipe
 from megatron_sbn.errors import RecipeError
 from megatron_sbn.redaction import excerpt
 

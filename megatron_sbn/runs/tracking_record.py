@@ -36,6 +36,8 @@ class RunRecord:
         status: RUNNING, FINISHED, FAILED or KILLED.
         run_id: MLflow's, of the run at `uri`; None until it is known.
         delivered_step: last step that MLflow confirmed.
+        experiment_id: MLflow's, of the run at `uri`.
+        folder: the run folder that this was written in, resolved: a copy of it is another run.
     """
 
     key: str
@@ -50,8 +52,11 @@ class RunRecord:
     ended: Time | None = None
     run_id: str | None = None
     delivered_step: Annotated[int, Field(ge=0, le=2**53)] | None = None
+    experiment_id: str | None = None
+    folder: str | None = None
 
 
+_SINCE = {"experiment_id", "folder"}  # fields that files of the first version lack
 _ADAPTER = TypeAdapter(RunRecord)
 
 
@@ -85,7 +90,7 @@ def read_record(path: Path) -> RunRecord:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot read this run's tracking record: {error}") from None
     names = {field.name for field in fields(RunRecord)}
-    if not isinstance(values, dict) or set(values) != names:
+    if not isinstance(values, dict) or set(values) | _SINCE != names:
         raise InputError(f"{path}: not a tracking record: its fields are {', '.join(sorted(names))}")
     try:
         record = _ADAPTER.validate_json(content, strict=True)

@@ -162,7 +162,7 @@ def _mask(layer: SparseBitLinear) -> Tensor | None:
         return layer_mask(layer, n, m)
     gamma = prepared.gamma_per_row
     assert gamma is not None
-    with layer.store.whole() as weight:
+    with layer.store.gathered() as weight:
         return sbn_kernels.codes_from_gamma(weight, gamma, n, m, mask_source="quantized", backend=settings.backend)[1]
 
 
@@ -170,7 +170,7 @@ def _used(layer: SparseBitLinear, mask: Tensor | None) -> Tensor:
     """Where the weight that forward multiplies by is not zero: C of ternary weights, mask * W of dense ones."""
     if layer.prepared.codes is not None:
         return layer.prepared.codes != 0
-    with layer.store.whole() as weight:
+    with layer.store.gathered() as weight:
         nonzero = weight != 0
     return nonzero if mask is None else nonzero & mask
 
@@ -179,6 +179,6 @@ def _natural_zeros(layer: SparseBitLinear) -> Tensor:
     """How many weights round to zero, masked or not."""
     gamma, (_, m) = layer.prepared.gamma_per_row, layer.settings.sparsity
     assert gamma is not None
-    with layer.store.whole() as weight:
+    with layer.store.gathered() as weight:
         codes, _ = sbn_kernels.codes_from_gamma(weight, gamma, m, m, backend=layer.settings.backend)
     return (codes == 0).sum()

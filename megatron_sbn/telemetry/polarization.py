@@ -42,7 +42,7 @@ def polarization(layer: SparseBitLinear, group: dist.ProcessGroup, bins: int = 1
     if bins < 1 or not limit > 0:
         raise ValueError(f"bins = {bins}, limit = {limit}: both must be positive")
     edges = np.linspace(-limit, limit, bins + 1)
-    with layer.store.whole() as weight:
+    with layer.store.gathered() as weight:
         scaled = weight.double() / _scales(layer, weight, group).unsqueeze(-1)  # [out, in]
     counts = torch.stack([_histogram(scaled, edges), _histogram(_thresholds(scaled, layer.settings.sparsity), edges)])
     if layer.weight_shard.shares > 1:

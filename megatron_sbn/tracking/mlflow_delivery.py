@@ -7,11 +7,12 @@ has, when a connection is made and after every failure. Timestamps are the line'
 lost is the same rows again. mlflow takes seconds to import, so that happens at the first call.
 """
 
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_sbn.errors import DeliveryError
 from megatron_sbn.redaction import mask_secrets
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 
 KEY_TAG = "run_key"
 # MLflow's limits on one request and on one value.
-METRICS_PER_BATCH, ENTRIES_PER_BATCH, PARAM_LENGTH, TAG_LENGTH = 1000, 100, 6000, 8000
+METRICS_PER_BATCH, ENTRIES_PER_BATCH = 1000, 100
+# Longest values that servers take: of this release, of 2.8, of 2.0.
+PARAM_LENGTHS, TAG_LENGTHS = (6000, 500, 250), (8000, 5000, 250)
 
 
 def delivered_study(uri: str, name: str) -> list[Run]:
@@ -64,8 +67,15 @@ def _conversation(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, RequestException, SQLAlchemyError, CommandError, OSError, ImportError) as error:
-        reason = " ".join(mask_secrets(str(error)).split())[:300]
+        reason = short_reason(mask_secrets(str(error)))
         raise DeliveryError(f"MLflow at {mask_secrets(uri)} cannot be reached: {reason}") from None
+
+
+def short_reason(text: str) -> str:
+    """The beginning of an exception's text: to its first bracket or the end of a sentence, at most 120 characters."""
+    line = " ".join(text.split())
+    short = re.split(r" ?[(\[{]|(?<=\w)\. ", line, maxsplit=1)[0] or line
+    return short if len(short) <= 120 else f"{short[:117]}..."
 
 
 class Delivery:
@@ -127,7 +137,7 @@ class Delivery:
             ensure_tables(database, lambda uri: MlflowClient(uri).search_experiments(max_results=1))
         self._client = MlflowClient(self._uri)
         run = self._known_run() or self._run_by_key(self._experiment_id())
-        self._file.update(run_id=run.info.run_id)
+        self._file.update(run_id=run.info.run_id, experiment_id=run.info.experiment_id)
         self._describe(run)
         self._experiment = run.info.experiment_id
         self._study: Study | None = None
@@ -192,17 +202,34 @@ class Delivery:
         from mlflow.entities import Param, RunTag
 
         record = self._file.record
-        wanted = {key: _truncated(value, PARAM_LENGTH) for key, value in record.params.items()}
         logged = run.data.params
-        params = [Param(key, value) for key, value in wanted.items() if key not in logged]
-        changed = {f"changed.{key}": value for key, value in wanted.items() if logged.get(key, value) != value}
-        tags = [RunTag(key, _truncated(value, TAG_LENGTH)) for key, value in (record.tags | changed).items()]
-        for start in range(0, len(params), ENTRIES_PER_BATCH):
-            self._client.log_batch(run.info.run_id, params=params[start : start + ENTRIES_PER_BATCH])
-        for start in range(0, len(tags), ENTRIES_PER_BATCH):
-            self._client.log_batch(run.info.run_id, tags=tags[start : start + ENTRIES_PER_BATCH])
+        new = {key: value for key, value in record.params.items() if key not in logged}
+        changed = {
+            f"changed.{key}": value
+            for key, value in record.params.items()
+            if key in logged and not _is_same(logged[key], value)
+        }
+        self._send_entries("params", Param, new, PARAM_LENGTHS)
+        self._send_entries("tags", RunTag, record.tags | changed, TAG_LENGTHS)
         if record.status == "RUNNING" != run.info.status:
             self._client.update_run(run.info.run_id, status="RUNNING")
+
+    def _send_entries(
+        self, kind: str, entity: Callable[[str, str], Any], values: Mapping[str, str], lengths: Sequence[int]
+    ) -> None:
+        """Parameters or tags. A server that refuses a value for its length gets a shorter one, at last the shortest."""
+        from mlflow.exceptions import INVALID_PARAMETER_VALUE, ErrorCode, MlflowException
+
+        for length, shorter in zip(lengths, (*lengths[1:], None), strict=True):
+            entries = [entity(key, _truncated(value, length)) for key, value in values.items()]
+            try:
+                for start in range(0, len(entries), ENTRIES_PER_BATCH):
+                    self._client.log_batch(self._run_id, **{kind: entries[start : start + ENTRIES_PER_BATCH]})
+            except MlflowException as error:
+                if shorter is None or error.error_code != ErrorCode.Name(INVALID_PARAMETER_VALUE):
+                    raise
+            else:
+                return
 
     def _send_points(self, source: PendingPoints) -> int | None:
         """Sends what is missing; returns its last step, None for nothing."""
@@ -223,6 +250,11 @@ class Delivery:
 
 def _milliseconds(seconds: float) -> int:
     return int(seconds * 1000)
+
+
+def _is_same(logged: str, value: str) -> bool:
+    """Whether MLflow has the value, perhaps truncated."""
+    return logged == value or any(logged == _truncated(value, length) for length in PARAM_LENGTHS)
 
 
 def _truncated(value: str, length: int) -> str:

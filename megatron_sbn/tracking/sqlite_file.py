@@ -6,21 +6,22 @@ database is made under another name and renamed. Whoever comes first makes it; t
 
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 from megatron_sbn.atomic_files import in_turn, partial_path
 
 _SCHEME = "sqlite:///"
 
 
-def default_uri(runs_dir: Path) -> str:
-    """A database beside the run folders: sqlite:///<absolute runs_dir>/mlflow.db."""
-    return f"{_SCHEME}{runs_dir.absolute()}/mlflow.db"
+def database_uri(path: Path) -> str:
+    """sqlite:///<absolute path>; what would end the path in a URI is escaped, as SQLAlchemy reads it."""
+    return _SCHEME + quote(str(path.absolute()), safe="/:@!$&'()*+,;= ~")
 
 
 def database_file(uri: str) -> Path | None:
     """The file of a sqlite:/// URI, absolute; None for other stores."""
     path = uri.removeprefix(_SCHEME).partition("?")[0]
-    return Path(path).absolute() if uri.startswith(_SCHEME) and path not in ("", ":memory:") else None
+    return Path(unquote(path)).absolute() if uri.startswith(_SCHEME) and path not in ("", ":memory:") else None
 
 
 def artifact_location(uri: str) -> str | None:
@@ -40,5 +41,5 @@ def ensure_tables(path: Path, make: Callable[[str], object]) -> None:
         partial = partial_path(path)
         for left_behind in (partial, Path(f"{partial}-journal")):
             left_behind.unlink(missing_ok=True)
-        make(f"{_SCHEME}{partial}")
+        make(database_uri(partial))
         partial.replace(path)

@@ -23,6 +23,7 @@ from megatron_sbn.runs.metrics_file import Line
 from megatron_sbn.runs.system_metrics import PREFIX
 
 PARENT_TAG, STUDY_TAG, KIND_TAG = "mlflow.parentRunId", "study", "run_kind"
+PERPLEXITY, BEST = "validation_perplexity", "best_validation_perplexity"
 REPORT_FOLDER = "report"  # of the parent's artifacts
 _PAGE = 1000
 
@@ -56,12 +57,24 @@ class Study:
 
     def _tell(self, parent: Any) -> None:  # noqa: ANN401 - mlflow.entities.Run
         """Gives the parent the status of its children."""
-        status = standing(child.info.status for child in self._children(parent.info.run_id))
+        children = self._children(parent.info.run_id)
+        self._tell_best(parent, children)
+        status = standing(child.info.status for child in children)
         if status == "RUNNING":
             if parent.info.status != status:
                 self._client.update_run(parent.info.run_id, status=status)
         else:
             self._client.set_terminated(parent.info.run_id, status)
+
+    def _tell_best(self, parent: Any, children: Iterable[Any]) -> None:  # noqa: ANN401 - mlflow.entities.Run
+        """Gives the parent the lowest of its children's last validation perplexities, and that run's name."""
+        last = [(child.data.metrics[PERPLEXITY], child) for child in children if PERPLEXITY in child.data.metrics]
+        if not last:
+            return
+        best, run = min(last, key=lambda pair: pair[0])
+        if parent.data.metrics.get(BEST) != best:
+            self._client.log_metric(parent.info.run_id, BEST, best)
+            self._client.set_tag(parent.info.run_id, "best_run", run.info.run_name)
 
     def _parents(self) -> list[Any]:
         return _parents(self._client, [self._experiment_id], self._name)

@@ -5,13 +5,16 @@ from megatron_sbn.plan.shapes import model_parameters
 
 
 def describe_recipe(recipe: Recipe, ranks: int) -> dict[str, str]:
-    """Tags to filter and group runs by: run_kind, study, size, weight_format, sparsity, layout, tokens, seed."""
-    training, parallel = recipe.training, recipe.parallel
+    """Tags to filter and group runs by: run_kind, study, size, format, layout, tokens, seed.
+
+    weight_format and sparsity are those of the last phase, of which the result is; `schedule` has all phases.
+    """
+    training, parallel, final = recipe.training, recipe.parallel, recipe.linear.final
     tags = {
         "run_kind": "run",
         "parameters": str(sum(model_parameters(recipe).values())),
-        "weight_format": recipe.linear.weight_format,
-        "sparsity": "{}:{}".format(*recipe.linear.sparsity),
+        "weight_format": final.weight_format,
+        "sparsity": "{}:{}".format(*final.sparsity),
         "backward": recipe.linear.backward,
         "activation_dtype": "bf16" if recipe.model.bf16 else "fp32",
         "parameter_dtype": recipe.optimizer.parameter_dtype,
@@ -22,6 +25,8 @@ def describe_recipe(recipe: Recipe, ranks: int) -> dict[str, str]:
         "tokens": str(training.steps * training.global_batch_size * recipe.model.seq_length),
         "seed": str(training.seed),
     }
+    if recipe.linear.phases:
+        tags["schedule"] = recipe.linear.schedule
     if recipe.tracking.study is not None:
         tags["study"] = recipe.tracking.study
     return tags

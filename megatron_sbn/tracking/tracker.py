@@ -90,6 +90,7 @@ class Tracker:
             artifacts=[str(path.absolute()) for path in artifacts],
             status="RUNNING",
             ended=None,
+            folder=str(run_dir.resolve()),
         )
         self._delivery = Delivery(run_dir, self._file, uri)
         self._thread = threading.Thread(target=self._follow, name="mlflow", daemon=True)
@@ -151,15 +152,30 @@ def _record(run_dir: Path, name: str, experiment: str, uri: str, run_id: str | N
     """The run folder's record, if it has one, for this destination; else a new one, of the run of that id."""
     path = run_dir / TRACKING
     try:
-        return _at_destination(read_record(path), experiment, uri)
+        known = read_record(path)
+        if known.folder is not None and _is_copy(known, run_dir):
+            _log.warning("%s is a copy of %s: it is a run of its own in MLflow", run_dir, known.folder)
+            return RunRecord(new_key(), name, experiment, uri, time.time(), {}, {}, [])
+        return _at_destination(known, experiment, uri)
     except InputError as error:
         if path.exists():
             _log.warning("%s; this run starts anew in MLflow", error)
         return RunRecord(new_key(), name, experiment, uri, time.time(), {}, {}, [], run_id=run_id)
 
 
+def _is_copy(record: RunRecord, run_dir: Path) -> bool:
+    """Whether the folder that the record was written in is another one, and has the same run still."""
+    home = Path(str(record.folder))
+    if home == run_dir.resolve():
+        return False
+    try:
+        return read_record(home / TRACKING).key == record.key
+    except InputError:
+        return False  # it was moved
+
+
 def _at_destination(record: RunRecord, experiment: str, uri: str) -> RunRecord:
     """The record, without the run id if that is of another place."""
     if (record.experiment, record.uri) == (experiment, uri):
         return record
-    return replace(record, experiment=experiment, uri=uri, run_id=None, delivered_step=None)
+    return replace(record, experiment=experiment, uri=uri, run_id=None, delivered_step=None, experiment_id=None)

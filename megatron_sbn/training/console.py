@@ -64,12 +64,14 @@ class Console:
         else:
             print(text, flush=True)
 
-    def step(self, step: int, result: StepResult, tokens_per_second: float, logged: bool) -> None:
-        """One step is done; `logged` says whether it is one of those that get a line."""
+    def step(
+        self, step: int, result: StepResult, tokens_per_second: float, logged: bool, mfu: float | None = None
+    ) -> None:
+        """One step is done; `logged`: it gets a line. `mfu`: its model FLOP/s over the devices' peak, if known."""
         if self._log is None:
             return
         shown = f"loss {result.loss:.6f}  grad_norm {result.grad_norm:.4f}  lr {result.lr:.3e}"
-        rate = f"{tokens_per_second:,.0f} tokens/s"
+        rate = f"{tokens_per_second:,.0f} tokens/s" + (f"  mfu {mfu:.1%}" if mfu is not None else "")
         eta = self._eta.note(step)
         if self._bar is not None:
             self._bar.set_postfix_str(f"eta {eta}, loss {result.loss:.3f}, {rate}", refresh=False)

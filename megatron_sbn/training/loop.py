@@ -26,12 +26,13 @@ from megatron_sbn.parallel.comm_counter import CommCounter, Totals, group_names,
 from megatron_sbn.parallel.cuda_shim import without_cuda
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.plan.flops import model_flops_per_token
-from megatron_sbn.runs.folder import RunFolder
+from megatron_sbn.plan.hardware import known_device
+from megatron_sbn.runs.folder import PROFILE, RunFolder
 from megatron_sbn.runs.metrics_file import MetricsFile
 from megatron_sbn.runs.provenance import batch_scripts, describe_environment, installed_packages
 from megatron_sbn.runs.system_metrics import sampled
 from megatron_sbn.telemetry.mask_statistics import Telemetry
-from megatron_sbn.tracking.sqlite_file import default_uri
+from megatron_sbn.tracking.destination import destination
 from megatron_sbn.tracking.tags import describe_recipe
 from megatron_sbn.tracking.tracker import Tracker
 from megatron_sbn.training import run_summary
@@ -40,6 +41,7 @@ from megatron_sbn.training.checkpoint_manager import CheckpointManager
 from megatron_sbn.training.console import Console
 from megatron_sbn.training.evaluate import Evaluator
 from megatron_sbn.training.heartbeat import Heartbeat, name_lost_rank
+from megatron_sbn.training.profiling import Profiler
 from megatron_sbn.training.run_folder import open_run_folder, recorded, tell
 from megatron_sbn.training.step import StepResult, Trainer
 from megatron_sbn.training.stop_request import Reason, StopRequest, check_before_first_step
@@ -85,6 +87,14 @@ def _heartbeat(recipe: Recipe, parallel: ParallelState, folder: RunFolder) -> He
         say,
         lambda why: tell(folder, parallel, "FAILED", 1, saved_step(folder.path), why),
     )
+
+
+def _peak_flops(parallel: ParallelState) -> float | None:
+    """bf16 FLOP/s of all ranks' devices together, by the data sheet; None where the device is not known."""
+    if parallel.device.type != "cuda":
+        return None
+    device = known_device(torch.cuda.get_device_name(parallel.device))
+    return None if device is None else device.bf16 * parallel.world_size
 
 
 EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
@@ -137,6 +147,8 @@ class Loop:
         self.stragglers = Stragglers(parallel, self.console.say)
         self.checkpoints = CheckpointManager(recipe, parallel, folder, self.trainer, self.telemetry, self.console.say)
         self.first = self.batches = self.bad_steps = 0
+        self.profiler = Profiler(recipe.training.profile, folder.path / PROFILE, parallel.rank)
+        self.peak = _peak_flops(parallel)
         self.run_id: str | None = None  # in MLflow, as the checkpoint knows it
         if folder.continues:
             state = self.checkpoints.restore()
@@ -176,22 +188,36 @@ class Loop:
                     self._stop(step, reason)
                     ending.status = "KILLED"
                     break
+                self._say_phase(step)
+                self.profiler.before(step)
                 try:
                     result, seconds = self._step(step)
                 except BadStepError as error:
                     step = self._after_bad_step(step, error)
                     continue
                 step += 1
+                self._say_profile(self.profiler.after(step))
                 self._after_step(step, result, seconds)
             else:
                 self.checkpoints.saver.finish()
                 tell(self.folder, self.parallel, "FINISHED", 0, training.steps)
+        self._say_profile(self.profiler.close(step))
         if self.metrics is not None:
             self.metrics.close()
         ended = f"stopped at a request ({reason.name})" if reason else f"done: {training.steps} steps"
         console.say("\n".join(run_summary.shutdown_summary(self.recipe, self.folder, ended, self.evaluator)))
         console.close()
         return reason
+
+    def _say_profile(self, path: str | None) -> None:
+        if path is not None:
+            self.console.say(f"profile: {path} (open it in ui.perfetto.dev or chrome://tracing)")
+
+    def _say_phase(self, step: int) -> None:
+        if any(phase.step == step for phase in self.recipe.linear.phases):
+            now = self.recipe.linear.at(step)
+            bits = now.activation_bits or "no"
+            self.console.say(f"step {step + 1}: a phase begins: {now.label}, {bits}-bit activations (linear.phases)")
 
     def _stop(self, done: int, reason: Reason) -> None:
         """Saves what is not saved yet, then says so: whoever reads STOPPED may rely on the checkpoint."""
@@ -274,7 +300,9 @@ class Loop:
         training, last = self.recipe.training, done == self.recipe.training.steps
         tokens_per_second = training.global_batch_size * self.recipe.model.seq_length / seconds
         logged = done % training.log_interval == 0 or last
-        self.console.step(done, result, tokens_per_second, logged)
+        dense, _ = model_flops_per_token(self.recipe, done - 1)
+        mfu = dense * tokens_per_second / self.peak if self.peak else None
+        self.console.step(done, result, tokens_per_second, logged, mfu)
         if logged:
             self._log_step(done, result, tokens_per_second)
         for periodic in self.periodic:
@@ -293,6 +321,8 @@ class Loop:
             "model_flops_per_second_dense": dense * tokens_per_second,
             "model_flops_per_second_sparse": sparse * tokens_per_second,
         }
+        if self.peak:
+            values["mfu"] = dense * tokens_per_second / self.peak
         if self.recipe.training.on_bad_step != "stop":
             values["skipped_batches"] = self.batches - done
         self._record(done, values | step_metrics(self.comm_totals, self.parallel))
@@ -306,7 +336,9 @@ class Loop:
     def _measure(self, done: int) -> None:
         values = self.telemetry.measure(done)
         self._record(done, values)
-        self.console.say(f"step {done}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        flips = f", flip rate {values['flip_rate']:.2%}" if "flip_rate" in values else ""
+        total = f" ({values['flip_rate_cumulative']:.2%} in all)" if flips else ""
+        self.console.say(f"step {done}: zeros {values['zero_fraction']:.1%}{flips}{total}")
 
     def _record(self, done: int, values: dict[str, float]) -> None:
         if self.metrics is not None:
@@ -347,11 +379,12 @@ class Loop:
             | ({"start_from": recipe.start_from} if recipe.start_from else {})
         )
         write_atomically(self.folder.environment, installed_packages().encode())
+        place = destination(recipe, self.folder.path)
         return Tracker(
             run_dir=self.folder.path,
             name=self.folder.path.name,
-            experiment=recipe.tracking.experiment,
-            uri=recipe.tracking.uri or default_uri(self.folder.path.parent),
+            experiment=place.experiment,
+            uri=place.uri,
             params=recipe.flat(),
             tags=tags,
             run_id=self.run_id,

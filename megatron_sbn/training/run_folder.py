@@ -5,7 +5,6 @@ every start is a new run in runs/NAME-TIME.
 """
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,12 +17,10 @@ from megatron_sbn.config import Recipe
 from megatron_sbn.errors import CheckpointError, InputError, RecipeError, SbnError
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.redaction import mask_secrets
-from megatron_sbn.runs.folder import CHECKPOINTS, LOGS, RECIPE, RECIPE_CHANGES, RunFolder
+from megatron_sbn.runs.folder import CHECKPOINTS, LOGS, RECIPE, RECIPE_CHANGES, RUNS, RunFolder, new_folder
 from megatron_sbn.runs.recipe_changes import check_changes, describe, earlier_recipe, keep_changes
 from megatron_sbn.runs.status import State, read_status, write_status
 from megatron_sbn.training.schedule import learning_rate
-
-RUNS = Path("runs")
 
 
 def tell(
@@ -75,8 +72,9 @@ def _agree(own: RunFolder | SbnError | None) -> RunFolder:
 
 
 def _decide(recipe: Recipe, stack: ExitStack) -> RunFolder | SbnError:
-    path = Path(recipe.run_dir) if recipe.run_dir else RUNS / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = Path(recipe.run_dir) if recipe.run_dir else RUNS / recipe.name
     try:
+        path = path if recipe.run_dir else new_folder(recipe.name)
         stack.enter_context(exclusive(path / "run"))
         continues = _continues(recipe, path)
         changed = _changed(recipe, path) if continues else ()
@@ -111,8 +109,8 @@ def _changed_rate(was: Recipe, recipe: Recipe, done: int) -> list[str]:
     if math.isclose(expected, following, rel_tol=1e-3):
         return []
     line = f"learning rate: {last:.3g} at step {done}, {following:.3g} at step {done + 1}"
-    decay = was.optimizer.lr_decay_steps or was.training.steps
-    if decay != (recipe.optimizer.lr_decay_steps or recipe.training.steps) and not recipe.optimizer.stages:
+    decay = was.optimizer.decay_steps(was.training.steps)
+    if decay != recipe.optimizer.decay_steps(recipe.training.steps) and not recipe.optimizer.stages:
         line += f"; optimizer.lr_decay_steps={decay} keeps the schedule ({expected:.3g})"
     return [line]
 

@@ -8,14 +8,16 @@ from pathlib import Path
 from megatron_sbn.checkpoint.directory import newest
 from megatron_sbn.config import Recipe
 from megatron_sbn.data.passes import data_lines
+from megatron_sbn.errors import InputError
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.plan.hardware import CPU, ON_CUDA
 from megatron_sbn.plan.memory import worst_rank
 from megatron_sbn.plan.shapes import Layout, model_parameters
-from megatron_sbn.redaction import mask_secrets
-from megatron_sbn.runs.folder import RunFolder
+from megatron_sbn.runs.folder import TRACKING, RunFolder
+from megatron_sbn.runs.tracking_record import read_record
 from megatron_sbn.text_table import count_text, size_text
-from megatron_sbn.tracking.sqlite_file import default_uri
+from megatron_sbn.tracking.destination import destination
+from megatron_sbn.training import schedule
 from megatron_sbn.training.evaluate import Evaluator
 
 
@@ -40,9 +42,11 @@ def startup_summary(
             "batch", f"{per_replica} micro-batches of {training.micro_batch_size} x {model.seq_length} tokens a replica"
         ),
         _row("linear", _linear(recipe)),
+        *([_row("phases", recipe.linear.schedule)] if recipe.linear.phases else []),
         *(_row("kernels", f"{layer}: {served}") for layer, served in kernels.items()),
         _row("tokens", extent),
         *(_row("data", line) for line in data_lines(recipe)),
+        _row("lr", schedule.describe(recipe)),
         *(_row("changed", line) for line in folder.changed),
         _row("memory", _memory(recipe, parallel)),
         _row("saving", _saving(recipe, sum(kinds.values()))),
@@ -60,6 +64,7 @@ def shutdown_summary(recipe: Recipe, folder: RunFolder, ended: str, evaluator: E
         _row("metrics", str(folder.metrics)),
         _row("checkpoint", "none" if saved is None else str(saved)),
         _row("mlflow", mlflow_place(recipe, folder.path)),
+        *_mlflow_link(recipe, folder.path),
     ]
 
 
@@ -68,9 +73,17 @@ def mlflow_place(recipe: Recipe, run: Path) -> str:
     tracking = recipe.tracking
     if not tracking.enabled:
         return "off (tracking.enabled = false)"
-    uri = mask_secrets(tracking.uri or default_uri(run.parent))
-    shown = uri if uri.startswith("http") else f"mlflow server --backend-store-uri {uri} --port 5000"
-    return f"{shown}, experiment {tracking.experiment}"
+    place = destination(recipe, run)
+    return f"{place.open_command}, experiment {place.experiment}"
+
+
+def _mlflow_link(recipe: Recipe, run: Path) -> list[str]:
+    """Where the run list is in a browser, once MLflow has the run."""
+    try:
+        known = read_record(run / TRACKING).experiment_id if recipe.tracking.enabled else None
+    except InputError:
+        return []
+    return [] if known is None else [_row("", destination(recipe, run).link(known))]
 
 
 def _row(name: str, text: str) -> str:
@@ -81,11 +94,8 @@ def _linear(recipe: Recipe) -> str:
     linear = recipe.linear
     bits = "floating" if linear.activation_bits is None else f"{linear.activation_bits}-bit"
     ternary = f", {bits} activations, backward {linear.backward}" if linear.weight_format == "ternary" else ""
-    phases = f", {len(linear.phases)} phases change it" if linear.phases else ""
     between = "bf16" if recipe.model.bf16 else "fp32"
-    return (
-        f"{linear.weight_format} {linear.sparsity[0]}:{linear.sparsity[1]}{ternary}{phases}; {between} between layers"
-    )
+    return f"{linear.label}{ternary}; {between} between layers"
 
 
 def _saving(recipe: Recipe, parameters: int) -> str:

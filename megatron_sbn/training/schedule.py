@@ -14,7 +14,7 @@ from megatron_sbn.config import Recipe, Stage
 def learning_rate(recipe: Recipe, step: int) -> float:
     """lr of optimizer step `step` (the first step is 0 and already has a part of the warm-up)."""
     optimizer = recipe.optimizer
-    warmup = optimizer.lr_warmup_steps
+    warmup = optimizer.warmup_steps(recipe.training.steps)
     if step < warmup:
         peak = optimizer.stages[0].lr if optimizer.stages else optimizer.lr
         return peak * (step + 1) / warmup
@@ -23,9 +23,27 @@ def learning_rate(recipe: Recipe, step: int) -> float:
         begin = max(stage.step, warmup)
         progress = (step - begin) / max(1, end - begin)
         return _decayed(stage.lr, stage.end_lr, progress, optimizer.lr_decay_style)
-    decay_steps = optimizer.lr_decay_steps or recipe.training.steps
+    decay_steps = optimizer.decay_steps(recipe.training.steps)
     progress = (step - warmup) / max(1, decay_steps - warmup)
     return _decayed(optimizer.lr, optimizer.min_lr, progress, optimizer.lr_decay_style)
+
+
+def describe(recipe: Recipe) -> str:
+    """The learning rate's schedule in words."""
+    optimizer, steps = recipe.optimizer, recipe.training.steps
+    warmup, decay = optimizer.warmup_steps(steps), optimizer.decay_steps(steps)
+    begins = f"{warmup} warm-up steps, then " if warmup else ""
+    if optimizer.stages:
+        return f"{begins}{len(optimizer.stages)} stages from steps {', '.join(str(s.step) for s in optimizer.stages)}"
+    if optimizer.lr_decay_style == "constant":
+        return f"{begins}{optimizer.lr:.3g}"
+    words = f"{begins}{optimizer.lr_decay_style} from {optimizer.lr:.3g} to {optimizer.min_lr:.3g} at step {decay}"
+    if decay < steps:
+        words += f", and {optimizer.min_lr:.3g} for the last {steps - decay} steps (optimizer.lr_decay_steps = {decay})"
+    if decay > steps:
+        last = learning_rate(recipe, steps - 1)
+        words += f"; this run ends before, at {last:.3g} (optimizer.lr_decay_steps = {decay})"
+    return words
 
 
 def weight_decay(recipe: Recipe, step: int) -> float:
@@ -38,7 +56,7 @@ def weight_decay(recipe: Recipe, step: int) -> float:
         style = "cosine_to_zero" if recipe.linear.weight_format == "ternary" else "constant"
     if style == "constant":
         return optimizer.weight_decay
-    half = (optimizer.lr_decay_steps or recipe.training.steps) / 2
+    half = optimizer.decay_steps(recipe.training.steps) / 2
     return _decayed(optimizer.weight_decay, 0.0, step / half, "cosine")
 
 

@@ -1,12 +1,13 @@
 """A study's page, table and figures, from folders as runs write them."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
 
 from megatron_sbn.analysis.figures import Curve, Scaling
-from megatron_sbn.analysis.report import collapse_point, curves, read_study, scalings
+from megatron_sbn.analysis.report import collapse_point, curves, read_study, scalings, settings_of
 from megatron_sbn.cli import main
 from megatron_sbn.config import load_recipe
 from megatron_sbn.runs.folder import TRACKING
@@ -24,7 +25,7 @@ SEEDS = {1: 0.0, 2: 6.0}
 
 
 def run_folder(study: Path, weight_format: str, n: int, seed: int, steps: int = STEPS, *changes: str) -> Path:
-    folder = study / "-".join([weight_format, str(n), f"seed{seed}", *changes])
+    folder = study / re.sub(r"[^\w.=-]", "", "-".join([weight_format, str(n), f"seed{seed}", *changes]))
     folder.mkdir(parents=True)
     overrides = (f"linear.weight_format={weight_format}", f"linear.sparsity={n}:8", f"training.seed={seed}", *changes)
     recipe = load_recipe(TINY, (*overrides, f"training.steps={STEPS}", "optimizer.lr_decay_steps=20"))
@@ -68,14 +69,56 @@ def test_runs_that_differ_in_more_than_the_seed_are_curves_of_their_own(tmp_path
     run_folder(tmp_path, "dense", 8, 1)
     made = curves(read_study(tmp_path), 8)
     assert [(curve.name, curve.n) for curve in made] == [
-        ("ternary, optimizer.lr 0.001", (8, 6)),
-        ("ternary, optimizer.lr 0.002", (8, 6)),
-        ("dense", (8,)),
+        ("ternary, lr 0.001", (8, 6)),
+        ("ternary, lr 0.002", (8, 6)),
+        ("dense FP32", (8,)),
     ]
     assert (made[0].mean, made[0].low, made[0].high) == ((103.0, 104.0), (100.0, 104.0), (106.0, 104.0))
     assert main(["report", str(tmp_path)]) == 0
     page = (tmp_path / "report" / "index.md").read_text()
-    assert "| ternary, optimizer.lr 0.001 | / 8:8 | ternary, optimizer.lr 0.002 | / 8:8 | dense | / 8:8 |" in page
+    assert "| ternary, lr 0.001 | / 8:8 | ternary, lr 0.002 | / 8:8 | dense FP32 | / 8:8 |" in page
+
+
+def test_a_run_with_phases_goes_by_its_last_and_is_no_baseline(study: Path) -> None:
+    """Annealed 8:8 -> 4:8, and dense -> ternary 6:8; the recipe's first words are those of a baseline."""
+    annealed = "linear.phases=[{step: 2, sparsity: '4:8'}]"
+    late = "linear.phases=[{step: 3, weight_format: ternary, sparsity: '6:8', activation_bits: 8}]"
+    run_folder(study, "ternary", 8, 1, STEPS, annealed)
+    run_folder(study, "dense", 8, 1, STEPS, late)
+    before = curves([run for run in read_study(study) if not run.schedule], 8)
+    made = {curve.name: curve for curve in curves(read_study(study), 8)}
+    assert [made[curve.name] for curve in before] == before  # they change no other curve
+    own = made["ternary 8:8 -> ternary 4:8 at step 2"]
+    assert (own.n, own.mean, own.baseline) == ((4,), (100.0,), 103.0)
+    scaled = own.normalized()
+    assert scaled is not None
+    assert scaled.mean == (100 / 103,)
+    assert made["dense 8:8 -> ternary 6:8 at step 3"].n == (6,)
+    assert main(["report", str(study)]) == 0
+    with (study / "report" / "runs.csv").open() as file:
+        rows = {row["schedule"]: row for row in csv.DictReader(file) if row["schedule"]}
+    assert rows["ternary 8:8 -> ternary 4:8 at step 2"]["sparsity"] == "4:8"
+    assert rows["dense 8:8 -> ternary 6:8 at step 3"]["weight_format"] == "ternary"
+
+
+def test_every_finished_run_is_drawn_or_named(study: Path) -> None:
+    folder = run_folder(study, "ternary", 2, 1, STEPS, "linear.sparsity=2:4")
+    run_folder(study, "dense", 8, 2, STEPS, "linear.sparsity=1:4")
+    assert main(["report", str(study)]) == 0
+    page = (study / "report" / "index.md").read_text()
+    assert f"Not in the curves, which are over N of N:8: {folder.name} (ternary 2:4)." in page
+    assert page.count("Not in the curves") == 2
+
+
+def test_a_setting_fits_a_legend_or_is_a_runs_name(tmp_path: Path) -> None:
+    long = "/somewhere/far/away/in/a/deep/folder/of/a/shared/file/system"
+    for index, name in enumerate(("alpha", "beta")):
+        folder = run_folder(tmp_path, "ternary", 8, 1, STEPS, f"data.train=data/{index}")
+        text = (folder / "recipe.yaml").read_text().replace(f"data/{index}", f"{long}/{index}/{long}")
+        (folder / "recipe.yaml").write_text(text)
+        folder.rename(tmp_path / name)
+    runs = read_study(tmp_path)
+    assert settings_of(runs, re.compile(r"data\..+")) == ["as alpha", "as beta"]
 
 
 def test_a_perplexity_of_an_earlier_step_is_not_the_final_one(tmp_path: Path) -> None:
@@ -92,8 +135,9 @@ def test_the_collapse_point_is_the_first_n_above_ten_percent(study: Path) -> Non
     ternary, dense = curves(read_study(study), 8)
     assert collapse_point(ternary) == 2  # 123/103; 111/103 is 1.078
     assert collapse_point(dense) == 4  # 107/93 is 1.15
-    assert collapse_point(Curve("ternary", 8, (8, 4), (100.0, 110.0), (100.0, 110.0), (100.0, 110.0))) is None
-    assert collapse_point(Curve("ternary", 8, (6, 4), (1.0, 9.0), (1.0, 9.0), (1.0, 9.0))) is None
+    means = (100.0, 110.0)
+    assert collapse_point(Curve("ternary", "ternary", 8, (8, 4), means, means, means, "", 100.0)) is None
+    assert collapse_point(Curve("ternary", "ternary", 8, (6, 4), means, means, means)) is None
 
 
 def test_the_report(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,9 +148,9 @@ def test_the_report(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = (output / "index.md").read_text()
     assert "17 runs, 16 finished; 0.00819M tokens each." in page
     assert "Not finished: ternary-6-seed3." in page
-    assert "| N:M | ternary | / 8:8 | dense | / 8:8 |" in page
+    assert "| N:M | ternary | / 8:8 | dense FP32 | / 8:8 |" in page
     assert "| 6:8 | 107.00 | 1.039 | 98.00 | 1.054 |" in page
-    assert "- dense: perplexity first exceeds 1.10 of 8:8 at 4:8." in page
+    assert "- dense FP32: perplexity first exceeds 1.10 of 8:8 at 4:8." in page
     for name in ("perplexity.png", "loss.png"):
         assert f"({name})" in page
         assert (output / name).read_bytes().startswith(b"\x89PNG")
@@ -140,7 +184,7 @@ def test_a_study_without_a_dense_run_has_no_normalized_column(tmp_path: Path) ->
     assert main(["report", str(tmp_path / "s"), "--output", str(tmp_path / "page")]) == 0
     page = (tmp_path / "page" / "index.md").read_text()
     assert "| 6:8 | 104.00 | - |" in page
-    assert "- ternary: no finished run at 8:8, so nothing to tell a collapse by." in page
+    assert "- ternary: no finished run at 8:8 without phases, so nothing to tell a collapse by." in page
 
 
 @pytest.mark.parametrize("place", ["file", "file/x", "a\0b", "x" * 300])
@@ -175,7 +219,7 @@ def test_formats_are_not_averaged_into_one_speed(tmp_path: Path) -> None:
         file.close()
         record = RunRecord(new_key(), folder.name, "e", "sqlite:///x.db", 0.0, {}, {"ranks": str(ranks)}, [])
         RunRecordFile(folder / TRACKING, record).update(status="FINISHED")
-    layout = "tensor 1 x pipeline 1, ZeRO-1, linear.weight_format"
+    layout = "tensor 1 x pipeline 1, ZeRO-1, weight_format"
     assert scalings(read_study(tmp_path)) == [
         Scaling(f"{layout} dense", (1, 2), (110.0, 200.0)),
         Scaling(f"{layout} ternary", (1, 2), (90.0, 160.0)),

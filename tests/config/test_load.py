@@ -145,7 +145,10 @@ def test_values_are_read_as_people_write_them(override: str, value: object, mini
         ("model.hiden_size=64", "model.hiden_size is not a recipe key; did you mean model.hidden_size?"),
         ("hidden_size=64", "hidden_size is not a recipe key; did you mean model.hidden_size?"),
         ("optimiser.lr=1", "optimiser is not a recipe key; did you mean optimizer?"),
-        ("zzz=1", "zzz is not a recipe key; the sections are name, run_dir, device, model, linear"),
+        (
+            "zzz=1",
+            "zzz is not a recipe key; the sections are name, run_dir, start_from",
+        ),
         ("model.hidden_size=wide", "model.hidden_size = 'wide'"),
         ("model.hidden_size=64.0", "model.hidden_size = 64.0"),
         ("model.hidden_size='64'", "model.hidden_size = '64'"),

@@ -104,7 +104,8 @@ def measure(overrides: tuple[str, ...]) -> Measured:
         held["masters"] = nbytes([tensors["master"] for tensors in states], seen)
         held["moments"] = nbytes([tensors[key] for tensors in states for key in ("exp_avg", "exp_avg_sq")], seen)
         prepared = [layer.prepared for layer in stages.state.layers.values()]
-        codes = [t for p in prepared for t in (p.codes, p.codes_t, p.gamma_per_row, *p.packed) if t is not None]
+        weights = [p.ternary for p in prepared if p.ternary is not None]
+        codes = [t for w in weights for t in (w.codes, w.codes_t, w.gamma_per_row, *w.packed) if t is not None]
         held["codes and scales"] = nbytes(codes, seen)
         masks = [p.mask for p in prepared if p.mask is not None] + list(stages.state._masks.values())
         held["masks"] = nbytes(masks, seen)

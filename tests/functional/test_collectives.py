@@ -3,6 +3,8 @@
 import pytest
 import sbn_kernels as kernels
 import torch
+from same_bits import assert_same_bits, relative
+from sbn_kernels import reference
 from torch import Tensor
 
 from megatron_sbn.functional import LinearSettings, PreparedWeight, apply_linear, prepare_weight
@@ -12,7 +14,7 @@ TOKENS, WIDTH, OUT = 8, 64, 24
 
 
 class Recorded(LocalCollectives):
-    """A rank among `ranks`: each hook takes the answer of the collective from what it was told beforehand."""
+    """A rank among `ranks`: each hook gives the answer of the collective that it was made with."""
 
     def __init__(self, **answers: dict[torch.dtype, Tensor] | Tensor | slice | bool) -> None:
         self.answers = answers
@@ -58,10 +60,11 @@ def call(
     return y.detach(), x.grad, w.grad
 
 
-def cut(prepared: PreparedWeight, rows: slice, columns: slice) -> PreparedWeight:
+def sliced(prepared: PreparedWeight, rows: slice, columns: slice) -> PreparedWeight:
     at = lambda t: None if t is None else t[rows, columns].contiguous()  # noqa: E731
-    gamma = None if prepared.gamma_per_row is None else prepared.gamma_per_row[rows]
-    return PreparedWeight(at(prepared.codes), gamma, at(prepared.mask))
+    weight = prepared.ternary
+    ternary = None if weight is None else kernels.TernaryWeight(at(weight.codes), weight.gamma_per_row[rows])
+    return PreparedWeight(ternary, at(prepared.mask))
 
 
 def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,14 +96,16 @@ def test_row_parallel_under_sequence_parallelism(dtype: torch.dtype, variant: di
     columns = (slice(0, 40), slice(40, 64))
     a = [kernels.activation_abs_max(x[..., c]) for c in columns]
     x_q, _ = kernels.quantize_activations(x)
-    accs = [kernels.int_matmul(x_q[..., c], prepared.codes[:, c]) for c in columns]
+    accs = [reference.int_matmul(x_q[..., c], prepared.codes[:, c]) for c in columns]
     for rank, (mine, keep) in enumerate(zip(columns, HALVES, strict=True)):
         layout = Recorded(splits_input=True, abs_max=a[1 - rank], other_acc=accs[1 - rank], keep=keep, grad_output=gy)
-        shard = cut(prepared, EVERYTHING, mine)
+        shard = sliced(prepared, EVERYTHING, mine)
         results = call(x[..., mine].contiguous(), w[:, mine], gy[keep], shard, settings, layout)
-        assert torch.equal(results[0], y[keep])
-        assert torch.allclose(results[1].float(), dx[..., mine].float(), rtol=1e-6, atol=1e-6 * float(dx.abs().max()))
-        assert torch.allclose(results[2], dw[:, mine], rtol=1e-6, atol=1e-6 * float(dw.abs().max()))
+        assert_same_bits(results[0], y[keep])
+        torch.testing.assert_close(
+            results[1].float(), dx[..., mine].float(), rtol=1e-6, atol=1e-6 * float(dx.abs().max())
+        )
+        assert relative(results[2], dw[:, mine]) < 2e-6
         assert ("token_abs_max", torch.float32, (TOKENS, 2)) in layout.calls
         assert ("reduce_accumulator", torch.float32, (TOKENS, 2, OUT)) in layout.calls
         assert ("gather_grad_output", dtype, (4, 2, OUT)) in layout.calls
@@ -114,17 +119,17 @@ def test_column_parallel_under_sequence_parallelism(dtype: torch.dtype, variant:
     y, dx, dw = call(x, w, gy, prepared, settings, LocalCollectives())
     rows = (slice(0, 16), slice(16, 24))
     x_q, s_x = kernels.quantize_activations(x)
-    shards = [cut(prepared, r, EVERYTHING) for r in rows]
+    shards = [sliced(prepared, r, EVERYTHING) for r in rows]
     partial = [call(x, w[r], gy[..., r], p, settings, LocalCollectives())[1] for r, p in zip(rows, shards, strict=True)]
     gathered = {torch.int8: x_q, torch.float32: s_x}
     for rank, (mine, keep) in enumerate(zip(rows, HALVES, strict=True)):
         layout = Recorded(gathered=gathered, other_dx=partial[1 - rank], dx_keep=keep)
         results = call(x[keep], w[mine], gy[..., mine], shards[rank], settings, layout)
-        assert torch.equal(results[0], y[..., mine])
+        assert_same_bits(results[0], y[..., mine])
         # dX is added up over ranks in x's dtype, and int8 rounds each rank's rows with their own scale.
         loose = 2**-7 if dtype == torch.bfloat16 or variant.get("backward") else 1e-6
         assert (results[1] - dx[keep]).abs().max() <= 4 * loose * dx.abs().max()
-        assert torch.allclose(results[2], dw[mine], rtol=1e-6, atol=1e-6 * float(dw.abs().max()))
+        assert relative(results[2], dw[mine]) < 2e-6
         # Only this rank's tokens are kept, and they are gathered as int8, in forward and again in backward.
         gathers = [call for call in layout.calls if call[0] == "gather_input"]
         once = [("gather_input", torch.int8, (4, 2, WIDTH)), ("gather_input", torch.float32, (4, 2))]
@@ -145,15 +150,15 @@ def test_float_layers_add_partial_sums_in_fp32(dtype: torch.dtype, variant: dict
         other = columns[1 - rank]
         other_acc = x[..., other].float() @ effective[:, other].to(dtype).float().t()
         layout = Recorded(splits_input=True, other_acc=other_acc, keep=keep, grad_output=gy)
-        shard = cut(prepared, EVERYTHING, mine)
+        shard = sliced(prepared, EVERYTHING, mine)
         results = call(x[..., mine], w[:, mine], gy[keep], shard, settings, layout)
         assert ("reduce_accumulator", torch.float32, (TOKENS, 2, OUT)) in layout.calls
-        # One rounding of the whole sum: at most one unit in the last place from the unsplit product.
-        assert torch.allclose(
+        # One rounding of the whole sum: at most one unit in the last place from the unsplit GEMM.
+        torch.testing.assert_close(
             results[0].float(), y[keep].float(), rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
         )
-        assert torch.allclose(results[1].float(), dx[..., mine].float(), rtol=2**-7, atol=1e-5)
-        assert torch.allclose(results[2], dw[:, mine], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(results[1].float(), dx[..., mine].float(), rtol=2**-7, atol=1e-5)
+        torch.testing.assert_close(results[2], dw[:, mine], rtol=1e-5, atol=1e-5)
 
 
 def test_four_bits_are_refused_for_split_inputs() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import sbn_kernels as kernels
 import torch
+from same_bits import assert_same_bits, relative
 from torch import Tensor
 
 from megatron_sbn.functional import LinearSettings, apply_linear, prepare_weight, sparse_bitlinear
@@ -17,11 +18,6 @@ from megatron_sbn.functional.collectives import LocalCollectives
 
 VECTORS = np.load(Path(__file__).parents[1] / "vectors" / "reference_linear.npz")
 CASES = [ast.literal_eval(str(case)) for case in VECTORS["meta"]]
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    """Largest difference over the largest magnitude."""
-    return float((a.double() - b.double()).abs().max() / b.double().abs().max())
 
 
 def run(x: Tensor, w: Tensor, gy: Tensor, bias: Tensor | None = None, **settings: object) -> tuple[Tensor, ...]:
@@ -149,7 +145,7 @@ def test_bf16_forward_is_the_fp32_forward_rounded_once(variant: dict[str, object
     x, w, gy, bias = inputs(seed=1)
     x = x.bfloat16()
     low, full = (run(t, w, gy, bias, **variant) for t in (x, x.float()))
-    assert torch.equal(low[0], full[0].bfloat16())
+    assert_same_bits(low[0], full[0].bfloat16())
     assert (low[0].dtype, low[1].dtype, low[2].dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
 
 
@@ -183,25 +179,25 @@ def test_int8_backward_is_the_documented_formula_within_the_documented_bound(mod
     gy *= scale
     y, dx, dw = run(x, w, gy, splits=splits, backward=mode)
     exact = run(x, w, gy, splits=splits)
-    assert torch.equal(y, exact[0])
+    assert_same_bits(y, exact[0])
     codes, gamma = kernels.ternary_codes(w, 6, 8, splits)
     x_q, s_x = (t.flatten(0, 1) for t in kernels.quantize_activations(x))
     g = (gy * kernels.gamma_rows(gamma, splits)).flatten(0, 1).numpy()
     a = np.abs(g).max(axis=1, keepdims=True)
     g_q = np.rint(g * (np.float32(127) / a)).astype(np.int64)
     expected = (g_q @ codes.numpy().astype(np.int64)).astype(np.float32) * (a / np.float32(127))
-    assert (dx.flatten(0, 1).numpy() == expected).all()
+    np.testing.assert_array_equal(dx.flatten(0, 1).numpy(), expected)
     bound = torch.from_numpy(a) / 254 * codes.abs().float().sum(0)
     assert ((dx - exact[1]).flatten(0, 1).abs() <= bound * 1.0001).all()
     assert not torch.equal(dx, exact[1])
     if mode == "int8_dgrad":
-        assert torch.equal(dw, exact[2])
+        assert_same_bits(dw, exact[2])
         return
     h = (gy.flatten(0, 1) * s_x.unsqueeze(-1)).t().numpy()
     a = np.abs(h).max(axis=1, keepdims=True)
     h_q = np.rint(h * (np.float32(127) / a)).astype(np.int64)
     expected = (h_q @ x_q.numpy().astype(np.int64)).astype(np.float32) * (a / np.float32(127))
-    assert (dw.numpy() == expected).all()
+    np.testing.assert_array_equal(dw.numpy(), expected)
     bound = torch.from_numpy(a) / 254 * x_q.abs().float().sum(0)
     assert ((dw - exact[2]).abs() <= bound * 1.0001).all()
 
@@ -242,7 +238,7 @@ def test_the_input_is_freed_after_forward() -> None:
     gc.collect()
     assert alive() is None
     y.backward(gy)
-    assert torch.equal(x.grad, 2 * run(x * 2, w, gy)[1])
+    assert_same_bits(x.grad, 2 * run(x * 2, w, gy)[1])
 
 
 def test_nothing_is_computed_for_what_needs_no_gradient() -> None:
@@ -253,7 +249,7 @@ def test_nothing_is_computed_for_what_needs_no_gradient() -> None:
     assert w.grad is None
     w.requires_grad_()
     sparse_bitlinear(x.detach(), w).backward(gy)
-    assert torch.equal(w.grad, run(x, w, gy)[2])
+    assert_same_bits(w.grad, run(x, w, gy)[2])
 
 
 @pytest.mark.parametrize(
@@ -263,10 +259,10 @@ def test_shapes_strides_and_no_tokens(variant: dict[str, object]) -> None:
     x, w, gy, bias = inputs()
     whole = run(x, w, gy, bias, **variant)
     flat = run(x.flatten(0, 1), w, gy.flatten(0, 1), bias, **variant)
-    assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(whole, flat, strict=True))
-    turned = run(x.transpose(0, 1), w, gy.transpose(0, 1), bias, **variant)
-    assert relative(turned[0].transpose(0, 1), whole[0]) < 1e-6
-    assert relative(turned[2], whole[2]) < (2**-6 if variant.get("backward") else 1e-6)
+    assert_same_bits([t.flatten() for t in flat], [t.flatten() for t in whole])
+    transposed = run(x.transpose(0, 1), w, gy.transpose(0, 1), bias, **variant)
+    assert relative(transposed[0].transpose(0, 1), whole[0]) < 1e-6
+    assert relative(transposed[2], whole[2]) < (2**-6 if variant.get("backward") else 1e-6)
     empty = run(x[:0], w, gy[:0], bias, **variant)
     assert empty[0].shape == (0, 3, 24)
     assert empty[1].shape == (0, 3, 64)
@@ -290,7 +286,7 @@ def test_autocast_changes_nothing(variant: dict[str, object]) -> None:
     plain = run(x, w, gy, bias, **variant)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = run(x, w, gy, bias, **variant)
-    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
+    assert_same_bits(plain, inside)
 
 
 def test_a_prepared_weight_serves_every_micro_batch() -> None:
@@ -298,4 +294,4 @@ def test_a_prepared_weight_serves_every_micro_batch() -> None:
     settings = LinearSettings()
     prepared = prepare_weight(w, [16, 8], settings)
     y = torch.cat([apply_linear(part, w, None, prepared, settings, LocalCollectives()) for part in x.split(2)])
-    assert torch.equal(y, run(x, w, gy, splits=[16, 8])[0])
+    assert_same_bits(y, run(x, w, gy, splits=[16, 8])[0])

@@ -1,10 +1,13 @@
 """LinearSettings and the checks of apply_linear: each mistake is named with its field, value and way out."""
 
 import dataclasses
+from types import NoneType
+from typing import get_args
 
 import pytest
 import torch
 
+from megatron_sbn.config import Linear
 from megatron_sbn.functional import LinearSettings, PreparedWeight, apply_linear, prepare_weight, sparse_bitlinear
 from megatron_sbn.functional.collectives import LocalCollectives
 
@@ -42,6 +45,19 @@ from megatron_sbn.functional.collectives import LocalCollectives
 def test_impossible_settings_are_named(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LinearSettings(**fields)
+
+
+def choices(annotation: object) -> set[object]:
+    """The values of a Literal or of a union with None; a type that is neither stands for itself."""
+    parts = get_args(annotation)
+    return {None} if annotation is NoneType else set().union(*map(choices, parts)) if parts else {annotation}
+
+
+def test_a_recipe_has_the_same_settings_with_the_same_choices() -> None:
+    for field in dataclasses.fields(LinearSettings):
+        ours = Linear.model_fields[field.name]
+        assert ours.default == field.default, field.name
+        assert choices(ours.annotation) == choices(field.type), field.name
 
 
 def test_defaults_are_those_of_the_paper_and_frozen() -> None:

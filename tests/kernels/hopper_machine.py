@@ -1,8 +1,8 @@
-"""A processor of Hopper for Gluon kernels' own Python source: copies, barriers and products that come when they may.
+"""A processor of Hopper for Gluon kernels' own Python source: copies, barriers and wgmma that come when they may.
 
-One thread of control stands for the block: what its threads do to each other is not emulated. Copies and products
+One thread of control stands for the block: what its threads do to each other is not emulated. Copies and wgmma
 take effect either at once or at the last moment that the waits allow, so that a slot that is read before its copy was
-waited for, or overwritten while a product still reads it, changes the result.
+waited for, or overwritten while a wgmma still reads it, changes the result.
 """
 
 from dataclasses import dataclass, field
@@ -79,7 +79,7 @@ class Barrier:
 
 @dataclass
 class Sums:
-    """An accumulator in registers, and how many products are still adding to it."""
+    """An accumulator in registers, and how many wgmma are still adding to it."""
 
     value: torch.Tensor
 

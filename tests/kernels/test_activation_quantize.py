@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from same_bits import assert_same_bits
 from sbn_kernels import reference
 from sbn_kernels.gpu.quantize import activation_quantize as kernel
 
@@ -21,36 +22,30 @@ def tokens(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return x.to(DEVICE)
 
 
-def same(ours: tuple[torch.Tensor, ...], theirs: tuple[torch.Tensor, ...]) -> bool:
-    """Equal types, shapes and values; NaN equals NaN."""
-    assert [(a.dtype, a.shape) for a in ours] == [(b.dtype, b.shape) for b in theirs]
-    return all(bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in zip(ours, theirs, strict=True))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_activations_have_the_references_bits(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = tokens(shape, dtype)
     for bits in (8, 4):
-        assert same(kernel.quantize_activations(x, bits), reference.quantize_activations(x, bits))
+        assert_same_bits(kernel.quantize_activations(x, bits), reference.quantize_activations(x, bits))
     largest = kernel.activation_abs_max(x)
-    assert same((largest,), (reference.activation_abs_max(x),))
+    assert_same_bits((largest,), (reference.activation_abs_max(x),))
     wider = largest * 1.5
-    assert same(kernel.quantize_activations(x, abs_max=wider), reference.quantize_activations(x, abs_max=wider))
+    assert_same_bits(kernel.quantize_activations(x, abs_max=wider), reference.quantize_activations(x, abs_max=wider))
 
 
 def test_halves_ties_and_subnormals_round_as_the_reference() -> None:
     steps = torch.arange(-254, 255, device=DEVICE) / 2
     x = torch.stack([steps, steps * 2.0**-140, torch.full_like(steps, 2.0**-149), torch.zeros_like(steps)])
     for bits in (8, 4):
-        assert same(kernel.quantize_activations(x, bits), reference.quantize_activations(x, bits))
+        assert_same_bits(kernel.quantize_activations(x, bits), reference.quantize_activations(x, bits))
 
 
 def test_strided_tokens_are_read_where_they_are() -> None:
     x = tokens((6, 64), torch.float32)[:, ::2]
-    assert same(kernel.quantize_activations(x), reference.quantize_activations(x))
+    assert_same_bits(kernel.quantize_activations(x), reference.quantize_activations(x))
     wide = tokens((6, 64), torch.bfloat16)[:, :40]
-    assert same(kernel.quantize_activations(wide), reference.quantize_activations(wide))
+    assert_same_bits(kernel.quantize_activations(wide), reference.quantize_activations(wide))
 
 
 def test_bad_arguments_are_named() -> None:

@@ -2,20 +2,10 @@
 
 import pytest
 import torch
+from operands import operands
+from same_bits import assert_same_bits
 from sbn_kernels import reference
 from sbn_kernels.gpu.gemm import cusparselt
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def inputs(tokens: int, out: int, width: int) -> tuple[torch.Tensor, ...]:
-    """codes 2:4, x_q, s_x, gamma, bias."""
-    generator = torch.Generator().manual_seed(tokens + out + width)
-    order = torch.rand(out, width // 4, 4, generator=generator).argsort(-1)
-    codes = ((order < 2) * torch.randint(-1, 2, order.shape, generator=generator)).to(torch.int8).flatten(1)
-    x_q = torch.randint(-128, 128, (tokens, width), dtype=torch.int8, generator=generator)
-    scales = (torch.rand(tokens, generator=generator) + 0.01, torch.rand(out, generator=generator) + 0.01)
-    return tuple(t.to(DEVICE) for t in (codes, x_q, *scales, torch.randn(out, generator=generator)))
 
 
 @pytest.fixture
@@ -41,11 +31,11 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("tokens", [0, 1, 17, 32, 33])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_layouts_and_scales(stand_in: list[tuple[int, ...]], tokens: int, dtype: torch.dtype) -> None:
-    codes, x_q, s_x, gamma, bias = inputs(tokens, 96, 896)
+    x_q, s_x, codes, gamma, bias = operands(tokens, 96, 896, two_four=True)
     weight = cusparselt.compress(codes)
     for added in (None, bias, bias.bfloat16()):
         y = cusparselt.cusparselt_linear(x_q, s_x, weight, gamma, added, dtype)
-        assert torch.equal(y, reference.ternary_linear(x_q, s_x, codes, gamma, added, dtype))
+        assert_same_bits(y, reference.ternary_linear(x_q, s_x, codes, gamma, added, dtype))
     assert set(stand_in) == ({(896, -(-tokens // 32) * 32)} if tokens else set())
 
 
@@ -59,7 +49,7 @@ def test_result_shape_is_what_pytorch_declares() -> None:
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    codes, x_q, s_x, gamma, _ = inputs(2, 32, 32)
+    x_q, s_x, codes, gamma, _ = operands(2, 32, 32, two_four=True)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
     with pytest.raises(ValueError, match="has no cuSPARSELt here"):
         cusparselt.compress(codes)
@@ -68,7 +58,7 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_does_not_fit_is_refused(stand_in: list[tuple[int, ...]]) -> None:
-    codes, x_q, s_x, gamma, bias = inputs(2, 32, 64)
+    x_q, s_x, codes, gamma, bias = operands(2, 32, 64, two_four=True)
     for bad, message in (
         (codes.float(), "takes int8 codes"),
         (codes[0], "takes int8 codes"),
@@ -95,8 +85,8 @@ def test_what_does_not_fit_is_refused(stand_in: list[tuple[int, ...]]) -> None:
 @pytest.mark.skipif(not torch.backends.cusparselt.is_available(), reason="PyTorch without cuSPARSELt")
 @pytest.mark.parametrize(("tokens", "out", "width"), [(1, 32, 32), (17, 896, 4864), (300, 2048, 11008)])
 def test_on_a_gpu(tokens: int, out: int, width: int) -> None:
-    codes, x_q, s_x, gamma, bias = inputs(tokens, out, width)
+    x_q, s_x, codes, gamma, bias = operands(tokens, out, width, two_four=True)
     weight = cusparselt.compress(codes)
     for added in (None, bias):
         y = cusparselt.cusparselt_linear(x_q, s_x, weight, gamma, added, torch.bfloat16)
-        assert torch.equal(y, reference.ternary_linear(x_q, s_x, codes, gamma, added, torch.bfloat16))
+        assert_same_bits(y, reference.ternary_linear(x_q, s_x, codes, gamma, added, torch.bfloat16))

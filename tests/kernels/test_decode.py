@@ -5,44 +5,25 @@ import itertools
 import pytest
 import torch
 from cases import kernel_cases
+from operands import DEVICE, TWO_FOUR_GROUPS, operands, two_four_codes
+from same_bits import assert_same_bits
 from sbn_kernels import reference
 from sbn_kernels.formats import trits
 from sbn_kernels.gpu.decode import decode
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = tuple(decode.BYTES_PER_WEIGHT)
 SHAPES = [(1, 1), (3, 17), (1, 11008), (9, 896), (2, 4864), (70, 64)]
-GROUPS = [g for g in itertools.product((-1, 0, 1), repeat=4) if sum(c != 0 for c in g) <= 2]
-
-
-def random_codes(out: int, width: int, form: str, seed: int) -> torch.Tensor:
-    """Codes of the format: any ternary ones, or 2:4 with every pattern."""
-    generator = torch.Generator().manual_seed(seed)
-    if form in ("two_bit", "trits"):
-        return torch.randint(-1, 2, (out, width), dtype=torch.int8, generator=generator).to(DEVICE)
-    choice = torch.randint(len(GROUPS), (out, -(-width // 4)), generator=generator)
-    return torch.tensor(GROUPS, dtype=torch.int8)[choice].flatten(1)[:, :width].contiguous().to(DEVICE)
-
-
-def inputs(tokens: int, out: int, width: int, seed: int) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(seed)
-    x_q = torch.randint(-128, 128, (tokens, width), dtype=torch.int8, generator=generator)
-    s_x = torch.rand(tokens, generator=generator) + 0.01
-    gamma = torch.rand(out, generator=generator) + 0.01
-    bias = torch.randn(out, generator=generator)
-    return tuple(t.to(DEVICE) for t in (x_q, s_x, gamma, bias))
+TWO_FOUR = ("six_bit", "triples")
 
 
 def check(
     form: str, tokens: int, out: int, width: int, dtype: torch.dtype = torch.float32, splits: int | None = None
 ) -> None:
-    codes = random_codes(out, width, form, tokens + width)
-    x_q, s_x, gamma, bias = inputs(tokens, out, width, out)
+    x_q, s_x, codes, gamma, bias = operands(tokens, out, width, two_four=form in TWO_FOUR)
     weight = decode.pack_weight(codes, form)
     added = None if tokens == 3 else bias.to(dtype)
     y = decode.decode_linear(x_q, s_x, weight, gamma, added, dtype, splits=splits)
-    assert y.dtype == dtype
-    assert torch.equal(y, reference.ternary_linear(x_q, s_x, codes, gamma, added, dtype))
+    assert_same_bits(y, reference.ternary_linear(x_q, s_x, codes, gamma, added, dtype))
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -88,7 +69,7 @@ def test_every_value_of_a_unit(form: str, tokens: int) -> None:
         codes = torch.cat([codes, codes.roll(1, 0), codes.roll(7, 0), codes.roll(100, 0)], dim=1)
         codes = codes[:: 1 if tokens == 16 else 6]
     else:
-        codes = torch.tensor(GROUPS, dtype=torch.int8, device=DEVICE)
+        codes = torch.tensor(TWO_FOUR_GROUPS, dtype=torch.int8, device=DEVICE)
         codes = torch.cat([codes.roll(k, 0) for k in (0, 1, 5, 9, 17)], dim=1)
     probe = torch.tensor([1, 3, 9, 27, 81], dtype=torch.int8, device=DEVICE)
     x_q = torch.zeros(tokens, codes.shape[1], dtype=torch.int8, device=DEVICE)
@@ -96,7 +77,7 @@ def test_every_value_of_a_unit(form: str, tokens: int) -> None:
         x_q[token, 5 * token : 5 * token + 5] = probe
     ones, gamma = torch.ones(tokens, device=DEVICE), torch.ones(codes.shape[0], device=DEVICE)
     y = decode.decode_linear(x_q, ones, decode.pack_weight(codes, form), gamma)
-    assert torch.equal(y, x_q.float() @ codes.t().float())
+    assert_same_bits(y, x_q.float() @ codes.t().float())
 
 
 def test_division_by_33_is_exact() -> None:
@@ -109,29 +90,27 @@ def test_division_by_33_is_exact() -> None:
     x_q = torch.cat([x_q.roll(k, 1) for k in range(9)])
     gamma = torch.ones(codes.shape[0], device=DEVICE)
     y = decode.decode_linear(x_q, torch.ones(9, device=DEVICE), decode.pack_weight(codes, "triples"), gamma)
-    assert torch.equal(y, x_q.float() @ codes.t().float())
+    assert_same_bits(y, x_q.float() @ codes.t().float())
 
 
 def test_bytes_a_weight() -> None:
     for form, limit in decode.BYTES_PER_WEIGHT.items():
-        codes = random_codes(2, 960, form, 0)
+        codes = two_four_codes(2, 960)
         exact = {"two_bit": 1 / 4, "trits": 1 / 5, "six_bit": 3 / 16 * 1024 / 960, "triples": 1 / 6}[form]
         assert decode.pack_weight(codes, form).bytes_per_weight == pytest.approx(exact)
-        wide = decode.pack_weight(random_codes(1, 11008, form, 0), form).bytes_per_weight
+        wide = decode.pack_weight(two_four_codes(1, 11008), form).bytes_per_weight
         assert limit <= wide <= 1.01 * limit
 
 
 def test_a_bad_token_spoils_itself_only() -> None:
-    codes = random_codes(5, 64, "two_bit", 1)
-    x_q, s_x, gamma, _ = inputs(3, 5, 64, 2)
+    x_q, s_x, codes, gamma, _ = operands(3, 5, 64)
     s_x[1] = torch.nan
     y = decode.decode_linear(x_q, s_x, decode.pack_weight(codes, "two_bit"), gamma)
     assert y.isnan().all(dim=1).tolist() == [False, True, False]
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    codes = random_codes(4, 64, "six_bit", 1)
-    x_q, s_x, gamma, bias = inputs(2, 4, 64, 2)
+    x_q, s_x, codes, gamma, bias = operands(2, 4, 64, two_four=True)
     weight = decode.pack_weight(codes, "six_bit")
     with pytest.raises(ValueError, match="format 'eight_bit' is not one of"):
         decode.pack_weight(codes, "eight_bit")

@@ -11,6 +11,7 @@ W = torch.randn(8, 16)
 X_Q, S_X = reference.quantize_activations(torch.randn(3, 16))
 CODES, GAMMA = kernels.ternary_codes(W, 6, 8, backend="reference")
 ROWS = GAMMA.expand(8)
+WEIGHT = kernels.TernaryWeight(CODES, ROWS)
 DY = torch.randn(3, 8)
 CALLS = {
     "nm_mask": (W, 6, 8),
@@ -18,10 +19,10 @@ CALLS = {
     "codes_from_gamma": (W, ROWS, 6, 8),
     "activation_abs_max": (W,),
     "quantize_activations": (W,),
-    "int_matmul": (X_Q, CODES),
+    "int_matmul": (X_Q, WEIGHT),
     "scale_accumulator": (torch.ones(3, 8), S_X, ROWS),
-    "ternary_linear": (X_Q, S_X, CODES, ROWS),
-    "input_gradient": (DY, CODES, ROWS),
+    "ternary_linear": (X_Q, S_X, WEIGHT),
+    "input_gradient": (DY, WEIGHT),
     "weight_gradient": (DY, X_Q, S_X),
     "logit_statistics": (DY, torch.tensor([0, 7, -1])),
     "logit_gradient": (DY, torch.logsumexp(DY, 1), torch.tensor([0, 7, -1]), torch.bfloat16),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from same_bits import assert_same_bits
 from sbn_kernels import reference
 from sbn_kernels.gpu.quantize.gradient_quantize import quantize_gradient, quantize_gradient_columns
 
@@ -19,17 +20,11 @@ def gradients(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return dy.to(dtype).to(DEVICE)
 
 
-def same(ours: tuple[torch.Tensor, ...], theirs: tuple[torch.Tensor, ...]) -> bool:
-    """Equal types, shapes and values; NaN equals NaN."""
-    assert [(a.dtype, a.shape) for a in ours] == [(b.dtype, b.shape) for b in theirs]
-    return all(bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in zip(ours, theirs, strict=True))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rows_have_the_references_bits(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     dy, gamma = gradients(shape, dtype), torch.rand(shape[-1], device=DEVICE)
-    assert same(quantize_gradient(dy, gamma), reference.quantize_rows(dy.float() * gamma))
+    assert_same_bits(quantize_gradient(dy, gamma), reference.quantize_rows(dy.float() * gamma))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -37,7 +32,7 @@ def test_rows_have_the_references_bits(shape: tuple[int, ...], dtype: torch.dtyp
 def test_columns_have_the_references_bits(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     dy, s_x = gradients(shape, dtype), torch.rand(shape[:-1], device=DEVICE)
     h = (dy.float() * s_x.unsqueeze(-1)).flatten(0, -2).t()
-    assert same(quantize_gradient_columns(dy, s_x), reference.quantize_rows(h))
+    assert_same_bits(quantize_gradient_columns(dy, s_x), reference.quantize_rows(h))
 
 
 def test_no_tokens_and_bad_shapes() -> None:

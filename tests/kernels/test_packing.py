@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import sbn_kernels as kernels
 import torch
+from same_bits import assert_same_bits
 
 pytest.importorskip("hypothesis")  # `make gpu` runs these tests with PyTorch, Triton and pytest alone
 from hypothesis import given, settings
@@ -24,7 +25,7 @@ def test_codes_come_back(shape: tuple[int, int], seed: int) -> None:
         for column in range(packed.shape[1] * 4):
             value = int(codes[row, column]) if column < shape[1] else 0
             assert int(packed[row, column // 4]) >> 2 * (column % 4) & 3 == value % 4
-    assert torch.equal(kernels.unpack(packed, shape[1]), torch.from_numpy(codes))
+    assert_same_bits(kernels.unpack(packed, shape[1]), torch.from_numpy(codes))
 
 
 @FAST
@@ -33,8 +34,8 @@ def test_masks_come_back_and_flips_are_counted(shape: tuple[int, int], seed: int
     rng = np.random.default_rng(seed)
     a, b = rng.random(shape) < 0.5, rng.random(shape) < 0.5
     packed_a, packed_b = (kernels.pack_mask(torch.from_numpy(mask)) for mask in (a, b))
-    assert (packed_a.numpy() == np.packbits(a, axis=-1, bitorder="little")).all()
-    assert torch.equal(kernels.unpack_mask(packed_a, shape[1]), torch.from_numpy(a))
+    np.testing.assert_array_equal(packed_a.numpy(), np.packbits(a, axis=-1, bitorder="little"))
+    assert_same_bits(kernels.unpack_mask(packed_a, shape[1]), torch.from_numpy(a))
     assert int(kernels.flip_count(packed_a, packed_b)) == int((a != b).sum())
 
 
@@ -47,9 +48,9 @@ def test_flips_of_every_byte_value() -> None:
 
 def test_stacked_and_strided_tensors_pack_along_the_last_dimension() -> None:
     codes = torch.randint(-1, 2, (6, 3, 10), dtype=torch.int8)
-    assert torch.equal(kernels.unpack(kernels.pack(codes.transpose(0, 1)), 10), codes.transpose(0, 1))
+    assert_same_bits(kernels.unpack(kernels.pack(codes.transpose(0, 1)), 10), codes.transpose(0, 1))
     mask = codes > 0
-    assert torch.equal(kernels.unpack_mask(kernels.pack_mask(mask.transpose(0, 1)), 10), mask.transpose(0, 1))
+    assert_same_bits(kernels.unpack_mask(kernels.pack_mask(mask.transpose(0, 1)), 10), mask.transpose(0, 1))
 
 
 def test_two_and_one_bits_a_weight() -> None:

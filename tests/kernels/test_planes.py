@@ -1,16 +1,13 @@
-"""Codes at 2 bits in plane order: against a packer that places one code at a time, and the products read from them."""
+"""Codes at 2 bits in plane order: against a packer that places one code at a time, and the GEMMs that read them."""
 
 import pytest
 import torch
 from cases import kernel_cases
+from operands import DEVICE, ternary_codes
+from same_bits import assert_same_bits
 from sbn_kernels.formats import planes
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(1, 1), (3, 256), (70, 300), (5, 896), (2, 11008), (130, 17), (4, 0)]
-
-
-def random_codes(rows: int, k: int) -> torch.Tensor:
-    return torch.randint(-1, 2, (rows, k), dtype=torch.int8, generator=torch.Generator().manual_seed(k)).to(DEVICE)
 
 
 def one_code_at_a_time(codes: torch.Tensor) -> torch.Tensor:
@@ -26,24 +23,24 @@ def one_code_at_a_time(codes: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_layout_and_way_back(shape: tuple[int, int]) -> None:
-    codes = random_codes(*shape)
+    codes = ternary_codes(*shape)
     packed = planes.pack_planes(codes)
     assert packed.shape == (shape[0], planes.plane_bytes(shape[1]))
-    assert torch.equal(packed, one_code_at_a_time(codes))
-    assert torch.equal(planes.unpack_planes(packed, shape[1]), codes)
+    assert_same_bits(packed, one_code_at_a_time(codes))
+    assert_same_bits(planes.unpack_planes(packed, shape[1]), codes)
 
 
 @pytest.mark.parametrize("shape", kernel_cases(SHAPES, [shape for shape in SHAPES if shape != (2, 11008)]), ids=str)
 def test_kernel_makes_the_same_bytes(shape: tuple[int, int]) -> None:
-    codes = random_codes(*shape)
-    assert torch.equal(planes.codes_to_planes(codes), planes.pack_planes(codes))
-    assert torch.equal(planes.codes_to_planes(codes, transpose=True), planes.pack_planes(codes.t().contiguous()))
-    turned = codes.t().contiguous().t()
-    assert torch.equal(planes.codes_to_planes(turned), planes.pack_planes(codes))
+    codes = ternary_codes(*shape)
+    assert_same_bits(planes.codes_to_planes(codes), planes.pack_planes(codes))
+    assert_same_bits(planes.codes_to_planes(codes, transpose=True), planes.pack_planes(codes.t().contiguous()))
+    transposed = codes.t().contiguous().t()
+    assert_same_bits(planes.codes_to_planes(transposed), planes.pack_planes(codes))
 
 
 def test_what_does_not_fit_is_named() -> None:
-    codes = random_codes(3, 300)
+    codes = ternary_codes(3, 300)
     with pytest.raises(ValueError, match="int8 matrix of codes, got torch.float32"):
         planes.pack_planes(codes.float())
     with pytest.raises(ValueError, match=r"got torch.int8 \(300,\)"):

@@ -5,23 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from operands import DEVICE, operands
+from same_bits import assert_same_bits
 from sbn_kernels import reference
 from sbn_kernels.formats.planes import codes_to_planes, pack_planes
 from sbn_kernels.gpu.gemm import planes_gemm, ternary_dgrad
 from sbn_kernels.gpu.primitives.tiles import Tile, gpu_family
 from triton.runtime.errors import OutOfResources
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = Tile(64, 32, 256, warps=4)  # forced, so that tests on a GPU measure nothing; one test below lets it choose
 SHAPES = [(1, 8, 896), (17, 33, 100), (40, 7, 4864), (2, 3, 11008), (70, 130, 256), (0, 5, 16)]
-
-
-def operands(tokens: int, out: int, features: int) -> tuple[torch.Tensor, ...]:
-    g = torch.Generator().manual_seed(tokens)
-    x_q = torch.randint(-128, 128, (tokens, features), dtype=torch.int8, generator=g)
-    codes = torch.randint(-1, 2, (out, features), dtype=torch.int8, generator=g)
-    s_x, gamma, bias = (torch.rand(n, generator=g) + 0.01 for n in (tokens, out, out))
-    return tuple(t.to(DEVICE) for t in (x_q, s_x, codes, gamma, bias - 0.5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -31,15 +24,14 @@ def test_outputs_have_the_bits_of_the_reference(shape: tuple[int, int, int], dty
     packed = pack_planes(codes)
     for b in (None, bias):
         y = planes_gemm.ternary_linear_planes(x_q, s_x, packed, gamma, b, dtype, config=TILE)
-        assert y.dtype == dtype
-        assert torch.equal(y, reference.ternary_linear(x_q, s_x, codes, gamma, b, dtype))
+        assert_same_bits(y, reference.ternary_linear(x_q, s_x, codes, gamma, b, dtype))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_raw_sums(shape: tuple[int, int, int]) -> None:
     x_q, _, codes, _, _ = operands(*shape)
     sums = planes_gemm.int_matmul_planes(x_q, pack_planes(codes), config=TILE)
-    assert torch.equal(sums, reference.int_matmul(x_q, codes))
+    assert_same_bits(sums, reference.int_matmul(x_q, codes))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +42,7 @@ def test_the_tile_does_not_show(tile: Tile) -> None:
     y = planes_gemm.ternary_linear_planes(
         x_q.view(7, 10, 300), s_x.view(7, 10), pack_planes(codes), gamma, bias, config=tile
     )
-    assert torch.equal(y, reference.ternary_linear(x_q, s_x, codes, gamma, bias).view(7, 10, 140))
+    assert_same_bits(y, reference.ternary_linear(x_q, s_x, codes, gamma, bias).view(7, 10, 140))
 
 
 def test_every_tile_for_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -61,7 +53,7 @@ def test_every_tile_for_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         for tile in (*planes_gemm.PLANES_TILES[gpu_family(x_q.device)], None):
             with suppress(OutOfResources):
                 y = planes_gemm.ternary_linear_planes(x_q, s_x, packed, gamma, bias, config=tile)
-                assert torch.equal(y, expected), tile
+                assert_same_bits(y, expected, tile)
 
 
 @pytest.mark.parametrize("parts", [None, ((0, 128, 0), (128, 172, 1)), ((0, 100, 0), (100, 200, 1))], ids=str)
@@ -76,7 +68,7 @@ def test_input_gradient_from_planes_equals_that_from_codes(rows: int, parts: tup
         gamma[start : start + length] = 0.3 + part
     run, tile = ternary_dgrad.ternary_dgrad, Tile(32, 32, 64, warps=4)
     dx = run(dy, gamma, codes_to_planes(codes, transpose=True), parts, config=tile)
-    assert torch.equal(dx, run(dy, gamma, codes.t().contiguous(), parts, config=tile))
+    assert_same_bits(dx, run(dy, gamma, codes.t().contiguous(), parts, config=tile))
     assert dx.any()
     with pytest.raises(ValueError, match="cannot read planes: its k must be 64"):
         run(dy, gamma, codes_to_planes(codes, transpose=True), parts, config=Tile(32, 32, 32))

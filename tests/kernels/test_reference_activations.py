@@ -1,4 +1,4 @@
-"""Activations, exact integer products and their scaling: against numpy's int64 and IEEE fp32."""
+"""Activations, exact integer GEMMs and their scaling: against numpy's int64 and IEEE fp32."""
 
 import math
 from fractions import Fraction
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import sbn_kernels as kernels
 import torch
-from sbn_kernels import reference
+from same_bits import assert_same_bits
+from sbn_kernels import TernaryWeight, reference
 
 pytest.importorskip("hypothesis")  # `make gpu` runs these tests with PyTorch, Triton and pytest alone
 from hypothesis import given, settings
@@ -24,6 +25,10 @@ VALUES = st.one_of(
     st.floats(width=32, allow_nan=False, allow_infinity=False),
 )
 F32 = np.float32
+
+
+def int_matmul(x_q: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    return kernels.int_matmul(x_q, TernaryWeight(codes, torch.ones(len(codes))))
 
 
 def codes_by_definition(row: list[float], r: np.float32, low: int, high: int) -> list[int]:
@@ -59,21 +64,19 @@ def test_dtypes_shapes_and_strides_do_not_matter(dtype: torch.dtype, bits: int) 
     x = torch.randn(6, 3, 40).to(dtype)
     x_q, s_x = kernels.quantize_activations(x, bits)
     expected = kernels.quantize_activations(x.float().reshape(18, 40), bits)
-    assert torch.equal(x_q.reshape(18, 40), expected[0])
-    assert torch.equal(s_x.reshape(18), expected[1])
+    assert_same_bits(x_q.reshape(18, 40), expected[0])
+    assert_same_bits(s_x.reshape(18), expected[1])
     strided = kernels.quantize_activations(x.transpose(0, 1), bits)
-    assert torch.equal(strided[0], x_q.transpose(0, 1))
-    assert torch.equal(strided[1], s_x.transpose(0, 1))
+    assert_same_bits(strided, (x_q.transpose(0, 1), s_x.transpose(0, 1)))
     one = kernels.quantize_activations(x[2, 1], bits)
-    assert torch.equal(one[0], x_q[2, 1])
-    assert torch.equal(one[1], s_x[2, 1])
+    assert_same_bits(one, (x_q[2, 1], s_x[2, 1]))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_no_tokens(bits: int) -> None:
     x_q, s_x = kernels.quantize_activations(torch.empty(0, 3, 16), bits)
     assert (x_q.shape, s_x.shape) == ((0, 3, 16), (0, 3))
-    y = kernels.ternary_linear(x_q, s_x, torch.ones(4, 16, dtype=torch.int8), torch.ones(4))
+    y = kernels.ternary_linear(x_q, s_x, TernaryWeight(torch.ones(4, 16, dtype=torch.int8), torch.ones(4)))
     assert y.shape == (0, 3, 4)
 
 
@@ -84,8 +87,8 @@ def test_slices_of_the_input_with_the_common_maximum_have_the_codes_of_the_whole
     pieces = x.chunk(shards, dim=-1)
     abs_max = torch.stack([kernels.activation_abs_max(p) for p in pieces]).amax(0)
     quantized = [kernels.quantize_activations(p, abs_max=abs_max) for p in pieces]
-    assert torch.equal(torch.cat([q for q, _ in quantized], dim=-1), x_q)
-    assert all(torch.equal(s, s_x) for _, s in quantized)
+    assert_same_bits(torch.cat([q for q, _ in quantized], dim=-1), x_q)
+    assert_same_bits([s for _, s in quantized], [s_x] * shards)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -97,9 +100,9 @@ def test_a_bad_token_is_nan_and_no_other(bits: int, bad: float) -> None:
     x_q, s_x = kernels.quantize_activations(x, bits)
     assert not x_q[1].any()
     assert s_x.isnan().tolist() == [False, True, False]
-    assert torch.equal(x_q[::2], clean_q[::2])
-    assert torch.equal(s_x[::2], clean_s[::2])
-    y = kernels.ternary_linear(x_q, s_x, torch.zeros(4, 16, dtype=torch.int8), torch.ones(4))
+    assert_same_bits(x_q[::2], clean_q[::2])
+    assert_same_bits(s_x[::2], clean_s[::2])
+    y = kernels.ternary_linear(x_q, s_x, TernaryWeight(torch.zeros(4, 16, dtype=torch.int8), torch.ones(4)))
     assert y.isnan().all(dim=1).tolist() == [False, True, False]
     assert y[::2].isfinite().all()
 
@@ -140,7 +143,7 @@ def test_gradient_rows_are_within_half_a_step(rows: list[list[float]]) -> None:
 def test_tiny_gradients_keep_their_bits() -> None:
     t = torch.randn(4, 64)
     for exponent in (-80, -20, 60):
-        assert torch.equal(reference.quantize_rows(t * 2.0**exponent)[0], reference.quantize_rows(t)[0])
+        assert_same_bits(reference.quantize_rows(t * 2.0**exponent)[0], reference.quantize_rows(t)[0])
 
 
 @pytest.mark.parametrize("width", [1, 7, 896, 4864, 131072])
@@ -150,14 +153,14 @@ def test_ternary_products_are_exact(width: int) -> None:
     codes = rng.integers(-1, 2, (5, width)).astype(np.int8)
     x_q[0], codes[0], codes[1] = -128, 1, -1
     expected = x_q.astype(np.int64) @ codes.astype(np.int64).T
-    acc = kernels.int_matmul(torch.from_numpy(x_q), torch.from_numpy(codes))
+    acc = int_matmul(torch.from_numpy(x_q), torch.from_numpy(codes))
     assert acc.dtype == torch.float32
-    assert (acc.numpy().astype(np.int64) == expected).all()
+    np.testing.assert_array_equal(acc.numpy().astype(np.int64), expected)
     halves = [
-        kernels.int_matmul(torch.from_numpy(x_q[:, part]), torch.from_numpy(codes[:, part]))
+        int_matmul(torch.from_numpy(x_q[:, part]), torch.from_numpy(codes[:, part]))
         for part in (slice(0, width // 3), slice(width // 3, None))
     ]
-    assert torch.equal(halves[0] + halves[1], acc)
+    assert_same_bits(halves[0] + halves[1], acc)
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
@@ -169,12 +172,12 @@ def test_reduced_precision_modes_do_not_reach_integers(precision: str) -> None:
     try:
         torch.set_float32_matmul_precision(precision)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            acc = kernels.int_matmul(x_q, codes)
+            acc = int_matmul(x_q, codes)
             product = reference.int8_matmul(x_q.clamp(min=-127), x_q)
     finally:
         torch.set_float32_matmul_precision(before)
-    assert torch.equal(acc.long(), expected)
-    assert torch.equal(product.long(), x_q.clamp(min=-127).long() @ x_q.long().t())
+    assert_same_bits(acc.long(), expected)
+    assert_same_bits(product.long(), x_q.clamp(min=-127).long() @ x_q.long().t())
 
 
 @pytest.mark.parametrize("length", [1, 1023, 1025, 5000])
@@ -184,12 +187,12 @@ def test_int8_products_are_exact(length: int) -> None:
     a[0], b[0] = 127, -128
     product = reference.int8_matmul(torch.from_numpy(a.astype(np.int8)), torch.from_numpy(b.astype(np.int8)))
     assert product.dtype == torch.int32
-    assert (product.numpy() == a @ b.T).all()
+    np.testing.assert_array_equal(product.numpy(), a @ b.T)
 
 
 def test_products_that_could_round_are_refused() -> None:
     wide = torch.zeros(1, 131073, dtype=torch.int8)
-    for multiply in (kernels.int_matmul, reference.int8_matmul):
+    for multiply in (int_matmul, reference.int8_matmul):
         with pytest.raises(ValueError, match="131073 are not exact: at most 131072"):
             multiply(wide, wide)
         with pytest.raises(ValueError, match="int8 operands"):
@@ -210,8 +213,7 @@ def test_scaling_multiplies_token_first_then_row_and_rounds_once(dtype: torch.dt
     y = kernels.scale_accumulator(
         given_acc, torch.from_numpy(s_x), torch.from_numpy(gamma), torch.from_numpy(bias) if with_bias else None, dtype
     )
-    assert y.dtype == dtype
-    assert torch.equal(y, torch.from_numpy(expected).to(dtype))
-    assert torch.equal(given_acc, torch.from_numpy(acc))
+    assert_same_bits(y, torch.from_numpy(expected).to(dtype))
+    assert_same_bits(given_acc, torch.from_numpy(acc))
     as_int = kernels.scale_accumulator(given_acc.int(), torch.from_numpy(s_x), torch.from_numpy(gamma))
-    assert torch.equal(as_int, torch.from_numpy((acc * s_x[:, None]) * gamma[None, :]))
+    assert_same_bits(as_int, torch.from_numpy((acc * s_x[:, None]) * gamma[None, :]))

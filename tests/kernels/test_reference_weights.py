@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import sbn_kernels as kernels
 import torch
+from same_bits import assert_same_bits
 
 pytest.importorskip("hypothesis")  # `make gpu` runs these tests with PyTorch, Triton and pytest alone
 from hypothesis import given, settings
@@ -62,7 +63,7 @@ def test_mask_follows_the_rank_formula(case: tuple[torch.Tensor, int, int]) -> N
     w, n, m = case
     mask = kernels.nm_mask(w, n, m)
     assert mask.dtype == torch.bool
-    assert (mask.numpy() == mask_by_definition(w.numpy(), n, m)).all()
+    np.testing.assert_array_equal(mask.numpy(), mask_by_definition(w.numpy(), n, m))
     assert (mask.unflatten(1, (-1, m)).sum(-1) == n).all()
 
 
@@ -71,7 +72,7 @@ def test_mask_follows_the_rank_formula(case: tuple[torch.Tensor, int, int]) -> N
 def test_every_group_size_with_ties_in_every_dtype(m: int, dtype: torch.dtype) -> None:
     w = torch.randn(3, 4 * m, generator=torch.Generator().manual_seed(m)).mul(2).round().div(2).to(dtype)
     for n in sorted({1, (m + 1) // 2, max(1, m - 1), m}):
-        assert (kernels.nm_mask(w, n, m).numpy() == mask_by_definition(w.float().numpy(), n, m)).all()
+        np.testing.assert_array_equal(kernels.nm_mask(w, n, m).numpy(), mask_by_definition(w.float().numpy(), n, m))
 
 
 def test_ties_keep_the_lower_index() -> None:
@@ -86,7 +87,7 @@ def test_large_and_non_contiguous_weights_equal_a_stable_sort() -> None:
     order = np.argsort(-np.abs(w.numpy()).reshape(1100, -1, 8), axis=-1, kind="stable")
     expected = np.zeros(order.shape, bool)
     np.put_along_axis(expected, order[..., :6], True, axis=-1)
-    assert (kernels.nm_mask(w, 6, 8).numpy() == expected.reshape(1100, -1)).all()
+    np.testing.assert_array_equal(kernels.nm_mask(w, 6, 8).numpy(), expected.reshape(1100, -1))
 
 
 def test_no_sparsity_keeps_everything_at_any_width() -> None:
@@ -135,7 +136,7 @@ def test_codes_follow_the_definition(case: tuple[torch.Tensor, int, int], mask_s
     everything = np.ones(w.shape, bool)
     unmasked = codes_by_definition(w.numpy(), gamma.tolist(), splits, everything)
     mask = mask_by_definition(w.numpy() if mask_source == "latent" else unmasked, n, m)
-    assert (codes.numpy() == codes_by_definition(w.numpy(), gamma.tolist(), splits, mask)).all()
+    np.testing.assert_array_equal(codes.numpy(), codes_by_definition(w.numpy(), gamma.tolist(), splits, mask))
 
 
 @FAST
@@ -146,15 +147,15 @@ def test_mask_then_quant_scales_by_the_survivors(case: tuple[torch.Tensor, int, 
     mask = mask_by_definition(w.numpy(), n, m)
     mean = math.fsum(np.abs(w.numpy()[mask]).tolist()) / int(mask.sum())
     assert gamma.item() == pytest.approx(max(mean, 1e-5), rel=2**-23)
-    assert (codes.numpy() == codes_by_definition(w.numpy(), gamma.tolist(), [w.shape[0]], mask)).all()
+    np.testing.assert_array_equal(codes.numpy(), codes_by_definition(w.numpy(), gamma.tolist(), [w.shape[0]], mask))
 
 
 def test_fused_rows_have_the_scales_of_their_own_matrix() -> None:
     q, k, v = torch.randn(16, 64), 5 * torch.randn(4, 64), 0.1 * torch.randn(4, 64)
     codes, gamma = kernels.ternary_codes(torch.cat([q, k, v]), 6, 8, [16, 4, 4])
     alone = [kernels.ternary_codes(w, 6, 8) for w in (q, k, v)]
-    assert torch.equal(gamma, torch.cat([g for _, g in alone]))
-    assert torch.equal(codes, torch.cat([c for c, _ in alone]))
+    assert_same_bits(gamma, torch.cat([g for _, g in alone]))
+    assert_same_bits(codes, torch.cat([c for c, _ in alone]))
     assert kernels.gamma_rows(gamma, [16, 4, 4]).tolist() == [gamma[0]] * 16 + [gamma[1]] * 4 + [gamma[2]] * 4
 
 
@@ -164,7 +165,7 @@ def test_shards_of_rows_and_of_columns_have_the_codes_of_the_whole(shards: int) 
     codes, gamma = kernels.ternary_codes(w, 6, 8)
     for dim in (0, 1):
         pieces = [kernels.codes_from_gamma(p, gamma.expand(p.shape[0]), 6, 8)[0] for p in w.chunk(shards, dim)]
-        assert torch.equal(torch.cat(pieces, dim), codes)
+        assert_same_bits(torch.cat(pieces, dim), codes)
 
 
 def test_a_given_mask_is_used_as_it_is() -> None:
@@ -172,7 +173,7 @@ def test_a_given_mask_is_used_as_it_is() -> None:
     kept = torch.rand(8, 32) < 0.3
     codes, mask = kernels.codes_from_gamma(w, torch.full((8,), 1e-3), 2, 4, mask=kept)
     assert mask is kept
-    assert torch.equal(codes, (w.sign() * kept).to(torch.int8))
+    assert_same_bits(codes, (w.sign() * kept).to(torch.int8))
 
 
 def test_half_rounds_to_even() -> None:
@@ -190,8 +191,7 @@ def test_low_precision_weights_are_converted_first() -> None:
     w = torch.randn(16, 64).bfloat16()
     codes, gamma = kernels.ternary_codes(w, 6, 8)
     expected = kernels.ternary_codes(w.float(), 6, 8)
-    assert torch.equal(codes, expected[0])
-    assert torch.equal(gamma, expected[1])
+    assert_same_bits((codes, gamma), expected)
 
 
 @pytest.mark.parametrize(

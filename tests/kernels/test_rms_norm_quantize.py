@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import kernel_cases
+from same_bits import assert_same_bits
 from sbn_kernels import reference
 from sbn_kernels.gpu.quantize import rms_norm_quantize as kernel
 from sbn_kernels.gpu.quantize.rms_norm_quantize import rms_norm_backward, rms_norm_quantize
@@ -33,16 +34,15 @@ def test_codes_are_those_of_the_norm(shape: tuple[int, ...], dtype: torch.dtype)
     assert y.dtype == dtype
     torch.testing.assert_close(y.double(), norm(x, weight), rtol=EPSILON[dtype], atol=1e-7)
     expected = reference.quantize_activations(y)
-    assert torch.equal(x_q, expected[0])
-    assert torch.equal(s_x, expected[1])
+    assert_same_bits((x_q, s_x), expected)
     torch.testing.assert_close(rstd.double(), 1 / (x.double().square().mean(-1) + 1e-5).sqrt(), rtol=1e-6, atol=0)
-    assert all(torch.equal(a, b) for a, b in zip(rms_norm_quantize(x, weight)[:3], (x_q, s_x, rstd), strict=True))
+    assert_same_bits(rms_norm_quantize(x, weight)[:3], (x_q, s_x, rstd))
 
 
 def test_a_token_does_not_depend_on_its_neighbours() -> None:
     x, weight, _ = inputs((6, 896), torch.bfloat16)
     whole, alone = rms_norm_quantize(x, weight), rms_norm_quantize(x[4:5], weight)
-    assert all(torch.equal(a[4:5], b) for a, b in zip(whole[:3], alone[:3], strict=True))
+    assert_same_bits([t[4:5] for t in whole[:3]], alone[:3])
 
 
 def test_a_token_with_nan_gives_a_scale_of_nan() -> None:
@@ -73,7 +73,7 @@ def test_programs_that_take_several_tokens_add_their_sums(monkeypatch: pytest.Mo
     dx, dweight = rms_norm_backward(dy, x, weight, rstd)
     monkeypatch.setattr(kernel, "_PARTIAL_SUMS", 3)
     fewer_dx, fewer_dweight = rms_norm_backward(dy, x, weight, rstd)
-    assert torch.equal(fewer_dx, dx)
+    assert_same_bits(fewer_dx, dx)
     torch.testing.assert_close(fewer_dweight, dweight, rtol=1e-6, atol=1e-6)
 
 

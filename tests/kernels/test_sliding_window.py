@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from same_bits import assert_same_bits
 from sbn_kernels.formats import two_four
 from sbn_kernels.gpu.gemm.sliding_window import (
     expand_activations,
@@ -44,7 +45,7 @@ def test_every_pattern(m: int) -> None:
     expanded = expand_codes(codes.to(DEVICE), m)
     assert expanded.shape == (len(codes), 2 * m - 4)
     assert two_four.is_two_four(expanded)
-    assert torch.equal(folded(expanded, m), codes.long())
+    assert_same_bits(folded(expanded, m), codes.long())
     assert int((expanded != 0).sum()) == int((codes != 0).sum())
 
 
@@ -57,13 +58,13 @@ def test_the_product_is_the_same(m: int, groups: int) -> None:
     assert two_four.is_two_four(wide_codes)
     assert wide_codes.shape[1] == wide_x.shape[1] == expanded_features(groups * m, m) == groups * (2 * m - 4)
     expected = x_q.double() @ codes.double().t()
-    assert torch.equal(wide_x.double() @ wide_codes.double().t(), expected)
-    assert torch.equal(folded(wide_codes, m), codes.long().cpu())
+    assert_same_bits(wide_x.double() @ wide_codes.double().t(), expected)
+    assert_same_bits(folded(wide_codes, m), codes.long().cpu())
 
 
 def test_two_four_is_left_alone() -> None:
     codes = random_codes(3, 9, 4, 0)
-    assert torch.equal(expand_codes(codes, 4), codes)
+    assert_same_bits(expand_codes(codes, 4), codes)
 
 
 def test_half_as_long_again_for_six_of_eight() -> None:
@@ -74,12 +75,12 @@ def test_half_as_long_again_for_six_of_eight() -> None:
 @pytest.mark.parametrize(("tokens", "groups"), [(0, 3), (1, 1), (17, 3), (3, 200)])
 def test_kernel_expands_the_same_bytes(m: int, tokens: int, groups: int) -> None:
     x_q = torch.randint(-128, 128, (tokens, groups * m), dtype=torch.int8).to(DEVICE)
-    assert torch.equal(expand_activations_fast(x_q, m), expand_activations(x_q, m))
+    assert_same_bits(expand_activations_fast(x_q, m), expand_activations(x_q, m))
 
 
 def test_leading_dimensions() -> None:
     x_q = torch.randint(-128, 128, (2, 3, 16), dtype=torch.int8)
-    assert torch.equal(expand_activations(x_q, 8), expand_activations(x_q.flatten(0, 1), 8).view(2, 3, 24))
+    assert_same_bits(expand_activations(x_q, 8), expand_activations(x_q.flatten(0, 1), 8).view(2, 3, 24))
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""The sparse product: its formulas and its order of operations around an emulated instruction; on a GPU, itself."""
+"""The sparse GEMM: its formulas and its order of operations around an emulated instruction; on a GPU, itself."""
 
 import itertools
 
@@ -6,22 +6,13 @@ import pytest
 import torch
 from cases import kernel_cases
 from mma_sp import mma_sp
+from operands import operands
+from same_bits import assert_same_bits
 from sbn_kernels import reference
 from sbn_kernels.formats import two_four
 from sbn_kernels.gpu.gemm import sparse_gemm
 
-GROUPS = [g for g in itertools.product((-1, 0, 1), repeat=4) if sum(c != 0 for c in g) <= 2]
 SHAPES = [(1, 1, 16), (17, 40, 64), (25, 33, 80), (3, 16, 896), (50, 70, 144)]
-
-
-def inputs(tokens: int, out: int, width: int) -> tuple[torch.Tensor, ...]:
-    """codes, x_q, s_x, gamma, bias."""
-    generator = torch.Generator().manual_seed(tokens + out + width)
-    choice = torch.randint(len(GROUPS), (out, width // 4), generator=generator)
-    codes = torch.tensor(GROUPS, dtype=torch.int8)[choice].flatten(1)
-    x_q = torch.randint(-128, 128, (tokens, width), dtype=torch.int8, generator=generator)
-    scales = (torch.rand(tokens, generator=generator) + 0.01, torch.rand(out, generator=generator) + 0.01)
-    return codes, x_q, *scales, torch.randn(out, generator=generator)
 
 
 def emulated(
@@ -55,11 +46,11 @@ def emulated(
 
 @pytest.mark.parametrize(("tokens", "out", "width"), kernel_cases(SHAPES, SHAPES[:3], several=True))
 def test_formulas_and_order_give_the_layer(tokens: int, out: int, width: int) -> None:
-    codes, x_q, s_x, gamma, bias = inputs(tokens, out, width)
+    x_q, s_x, codes, gamma, bias = operands(tokens, out, width, two_four=True, device="cpu")
     weight = two_four.pack_two_four(codes)
     for added in (None, bias):
         expected = reference.ternary_linear(x_q, s_x, codes, gamma, added)
-        assert torch.equal(emulated(x_q, s_x, weight, gamma, added), expected)
+        assert_same_bits(emulated(x_q, s_x, weight, gamma, added), expected)
 
 
 def test_operands_of_the_instruction_are_numbered() -> None:
@@ -71,7 +62,7 @@ def test_operands_of_the_instruction_are_numbered() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    codes, x_q, s_x, gamma, bias = inputs(2, 16, 64)
+    x_q, s_x, codes, gamma, bias = operands(2, 16, 64, two_four=True, device="cpu")
     weight = two_four.pack_two_four(codes)
     narrow = two_four.pack_two_four(codes[:, :20])
     bad = (
@@ -93,8 +84,8 @@ def test_what_does_not_fit_is_refused() -> None:
 @pytest.mark.parametrize(("tokens", "out", "width"), [(1, 1, 16), (300, 300, 896), (17, 896, 4864), (129, 2048, 11008)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_gpu(tokens: int, out: int, width: int, dtype: torch.dtype) -> None:
-    codes, x_q, s_x, gamma, bias = (t.cuda() for t in inputs(tokens, out, width))
+    x_q, s_x, codes, gamma, bias = operands(tokens, out, width, two_four=True)
     weight = two_four.pack_two_four_fast(codes)
     for added in (None, bias):
         y = sparse_gemm.sparse_linear(x_q, s_x, weight, gamma, added, dtype)
-        assert torch.equal(y, reference.ternary_linear(x_q, s_x, codes, gamma, added, dtype))
+        assert_same_bits(y, reference.ternary_linear(x_q, s_x, codes, gamma, added, dtype))

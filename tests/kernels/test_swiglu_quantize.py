@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from same_bits import assert_same_bits
 from sbn_kernels import reference
 from sbn_kernels.gpu.quantize.swiglu_quantize import swiglu_abs_max, swiglu_backward, swiglu_quantize
 from torch import Tensor
@@ -30,13 +31,11 @@ def test_codes_are_those_of_the_product(shape: tuple[int, ...], dtype: torch.dty
     x_q, s_x, h = swiglu_quantize(gate_up, keep_output=True)
     assert h is not None
     torch.testing.assert_close(h.double(), swiglu(gate_up), rtol=EPSILON[dtype], atol=1e-6)
-    for ours, theirs in zip((x_q, s_x), reference.quantize_activations(h), strict=True):
-        assert torch.equal(ours, theirs)
+    assert_same_bits((x_q, s_x), reference.quantize_activations(h))
     largest = swiglu_abs_max(gate_up)
-    assert torch.equal(largest, reference.activation_abs_max(h))
+    assert_same_bits(largest, reference.activation_abs_max(h))
     given = swiglu_quantize(gate_up, abs_max=largest * 2)
-    for ours, theirs in zip(given[:2], reference.quantize_activations(h, abs_max=largest * 2), strict=True):
-        assert torch.equal(ours, theirs)
+    assert_same_bits(given[:2], reference.quantize_activations(h, abs_max=largest * 2))
 
 
 def test_slices_of_a_token_make_the_whole_token() -> None:
@@ -47,8 +46,8 @@ def test_slices_of_a_token_make_the_whole_token() -> None:
     halves = [torch.cat([gate[:, s], up[:, s]], dim=-1) for s in (slice(0, 17), slice(17, 34))]
     largest = torch.stack([swiglu_abs_max(half) for half in halves]).amax(0)
     parts = [swiglu_quantize(half, abs_max=largest) for half in halves]
-    assert torch.equal(torch.cat([part[0] for part in parts], dim=-1), whole[0])
-    assert all(torch.equal(part[1], whole[1]) for part in parts)
+    assert_same_bits(torch.cat([part[0] for part in parts], dim=-1), whole[0])
+    assert_same_bits([part[1] for part in parts], [whole[1]] * len(parts))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

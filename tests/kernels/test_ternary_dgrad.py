@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import kernel_cases
+from same_bits import assert_same_bits
 from sbn_kernels import reference
 from sbn_kernels.formats.planes import pack_planes
 from sbn_kernels.gpu.gemm import ternary_dgrad, ternary_gemm
@@ -25,7 +26,7 @@ PARTS = {
 MODES = ["uniform", "segments", "segments", "general", "uniform"]
 
 
-def operands(tokens: int, rows: int, features: int, dtype: torch.dtype, parts: tuple | None = None) -> tuple:
+def dgrad_operands(tokens: int, rows: int, features: int, dtype: torch.dtype, parts: tuple | None = None) -> tuple:
     """dy, gamma per row with one value a part, codes transposed [features, rows]."""
     g = torch.Generator().manual_seed(tokens + rows)
     dy = (torch.randn(tokens, rows, generator=g) * 0.1).to(dtype)
@@ -54,7 +55,7 @@ def excess(
 @pytest.mark.parametrize(("name", "mode"), zip(PARTS, MODES, strict=True))
 def test_every_way_of_scaling_is_within_its_bound(name: str, mode: str, dtype: torch.dtype) -> None:
     parts = PARTS[name]
-    dy, gamma, codes_t = operands(40, 192, 72, dtype, parts)
+    dy, gamma, codes_t = dgrad_operands(40, 192, 72, dtype, parts)
     bounds = ternary_dgrad.merged_parts(parts, 192)
     assert ternary_dgrad.scale_mode(bounds, TILE.k) == mode
     dx = ternary_dgrad.ternary_dgrad(dy, gamma, codes_t, parts, config=TILE)
@@ -66,7 +67,7 @@ def test_every_way_of_scaling_is_within_its_bound(name: str, mode: str, dtype: t
 @pytest.mark.parametrize("tokens", [1, 17])
 @pytest.mark.parametrize(("rows", "features"), [(896, 5), (33, 64), (4864, 3), (11008, 2), (64, 33)])
 def test_awkward_sizes(tokens: int, rows: int, features: int) -> None:
-    dy, gamma, codes_t = operands(tokens, rows, features, torch.bfloat16)
+    dy, gamma, codes_t = dgrad_operands(tokens, rows, features, torch.bfloat16)
     assert excess(ternary_dgrad.ternary_dgrad(dy, gamma, codes_t, config=TILE), dy, gamma, codes_t, 1, False) <= 1
 
 
@@ -75,12 +76,12 @@ def test_sums_of_small_integers_are_exact_and_rounded_once() -> None:
     codes_t = torch.randint(-1, 2, (40, 130), dtype=torch.int8, device=DEVICE)
     gamma = torch.full((130,), 0.5, device=DEVICE)
     exact = (dy.double() @ codes_t.double().t()) * 0.5
-    assert torch.equal(ternary_dgrad.ternary_dgrad(dy, gamma, codes_t, config=TILE), exact.to(torch.bfloat16))
+    assert_same_bits(ternary_dgrad.ternary_dgrad(dy, gamma, codes_t, config=TILE), exact.to(torch.bfloat16))
     gamma[64:] = 0.25
     exact = (dy.double() * gamma.double()) @ codes_t.double().t()
     for parts in (((0, 64, 0), (64, 66, 1)), ((0, 60, 0), (60, 4, 1), (64, 66, 2))):
         dx = ternary_dgrad.ternary_dgrad(dy, gamma, codes_t, parts, config=TILE)
-        assert torch.equal(dx, exact.to(torch.bfloat16))
+        assert_same_bits(dx, exact.to(torch.bfloat16))
 
 
 def test_rounding_to_bf16_is_half_to_even() -> None:
@@ -93,23 +94,23 @@ def test_rounding_to_bf16_is_half_to_even() -> None:
 
 
 def test_nan_stays_in_its_token() -> None:
-    dy, gamma, codes_t = operands(5, 192, 8, torch.bfloat16, PARTS["two parts"])
+    dy, gamma, codes_t = dgrad_operands(5, 192, 8, torch.bfloat16, PARTS["two parts"])
     dy[3, 7] = torch.nan
     dx = ternary_dgrad.ternary_dgrad(dy, gamma, codes_t.fill_(1), PARTS["two parts"], config=TILE)
     assert dx.isnan().any(dim=1).tolist() == dx.isnan().all(dim=1).tolist() == [False, False, False, True, False]
 
 
 def test_leading_dimensions_strides_and_no_tokens() -> None:
-    dy, gamma, codes_t = operands(24, 32, 10, torch.float32)
+    dy, gamma, codes_t = dgrad_operands(24, 32, 10, torch.float32)
 
     def run(dy: torch.Tensor, codes_t: torch.Tensor) -> torch.Tensor:
         return ternary_dgrad.ternary_dgrad(dy, gamma, codes_t, config=TILE)
 
     whole = run(dy, codes_t)
-    assert torch.equal(run(dy.view(2, 12, 32), codes_t), whole.view(2, 12, 10))
-    assert torch.equal(run(dy.t().contiguous().t(), codes_t.t().contiguous().t()), whole)
+    assert_same_bits(run(dy.view(2, 12, 32), codes_t), whole.view(2, 12, 10))
+    assert_same_bits(run(dy.t().contiguous().t(), codes_t.t().contiguous().t()), whole)
     same = dy[:1].expand(24, 32)
-    assert torch.equal(run(same, codes_t), run(same.clone(), codes_t))
+    assert_same_bits(run(same, codes_t), run(same.clone(), codes_t))
     assert run(dy[:0], codes_t).shape == (0, 10)
 
 
@@ -117,7 +118,7 @@ def test_leading_dimensions_strides_and_no_tokens() -> None:
 def test_every_tile_for_this_machine(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SBN_KERNELS_CACHE", str(tmp_path))
     parts = ((0, 128, 0), (128, 192, 1))
-    dy, gamma, codes_t = operands(100, 320, 130, dtype, parts)
+    dy, gamma, codes_t = dgrad_operands(100, 320, 130, dtype, parts)
     planes_t = pack_planes(codes_t)
     for tile in (*ternary_dgrad.DGRAD_TILES[gpu_family(dy.device)], None):
         for codes in (codes_t, planes_t):
@@ -131,17 +132,17 @@ def test_every_tile_for_this_machine(dtype: torch.dtype, monkeypatch: pytest.Mon
 
 
 def test_int8_gradients_go_through_the_forward_kernel() -> None:
-    dy, gamma, codes_t = operands(20, 192, 24, torch.float32, PARTS["two parts"])
+    dy, gamma, codes_t = dgrad_operands(20, 192, 24, torch.float32, PARTS["two parts"])
     g_q, s = reference.quantize_rows(dy * gamma)
     dx = ternary_gemm.ternary_linear(g_q, s, codes_t, torch.ones(24, device=DEVICE), config=Tile(64, 64, 64))
-    assert torch.equal(dx, (g_q.double() @ codes_t.double().t()).float() * s.unsqueeze(1))
+    assert_same_bits(dx, (g_q.double() @ codes_t.double().t()).float() * s.unsqueeze(1))
     exact = (dy.double() * gamma.double()) @ codes_t.double().t()
     bound = codes_t.double().abs().sum(dim=1) * s.double().unsqueeze(1) * 0.5001 + 1e-6 * exact.abs()
     assert bool(((dx.double() - exact).abs() <= bound).all())
 
 
 def test_operands_that_do_not_fit_are_named() -> None:
-    dy, gamma, codes_t = operands(4, 32, 8, torch.float32)
+    dy, gamma, codes_t = dgrad_operands(4, 32, 8, torch.float32)
     run = ternary_dgrad.ternary_dgrad
     with pytest.raises(ValueError, match="dy must be fp32, bf16 or fp16"):
         run(dy.double(), gamma, codes_t)

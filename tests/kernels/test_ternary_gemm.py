@@ -1,39 +1,22 @@
-"""Integer products on tensor cores: bit for bit those of the reference, at any shape, through pointers and TMA."""
+"""Integer GEMMs on tensor cores: bit for bit those of the reference, at any shape, through pointers and TMA."""
 
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from operands import DEVICE, operands
+from same_bits import assert_same_bits
 from sbn_kernels import reference
 from sbn_kernels.gpu.gemm import ternary_gemm
 from sbn_kernels.gpu.primitives.tiles import Tile, gpu_family
 from triton.runtime.errors import OutOfResources
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = Tile(64, 128, 128, warps=4)  # forced, so that tests on a GPU measure nothing; one test below lets it choose
 SMALL = Tile(32, 32, 64, warps=4)
 WIDE = Tile(16, 128, 128, warps=4, stages=2, group=2)
 THROUGH_TMA = Tile(64, 32, 128, warps=4, tma=True)
 SHAPES = [(1, 8, 896), (17, 33, 100), (5, 896, 16), (40, 7, 4864), (2, 3, 11008), (70, 130, 192)]
-
-
-def operands(tokens: int, out: int, features: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """x_q over all of int8, s_x, codes in {-1, 0, 1}, gamma and bias."""
-    g = torch.Generator().manual_seed(seed)
-    x_q = torch.randint(-128, 128, (tokens, features), dtype=torch.int8, generator=g)
-    codes = torch.randint(-1, 2, (out, features), dtype=torch.int8, generator=g)
-    s_x, gamma, bias = (torch.rand(n, generator=g) + 0.01 for n in (tokens, out, out))
-    return tuple(t.to(DEVICE) for t in (x_q, s_x, codes, gamma, bias - 0.5))
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and bool((a.isnan() == b.isnan()).all())
-        and torch.equal(a.nan_to_num(), b.nan_to_num())
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -42,7 +25,7 @@ def test_outputs_have_the_bits_of_the_reference(shape: tuple[int, int, int], dty
     x_q, s_x, codes, gamma, bias = operands(*shape)
     for b in (None, bias, bias.to(dtype)):
         expected = reference.ternary_linear(x_q, s_x, codes, gamma, b, dtype)
-        assert same_bits(ternary_gemm.ternary_linear(x_q, s_x, codes, gamma, b, dtype, config=TILE), expected)
+        assert_same_bits(ternary_gemm.ternary_linear(x_q, s_x, codes, gamma, b, dtype, config=TILE), expected)
 
 
 @pytest.mark.parametrize("tile", [SMALL, WIDE, THROUGH_TMA], ids=lambda tile: tile.name)
@@ -50,7 +33,7 @@ def test_outputs_have_the_bits_of_the_reference(shape: tuple[int, int, int], dty
 def test_the_tile_does_not_show(shape: tuple[int, int, int], tile: Tile) -> None:
     x_q, s_x, codes, gamma, bias = operands(*shape)
     expected = reference.ternary_linear(x_q, s_x, codes, gamma, bias, torch.bfloat16)
-    assert same_bits(ternary_gemm.ternary_linear(x_q, s_x, codes, gamma, bias, torch.bfloat16, config=tile), expected)
+    assert_same_bits(ternary_gemm.ternary_linear(x_q, s_x, codes, gamma, bias, torch.bfloat16, config=tile), expected)
 
 
 def test_the_bias_is_added_after_the_product_was_rounded() -> None:
@@ -58,7 +41,7 @@ def test_the_bias_is_added_after_the_product_was_rounded() -> None:
     scaled = (x_q.double() @ codes.double().t()) * s_x.double().unsqueeze(1)
     bias = -(scaled.float()[0] * gamma)  # cancels token 0: a fused multiply-add would leave the product's lost bits
     y = ternary_gemm.ternary_linear(x_q, s_x, codes, gamma, bias, config=TILE)
-    assert same_bits(y, reference.ternary_linear(x_q, s_x, codes, gamma, bias))
+    assert_same_bits(y, reference.ternary_linear(x_q, s_x, codes, gamma, bias))
     assert not y[0].any()
 
 
@@ -75,9 +58,9 @@ def test_sums_at_the_limit_of_exactness(tile: Tile) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_raw_sums(shape: tuple[int, int, int]) -> None:
     x_q, _, codes, _, _ = operands(*shape)
-    assert same_bits(ternary_gemm.int_matmul(x_q, codes, config=TILE), reference.int_matmul(x_q, codes))
+    assert_same_bits(ternary_gemm.int_matmul(x_q, codes, config=TILE), reference.int_matmul(x_q, codes))
     full = operands(shape[1], 4, shape[2], seed=1)[0]
-    assert same_bits(ternary_gemm.int8_matmul(x_q, full, config=TILE), reference.int8_matmul(x_q, full))
+    assert_same_bits(ternary_gemm.int8_matmul(x_q, full, config=TILE), reference.int8_matmul(x_q, full))
 
 
 def test_leading_dimensions_and_strides() -> None:
@@ -87,10 +70,10 @@ def test_leading_dimensions_and_strides() -> None:
     def run(*call: torch.Tensor) -> torch.Tensor:
         return ternary_gemm.ternary_linear(*call, config=TILE)
 
-    assert same_bits(run(x_q.view(2, 3, 4, 48), s_x.view(2, 3, 4), codes, gamma), whole.view(2, 3, 4, 10))
-    assert same_bits(run(x_q[::2], s_x[::2], codes, gamma), whole[::2])
-    assert same_bits(run(x_q, s_x, codes.t().contiguous().t(), gamma), whole)
-    assert same_bits(run(x_q[0], s_x[0], codes, gamma), whole[0])
+    assert_same_bits(run(x_q.view(2, 3, 4, 48), s_x.view(2, 3, 4), codes, gamma), whole.view(2, 3, 4, 10))
+    assert_same_bits(run(x_q[::2], s_x[::2], codes, gamma), whole[::2])
+    assert_same_bits(run(x_q, s_x, codes.t().contiguous().t(), gamma), whole)
+    assert_same_bits(run(x_q[0], s_x[0], codes, gamma), whole[0])
 
 
 def test_every_tile_for_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -100,10 +83,10 @@ def test_every_tile_for_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     for tile in ternary_gemm.INT8_TILES[gpu_family(x_q.device)]:
         with suppress(OutOfResources):
             y = ternary_gemm.ternary_linear(x_q, s_x, codes, gamma, bias, torch.bfloat16, config=tile)
-            assert same_bits(y, expected), tile
-    assert same_bits(ternary_gemm.ternary_linear(x_q, s_x, codes, gamma, bias, torch.bfloat16), expected)
+            assert_same_bits(y, expected, tile)
+    assert_same_bits(ternary_gemm.ternary_linear(x_q, s_x, codes, gamma, bias, torch.bfloat16), expected)
     odd = ternary_gemm.ternary_linear(x_q[:, :99], s_x, codes[:, :99], gamma)
-    assert same_bits(odd, reference.ternary_linear(x_q[:, :99], s_x, codes[:, :99], gamma))
+    assert_same_bits(odd, reference.ternary_linear(x_q[:, :99], s_x, codes[:, :99], gamma))
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 16), (3, 0, 16)], ids=str)

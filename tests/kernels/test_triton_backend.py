@@ -3,6 +3,8 @@
 import pytest
 import sbn_kernels as kernels
 import torch
+from same_bits import assert_same_bits
+from sbn_kernels import TernaryWeight, reference
 from sbn_kernels.gpu import forward_forms
 from torch import Tensor
 
@@ -26,56 +28,57 @@ def layer(n: int = 6, m: int = 8, dtype: torch.dtype = torch.float32) -> tuple[T
 def test_every_operation_agrees_with_the_reference(mode: str, dtype: torch.dtype) -> None:
     x, dy, codes, gamma, x_q, s_x = layer(dtype=dtype)
     ours, theirs = kernels.quantize_activations(x, backend="triton"), (x_q, s_x)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    y = [kernels.ternary_linear(x_q, s_x, codes, gamma, None, dtype, backend=b) for b in ("triton", "reference")]
-    assert torch.equal(*y)
-    acc = [kernels.int_matmul(x_q, codes, backend=b) for b in ("triton", "reference")]
-    assert torch.equal(*acc)
+    assert_same_bits(ours, theirs)
+    weight = TernaryWeight(codes, gamma)
+    y = [kernels.ternary_linear(x_q, s_x, weight, None, dtype, backend=b) for b in ("triton", "reference")]
+    assert_same_bits(*y)
+    acc = [kernels.int_matmul(x_q, weight, backend=b) for b in ("triton", "reference")]
+    assert_same_bits(*acc)
     scaled = [kernels.scale_accumulator(acc[0], s_x, gamma, backend=b) for b in ("triton", "reference")]
-    assert torch.equal(*scaled)
+    assert_same_bits(*scaled)
     exact_dx = (dy.double() * gamma.double()) @ codes.double()
     exact_dw = (dy.double() * s_x.double().unsqueeze(-1)).flatten(0, 1).t() @ x_q.double().flatten(0, 1)
     tolerance = 2.0**-7 if dtype == torch.bfloat16 else 1e-6
-    for bounds in (None, [0, 16, 32, 48]):
+    for bounds in (None, (0, 16, 32, 48)):
         for codes_t in (None, codes.t().contiguous()):
-            dx = kernels.input_gradient(dy, codes, gamma, codes_t, mode, bounds=bounds, backend="triton")
+            dx = kernels.input_gradient(dy, TernaryWeight(codes, gamma, codes_t, bounds), mode, backend="triton")
             assert dx.dtype == dtype
             if mode == "exact":
                 torch.testing.assert_close(
                     dx.double(), exact_dx, rtol=tolerance, atol=tolerance * float(exact_dx.abs().max())
                 )
             else:
-                assert torch.equal(dx, kernels.input_gradient(dy, codes, gamma, None, mode, backend="reference"))
+                assert_same_bits(dx, kernels.input_gradient(dy, weight, mode, backend="reference"))
     dw = kernels.weight_gradient(dy, x_q, s_x, mode, backend="triton")
     assert dw.dtype == torch.float32
     if mode == "int8":
-        assert torch.equal(dw, kernels.weight_gradient(dy, x_q, s_x, mode, backend="reference"))
+        assert_same_bits(dw, kernels.weight_gradient(dy, x_q, s_x, mode, backend="reference"))
     else:
         torch.testing.assert_close(dw.double(), exact_dw, rtol=tolerance, atol=tolerance * float(exact_dw.abs().max()))
 
 
 @pytest.mark.parametrize("form", RUNS_HERE)
-def test_every_form_of_the_product_gives_the_same_bits(form: str) -> None:
+def test_every_form_gives_the_same_bits(form: str) -> None:
     n, m = (2, 4) if form == "mma_sp" else (6, 8)
     _, _, codes, gamma, x_q, s_x = layer(n, m)
-    told = {"packed": forward_forms.pack_form(form, codes, n, m), "form": form, "group": m, "backend": "triton"}
-    expected = kernels.ternary_linear(x_q, s_x, codes, gamma, backend="reference")
-    assert torch.equal(kernels.ternary_linear(x_q, s_x, codes, gamma, **told), expected)
-    integers = kernels.int_matmul(x_q, codes, backend="reference")
-    assert torch.equal(kernels.int_matmul(x_q, codes, **told), integers)
+    weight = TernaryWeight(codes, gamma, form=form, packed=forward_forms.pack_form(form, codes, n, m), group=m)
+    y = kernels.ternary_linear(x_q, s_x, weight, backend="triton")
+    assert_same_bits(y, reference.ternary_linear(x_q, s_x, codes, gamma))
+    assert_same_bits(kernels.int_matmul(x_q, weight, backend="triton"), reference.int_matmul(x_q, codes))
 
 
-def test_codes_of_many_bring_what_their_forms_read() -> None:
+def test_quantized_weights_bring_what_their_forms_read() -> None:
     made = [
         torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(DEVICE) for shape in ((48, 64), (16, 320))
     ]
     gammas = [torch.full((len(w),), 0.5, device=DEVICE) for w in made]
     for forms in (["planes", "dense"], ["sliding_mma_sp", "planes"]):
-        many = kernels.codes_of_many(made, gammas, 6, 8, forms=forms, backend="triton")
-        for form, ours in zip(forms, many, strict=True):
+        many = kernels.quantize_weights(made, gammas, 6, 8, forms=forms, backend="triton")
+        for form, (ours, _) in zip(forms, many, strict=True):
+            assert (ours.form, ours.group) == (form, 8)
             expected = forward_forms.pack_form(form, ours.codes, 6, 8)
             assert len(ours.packed) == len(expected)
-            assert all(torch.equal(*pair) for pair in zip(ours.packed, expected, strict=True))
+            assert_same_bits(ours.packed, expected)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +109,7 @@ def test_unknown_forms_and_forms_of_other_backends_are_refused() -> None:
     with pytest.raises(ValueError, match="form 'auto' is not one of"):
         forward_forms.pack_form("auto", codes, 6, 8)
     with pytest.raises(ValueError, match="'planes' belongs to backend 'triton'; backend 'reference' has 'dense' alone"):
-        kernels.ternary_linear(x_q, s_x, codes, gamma, form="planes", backend="reference")
+        kernels.ternary_linear(x_q, s_x, TernaryWeight(codes, gamma, form="planes"), backend="reference")
 
 
 def test_the_fastest_form_is_measured_among_those_that_can_serve(monkeypatch: pytest.MonkeyPatch) -> None:

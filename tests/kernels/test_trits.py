@@ -4,44 +4,29 @@ import itertools
 
 import pytest
 import torch
+from operands import DEVICE, TWO_FOUR_GROUPS, two_four_codes
+from same_bits import assert_same_bits
 from sbn_kernels.formats import trits
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTHS = (1, 4, 5, 12, 17, 31, 32, 33, 896, 4864, 11008)
 FORMS = {
-    "trits": (trits.pack_trits, trits.unpack_trits, 8 / 5),
-    "six_bit": (trits.pack_six_bit, trits.unpack_six_bit, 1.5),
-    "triples": (trits.pack_triples, trits.unpack_triples, 16 / 12),
+    "trits": (trits.pack_trits, trits.unpack_trits),
+    "six_bit": (trits.pack_six_bit, trits.unpack_six_bit),
+    "triples": (trits.pack_triples, trits.unpack_triples),
 }
-GROUPS = [g for g in itertools.product((-1, 0, 1), repeat=4) if sum(c != 0 for c in g) <= 2]
-
-
-def two_four(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    """Random 2:4 codes, with groups of 0, 1 and 2 non-zeros."""
-    generator = torch.Generator().manual_seed(seed)
-    choice = torch.randint(len(GROUPS), (rows, -(-columns // 4)), generator=generator)
-    codes = torch.tensor(GROUPS, dtype=torch.int8)[choice].flatten(1)
-    return codes[:, :columns].contiguous().to(DEVICE)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_codes_come_back(form: str, width: int) -> None:
-    pack, unpack, _ = FORMS[form]
-    codes = two_four(3, width)
+    pack, unpack = FORMS[form]
+    codes = two_four_codes(3, width)
     if form == "trits":
         codes = torch.randint(-1, 2, (3, width), dtype=torch.int8, device=DEVICE)
-    assert torch.equal(unpack(pack(codes), width), codes)
+    assert_same_bits(unpack(pack(codes), width), codes)
     stacked = codes.expand(2, 3, width).transpose(0, 1)
-    assert torch.equal(unpack(pack(stacked), width), stacked)
+    assert_same_bits(unpack(pack(stacked), width), stacked)
     assert unpack(pack(codes[:0]), width).shape == (0, width)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_bits_a_weight(form: str) -> None:
-    pack, _, bits = FORMS[form]
-    codes = two_four(2, 960)
-    assert pack(codes).nbytes * 8 == pytest.approx(bits * codes.numel())
 
 
 def test_every_byte_of_trits_by_hand() -> None:
@@ -50,7 +35,7 @@ def test_every_byte_of_trits_by_hand() -> None:
     by_hand = [sum((c + 1) * 3**i for i, c in enumerate(row)) for row in every.tolist()]
     assert packed.flatten().tolist() == by_hand
     assert sorted(by_hand) == list(range(243))
-    assert torch.equal(trits.unpack_trits(packed, 5), every)
+    assert_same_bits(trits.unpack_trits(packed, 5), every)
 
 
 def field_by_hand(group: tuple[int, ...]) -> int:
@@ -59,9 +44,9 @@ def field_by_hand(group: tuple[int, ...]) -> int:
 
 
 def test_the_33_patterns_by_hand() -> None:
-    assert len(GROUPS) == trits.PATTERNS == 33
-    every = torch.tensor(GROUPS, dtype=torch.int8, device=DEVICE)
-    fields = [field_by_hand(group) for group in GROUPS]
+    assert len(TWO_FOUR_GROUPS) == trits.PATTERNS == 33
+    every = torch.tensor(TWO_FOUR_GROUPS, dtype=torch.int8, device=DEVICE)
+    fields = [field_by_hand(group) for group in TWO_FOUR_GROUPS]
     assert trits.group_fields(every, 4).flatten().tolist() == fields
     assert sorted(trits.PATTERN_FIELDS) == sorted(fields)
     packed = trits.pack_six_bit(every)
@@ -74,24 +59,24 @@ def test_the_33_patterns_by_hand() -> None:
     assert trits.PATTERN_FIELDS[24 + 2 * 2 + 1] == 0b010100  # position 2 alone, negative
 
 
-def test_every_damaged_value_is_reported() -> None:
+def test_every_damaged_value_is_refused() -> None:
     for value in range(256):
         byte = torch.tensor([[value]], dtype=torch.uint8, device=DEVICE)
         if value < 243:
-            assert torch.equal(trits.pack_trits(trits.unpack_trits(byte, 5)), byte)
+            assert_same_bits(trits.pack_trits(trits.unpack_trits(byte, 5)), byte)
         else:
             with pytest.raises(ValueError, match="above 242"):
                 trits.unpack_trits(byte, 5)
     for field in range(64):
         row = torch.tensor([[field & 15, 0, 0, 0, field >> 4, 0]], dtype=torch.uint8, device=DEVICE)
         if field in trits.PATTERN_FIELDS:
-            assert torch.equal(trits.pack_six_bit(trits.unpack_six_bit(row, 32)), row)
+            assert_same_bits(trits.pack_six_bit(trits.unpack_six_bit(row, 32)), row)
         else:
             with pytest.raises(ValueError, match="no 2:4 group"):
                 trits.unpack_six_bit(row, 32)
     words = torch.arange(35937, device=DEVICE)
     rows = torch.stack([words & 255, words >> 8], dim=-1).to(torch.uint8)
-    assert torch.equal(trits.pack_triples(trits.unpack_triples(rows, 12)), rows)
+    assert_same_bits(trits.pack_triples(trits.unpack_triples(rows, 12)), rows)
     for word in (35937, 65535):
         with pytest.raises(ValueError, match="above 35936"):
             trits.unpack_triples(torch.tensor([[word & 255, word >> 8]], dtype=torch.uint8, device=DEVICE), 12)
@@ -113,7 +98,7 @@ def test_what_does_not_fit_is_refused() -> None:
     for pack in (trits.pack_six_bit, trits.pack_triples):
         with pytest.raises(ValueError, match="more than 2 non-zeros"):
             pack(three)
-    for pack, unpack, _ in FORMS.values():
+    for pack, unpack in FORMS.values():
         for bad in (2, -2, -128, 127):
             with pytest.raises(ValueError, match="in {-1, 0, 1}"):
                 pack(torch.full((1, 4), bad, dtype=torch.int8, device=DEVICE))

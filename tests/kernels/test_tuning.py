@@ -183,3 +183,20 @@ def test_the_table_can_be_checked_before_work_begins(
     monkeypatch.setenv("SBN_KERNELS_CACHE", str(tmp_path / "file"))
     with pytest.raises(OSError, match="cannot be written .*: set SBN_KERNELS_CACHE"):
         tuning.check_table()
+
+
+def test_a_home_that_cannot_be_written_costs_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A container, a compute node. What was chosen is remembered by this process."""
+    monkeypatch.delenv("SBN_KERNELS_CACHE", raising=False)
+    monkeypatch.setenv("HOME", "/dev/null")
+    tuning._warn_once.cache_clear()
+    tuning.check_table()
+    for _ in range(2):
+        assert tuning.choose("nowhere", KEY, {"a": fast, "b": slow}, device=CPU) == "a"
+        assert tuning.choose("nowhere", KEY, {"a": unexpected, "b": unexpected}, device=CPU) == "a"
+    assert [record.message for record in caplog.records] == [
+        "/dev/null/.cache/sbn_kernels/tuning.json cannot be written (Not a directory): kernels are measured again at "
+        "every start; SBN_KERNELS_CACHE names a folder to remember them in"
+    ]

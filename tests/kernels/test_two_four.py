@@ -5,18 +5,10 @@ import itertools
 import pytest
 import torch
 from mma_sp import mma_sp
+from operands import DEVICE, TWO_FOUR_GROUPS, two_four_codes
+from same_bits import assert_same_bits
 from sbn_kernels.formats import two_four
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GROUPS = [g for g in itertools.product((-1, 0, 1), repeat=4) if sum(c != 0 for c in g) <= 2]
-
-
-def random_codes(out: int, width: int, seed: int = 0, full: bool = False) -> torch.Tensor:
-    """2:4 codes with every pattern; `full`: exactly two non-zeros a group."""
-    groups = [g for g in GROUPS if sum(c != 0 for c in g) == 2] if full else GROUPS
-    choice = torch.randint(len(groups), (out, width // 4), generator=torch.Generator().manual_seed(seed))
-    return torch.tensor(groups, dtype=torch.int8)[choice].flatten(1)
 
 
 def product(weight: two_four.TwoFourWeight, x_q: torch.Tensor) -> torch.Tensor:
@@ -35,43 +27,44 @@ def product(weight: two_four.TwoFourWeight, x_q: torch.Tensor) -> torch.Tensor:
     ("out", "width", "tokens"), [(16, 64, 8), (1, 4, 1), (17, 100, 9), (33, 896, 17), (2, 11008, 3)]
 )
 def test_emulated_product_is_the_product(out: int, width: int, tokens: int) -> None:
-    codes = random_codes(out, width, out)
+    codes = two_four_codes(out, width, out, "cpu")
     x_q = torch.randint(-128, 128, (tokens, width), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
     y = product(two_four.pack_two_four(codes), x_q)
-    assert torch.equal(y.long(), x_q.long() @ codes.long().t())
+    assert_same_bits(y.long(), x_q.long() @ codes.long().t())
 
 
 def test_every_pattern_at_every_place() -> None:
     """All 33 patterns in each of the 16 groups of a step, in rows of different tiles; columns are read one by one."""
     codes = torch.zeros(33 * 16, 64, dtype=torch.int8)
-    for place, (pattern, group) in itertools.product(range(16), enumerate(GROUPS)):
+    for place, (pattern, group) in itertools.product(range(16), enumerate(TWO_FOUR_GROUPS)):
         codes[place * 33 + pattern, 4 * place : 4 * place + 4] = torch.tensor(group, dtype=torch.int8)
     y = product(two_four.pack_two_four(codes), torch.eye(64, dtype=torch.int8))
-    assert torch.equal(y, codes.t().int())
+    assert_same_bits(y, codes.t().int())
 
 
 def test_metadata_is_what_pytorch_makes() -> None:
     """PyTorch's converter for CUTLASS orders metadata for the same instruction, but leaves groups where they are."""
-    codes = random_codes(64, 256, 5, full=True)
+    full = [group for group in TWO_FOUR_GROUPS if group.count(0) == 2]
+    codes = two_four_codes(64, 256, 5, "cpu", full)
     grouped = codes.view(64, 4, 4, 4, 4).transpose(2, 3).reshape(64, 256)  # undoes the order of groups of `two_four`
     values, metadata = sparse_semi_structured_from_dense_cutlass(grouped)
     weight = two_four.pack_two_four(codes)
-    assert torch.equal(weight.metadata, metadata.view(-1).view(4, 4, 32).transpose(0, 1))
+    assert_same_bits(weight.metadata, metadata.view(-1).view(4, 4, 32).transpose(0, 1))
     rows = values.view(4, 2, 8, 4, 2, 4, 4).permute(0, 3, 2, 5, 4, 1, 6).contiguous()
-    assert torch.equal(weight.values, rows.view(torch.int32).view(4, 4, 32, 4))
+    assert_same_bits(weight.values, rows.view(torch.int32).view(4, 4, 32, 4))
 
 
 @pytest.mark.parametrize(("out", "width"), [(16, 64), (1, 4), (17, 100), (3, 896), (5, 4864), (50, 512)])
 def test_kernel_packs_the_same_bits(out: int, width: int) -> None:
-    codes = random_codes(out, width, width).to(DEVICE)
+    codes = two_four_codes(out, width, width)
     fast, plain = two_four.pack_two_four_fast(codes), two_four.pack_two_four(codes)
-    assert torch.equal(fast.values, plain.values)
-    assert torch.equal(fast.metadata, plain.metadata)
+    assert_same_bits(fast.values, plain.values)
+    assert_same_bits(fast.metadata, plain.metadata)
     assert (fast.out_features, fast.in_features) == (out, width) == (plain.out_features, plain.in_features)
 
 
 def test_five_bits_a_weight() -> None:
-    weight = two_four.pack_two_four(random_codes(32, 128))
+    weight = two_four.pack_two_four(two_four_codes(32, 128, device="cpu"))
     assert (weight.values.nbytes + weight.metadata.nbytes) * 8 == 5 * 32 * 128
 
 
@@ -86,4 +79,4 @@ def test_what_does_not_fit_is_refused() -> None:
             with pytest.raises(ValueError, match="int8"):
                 pack(bad)
     with pytest.raises(ValueError, match="contiguous"):
-        two_four.pack_two_four_fast(random_codes(8, 8).to(DEVICE).t())
+        two_four.pack_two_four_fast(two_four_codes(8, 8).t())

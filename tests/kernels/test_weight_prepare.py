@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import kernel_cases
+from same_bits import assert_same_bits
 from sbn_kernels import reference
 from sbn_kernels.formats.packing import flip_count, pack_mask
 from sbn_kernels.formats.planes import pack_planes
@@ -24,16 +25,16 @@ def test_codes_masks_and_flips_have_the_references_bits(nm: tuple[int, int], dty
     all_of = kernel.codes_of_many(
         made, gammas, *nm, mask_source=source, with_mask=True, transpose=True, previous=before
     )
-    masks, turned, flips = all_of.masks, all_of.codes_t, all_of.flips
+    masks, codes_t, flips = all_of.masks, all_of.codes_t, all_of.flips
     assert masks is not None
-    assert turned is not None
+    assert codes_t is not None
     assert flips is not None
     assert all_of.planes == [None] * len(made)
     for i, (w, gamma) in enumerate(zip(made, gammas, strict=True)):
         expected, mask = reference.codes_from_gamma(w, gamma, *nm, mask_source=source)
-        assert torch.equal(all_of.codes[i], expected)
-        assert torch.equal(turned[i], expected.t())
-        assert torch.equal(masks[i], mask)
+        assert_same_bits(all_of.codes[i], expected)
+        assert_same_bits(codes_t[i], expected.t())
+        assert_same_bits(masks[i], mask)
         assert int(flips[i]) == int(flip_count(before[i], pack_mask(mask)))
 
 
@@ -49,18 +50,17 @@ def test_planes_hold_the_codes_of_the_same_pass(nm: tuple[int, int], given: bool
     masks = [reference.nm_mask(w.flip(1), *nm) for w in made] if given else None
     before = [pack_mask(torch.ones(w.shape, dtype=torch.bool, device=DEVICE)) for w in made]
     wanted = [True, False, True, True]
-    told = {"masks": masks, "with_mask": True, "transpose": True, "previous": before}
-    plain = kernel.codes_of_many(made, gammas, *nm, **told)
-    all_of = kernel.codes_of_many(made, gammas, *nm, **told, planes=wanted)
+    options = {"masks": masks, "with_mask": True, "transpose": True, "previous": before}
+    plain = kernel.codes_of_many(made, gammas, *nm, **options)
+    all_of = kernel.codes_of_many(made, gammas, *nm, **options, planes=wanted)
     for want, codes, planes in zip(wanted, all_of.codes, all_of.planes, strict=True):
         assert (planes is not None) == want
-        assert planes is None or torch.equal(planes, pack_planes(codes))
+        assert_same_bits(planes, pack_planes(codes) if want else None)
     for name in ("codes", "masks", "codes_t"):
-        for ours, expected in zip(getattr(all_of, name), getattr(plain, name), strict=True):
-            assert torch.equal(ours, expected)
+        assert_same_bits(getattr(all_of, name), getattr(plain, name))
     assert all_of.flips is not None
     assert plain.flips is not None
-    assert torch.equal(all_of.flips, plain.flips)
+    assert_same_bits(all_of.flips, plain.flips)
 
 
 def test_given_masks_are_used_as_they_are() -> None:
@@ -69,5 +69,5 @@ def test_given_masks_are_used_as_they_are() -> None:
     masks = [(torch.rand(w.shape) < 0.5).to(DEVICE) for w in made]
     all_of = kernel.codes_of_many(made, gammas, 6, 8, masks=masks, with_mask=True)
     for w, gamma, mask, ours, mine in zip(made, gammas, masks, all_of.codes, all_of.masks or (), strict=True):
-        assert torch.equal(ours, reference.codes_from_gamma(w, gamma, 6, 8, mask=mask)[0])
-        assert torch.equal(mine, mask)
+        assert_same_bits(ours, reference.codes_from_gamma(w, gamma, 6, 8, mask=mask)[0])
+        assert_same_bits(mine, mask)

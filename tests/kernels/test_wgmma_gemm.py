@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from hopper_machine import Barrier, DeadlockError, Descriptor, Machine, Pointer
+from operands import operands
+from same_bits import assert_same_bits
 from sbn_kernels import reference
 from sbn_kernels.gpu import forward_forms
 from sbn_kernels.gpu.gemm import wgmma_gemm
@@ -20,21 +22,12 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 TIMES = list(itertools.product((True, False), repeat=2))
 
 
-def operands(tokens: int, out: int, features: int) -> tuple[torch.Tensor, ...]:
-    """x_q, s_x, codes, gamma and bias."""
-    g = torch.Generator().manual_seed(tokens + out + features)
-    x_q = torch.randint(-128, 128, (tokens, features), dtype=torch.int8, generator=g)
-    codes = torch.randint(-1, 2, (out, features), dtype=torch.int8, generator=g)
-    s_x, gamma, bias = (torch.rand(n, generator=g) + 0.01 for n in (tokens, out, out))
-    return x_q, s_x, codes, gamma, bias - 0.5
-
-
 class Run:
     """The kernel's source on emulated processors."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, programs: int, times: tuple[bool, bool]) -> None:
         self.patch, self.programs, self.times = monkeypatch, programs, times
-        self.slack = 0  # added to the products that a wait leaves running
+        self.slack = 0  # added to the wgmma that a wait leaves running
         self.parity = 0  # added to the phases that are waited for
 
     def __call__(
@@ -79,10 +72,10 @@ def test_every_slot_is_awaited_and_none_is_overwritten_in_use(
     monkeypatch: pytest.MonkeyPatch, steps: int, stages: int, times: tuple[bool, bool]
 ) -> None:
     tile = Tile(8, 16, 32, stages=stages, group=2)
-    x_q, s_x, codes, gamma, bias = operands(19, 50, 32 * steps - 16)  # 3 x 4 tiles, ragged everywhere
+    x_q, s_x, codes, gamma, bias = operands(19, 50, 32 * steps - 16, device="cpu")  # 3 x 4 tiles, ragged everywhere
     for programs in (1, 5):
         run = Run(monkeypatch, programs, times)
-        assert torch.equal(
+        assert_same_bits(
             run(tile, x_q, codes, s_x, gamma, bias), reference.ternary_linear(x_q, s_x, codes, gamma, bias)
         )
 
@@ -92,17 +85,17 @@ def test_every_slot_is_awaited_and_none_is_overwritten_in_use(
 def test_source_gives_the_bits_of_the_reference(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
-    x_q, s_x, codes, gamma, bias = operands(*shape)
+    x_q, s_x, codes, gamma, bias = operands(*shape, device="cpu")
     run = Run(monkeypatch, 3, (False, False))
     for added in (None, bias, bias.to(dtype)):
         y = run(Tile(16, 64, 128, stages=3), x_q, codes, s_x, gamma, added, torch.empty(0, dtype=dtype))
-        assert torch.equal(y, reference.ternary_linear(x_q, s_x, codes, gamma, added, dtype))
+        assert_same_bits(y, reference.ternary_linear(x_q, s_x, codes, gamma, added, dtype))
     sums = run(Tile(16, 64, 128, stages=3), x_q, codes, None, None, None)
-    assert torch.equal(sums, reference.int_matmul(x_q, codes))
+    assert_same_bits(sums, reference.int_matmul(x_q, codes))
 
 
 def test_the_emulation_sees_a_missing_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    x_q, s_x, codes, gamma, bias = operands(19, 50, 240)
+    x_q, s_x, codes, gamma, bias = operands(19, 50, 240, device="cpu")
     expected = reference.ternary_linear(x_q, s_x, codes, gamma, bias)
     overwriting = Run(monkeypatch, 1, (True, False))
     overwriting.slack = 1
@@ -130,10 +123,10 @@ def test_results_stay_in_their_warp_and_group_of_four(tile: Tile) -> None:
     assert registers[:8].tolist() == [[0, i] for i in range(8)]
     places = warps[:, None, None] ^ lanes[None, :, None] ^ registers[None, None, :]
     row, column = places.unbind(-1)
-    assert torch.equal((row * columns + column).flatten().sort().values, torch.arange(tile.m * columns))
+    assert_same_bits((row * columns + column).flatten().sort().values, torch.arange(tile.m * columns))
     # PTX ISA, wgmma's D fragment: of 64 rows a warp has 16 w to 16 w + 15, of which four lanes share r and r + 8.
-    assert torch.equal(row // 16 % tile.warps, torch.arange(tile.warps)[:, None, None].expand_as(row))
-    assert torch.equal(row % 8, (torch.arange(32) // 4)[None, :, None].expand_as(row))
+    assert_same_bits(row // 16 % tile.warps, torch.arange(tile.warps)[:, None, None].expand_as(row))
+    assert_same_bits(row % 8, (torch.arange(32) // 4)[None, :, None].expand_as(row))
 
 
 @pytest.mark.slow_on_cpu  # three builds; test_inspection.py inspects one of them
@@ -163,7 +156,7 @@ def test_what_is_asked_of_the_ptx(waits: str, accepted: bool) -> None:
 
 @pytest.mark.skipif(HOPPER, reason="this machine has the GPU")
 def test_machines_and_widths_without_it_are_named() -> None:
-    x_q, s_x, codes, gamma, bias = operands(4, 8, 32)
+    x_q, s_x, codes, gamma, bias = operands(4, 8, 32, device="cpu")
     with pytest.raises(ValueError, match=r"a layer of 8 x 32: its instructions are those of compute capability 9\.0"):
         wgmma_gemm.ternary_linear_wgmma(x_q, s_x, codes, gamma, bias)
     with pytest.raises(ValueError, match="capability 9.0"):
@@ -175,7 +168,7 @@ def test_machines_and_widths_without_it_are_named() -> None:
 def test_operands_that_do_not_fit_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    x_q, s_x, codes, gamma, bias = operands(4, 8, 40)
+    x_q, s_x, codes, gamma, bias = operands(4, 8, 40, device="cpu")
     run = wgmma_gemm.ternary_linear_wgmma
     with pytest.raises(ValueError, match="in_features in multiples of 16 up to 131072, not 40"):
         run(x_q, s_x, codes, gamma, bias)
@@ -187,8 +180,8 @@ def test_operands_that_do_not_fit_are_named(monkeypatch: pytest.MonkeyPatch) -> 
         run(x_q, s_x, codes, gamma, bias, torch.int32)
     with pytest.raises(ValueError, match="tensors of one CUDA device, got cpu and cpu"):
         run(x_q[:, :32], s_x, codes[:, :32], gamma)
-    assert forward_forms.why_not("wgmma", 6, 8, 8, 48) is None
-    assert "not 40" in str(forward_forms.why_not("wgmma", 6, 8, 8, 40))
+    assert forward_forms.find_form("wgmma").why_not(6, 8, 8, 48) is None
+    assert "not 40" in str(forward_forms.find_form("wgmma").why_not(6, 8, 8, 40))
 
 
 @pytest.mark.gpu
@@ -198,26 +191,26 @@ def test_operands_that_do_not_fit_are_named(monkeypatch: pytest.MonkeyPatch) -> 
     "shape", [(1, 1, 16), (17, 33, 896), (300, 300, 4864), (5, 896, 11008), (4097, 2056, 1040)], ids=str
 )
 def test_on_a_gpu(shape: tuple[int, int, int], tile: Tile) -> None:
-    x_q, s_x, codes, gamma, bias = (t.cuda() for t in operands(*shape))
+    x_q, s_x, codes, gamma, bias = operands(*shape)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for added in (None, bias):
             y = wgmma_gemm.ternary_linear_wgmma(x_q, s_x, codes, gamma, added, dtype, config=tile)
-            assert torch.equal(y, reference.ternary_linear(x_q, s_x, codes, gamma, added, dtype))
-    assert torch.equal(wgmma_gemm.int_matmul_wgmma(x_q, codes, config=tile), reference.int_matmul(x_q, codes))
+            assert_same_bits(y, reference.ternary_linear(x_q, s_x, codes, gamma, added, dtype))
+    assert_same_bits(wgmma_gemm.int_matmul_wgmma(x_q, codes, config=tile), reference.int_matmul(x_q, codes))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.is_available() and not HOPPER, reason="needs compute capability 9.0")
 def test_views_and_nothing_to_do_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SBN_KERNELS_CACHE", str(tmp_path))
-    x_q, s_x, codes, gamma, _ = (t.cuda() for t in operands(24, 10, 48))
+    x_q, s_x, codes, gamma, _ = operands(24, 10, 48)
     whole = reference.ternary_linear(x_q, s_x, codes, gamma)
     run = wgmma_gemm.ternary_linear_wgmma
-    assert torch.equal(run(x_q.view(2, 3, 4, 48), s_x.view(2, 3, 4), codes, gamma), whole.view(2, 3, 4, 10))
-    assert torch.equal(run(x_q[1:], s_x[1:], codes, gamma), whole[1:])
-    assert torch.equal(
+    assert_same_bits(run(x_q.view(2, 3, 4, 48), s_x.view(2, 3, 4), codes, gamma), whole.view(2, 3, 4, 10))
+    assert_same_bits(run(x_q[1:], s_x[1:], codes, gamma), whole[1:])
+    assert_same_bits(
         run(x_q[:, :32], s_x, codes[:, :32], gamma), reference.ternary_linear(x_q[:, :32], s_x, codes[:, :32], gamma)
     )
     unaligned = torch.cat([x_q.flatten()[:1], x_q.flatten()])[1:].view(24, 48)
-    assert torch.equal(run(unaligned, s_x, codes, gamma), whole)
+    assert_same_bits(run(unaligned, s_x, codes, gamma), whole)
     assert run(x_q[:0], s_x[:0], codes, gamma).shape == (0, 10)

@@ -25,7 +25,7 @@ TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("SLURM_") or name in (*TORCHRUN, "MASTER_ADDR", "MASTER_PORT"):
-            monkeypatch.delenv(name)
+            os.environ.pop(name)
 
 
 @pytest.mark.parametrize(
@@ -110,3 +110,19 @@ def test_a_recipe_for_the_cpu_hides_gpus_before_torch_is_imported(tmp_path: Path
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert run.stdout == "''\n", run.stderr
+
+
+def test_without_a_home_the_engines_get_caches_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = ("TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "MPLCONFIGDIR")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    environment.ensure_caches()
+    assert not any(name in os.environ for name in names)
+    monkeypatch.setenv("HOME", "/dev/null")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "own")
+    environment.ensure_caches()
+    assert os.environ["TRITON_CACHE_DIR"] == "own"
+    assert all(os.environ[name] for name in names)
+    for name in names[1:]:
+        os.environ.pop(name)

@@ -14,7 +14,7 @@ from megatron_sbn.config.validation import validate_recipe, validate_world_size
 from megatron_sbn.errors import RecipeError
 from megatron_sbn.plan.comm_bytes import bytes_of_all_ranks
 from megatron_sbn.plan.command import machines_of
-from megatron_sbn.plan.hardware import CPU, ON_CUDA
+from megatron_sbn.plan.hardware import CPU, ON_CUDA, known_device
 from megatron_sbn.plan.memory import rank_memory
 from megatron_sbn.plan.search import Machines, candidate, choose
 from megatron_sbn.plan.shapes import Layout, model_parameters
@@ -214,3 +214,20 @@ def test_one_rank_sends_nothing() -> None:
 def test_options_without_a_recipe_are_refused() -> None:
     with pytest.raises(RecipeError, match="choose one of"):
         machines_of("tpu", 1, 8)
+
+
+@pytest.mark.parametrize(
+    ("product", "name"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA A100-PCIE-40GB", None),
+        ("NVIDIA H100 NVL", None),
+        ("Tesla V100", None),
+    ],
+)
+def test_a_driver_s_name_of_a_device_is_that_of_a_data_sheet_or_none(product: str, name: str | None) -> None:
+    device = known_device(product)
+    assert (device.name if device else None) == name

@@ -16,7 +16,7 @@ from megatron_sbn.config import load_recipe
 from megatron_sbn.config.sweep import load_sweep
 from megatron_sbn.runs.metrics_file import MetricsFile
 from megatron_sbn.tracking.mlflow_delivery import delivered_study
-from megatron_sbn.tracking.sqlite_file import default_uri
+from megatron_sbn.tracking.sqlite_file import database_uri
 from megatron_sbn.tracking.study import KIND_TAG, PARENT_TAG, STUDY_TAG, Study, standing
 from megatron_sbn.tracking.tags import describe_recipe
 from megatron_sbn.tracking.tracker import Tracker, sync
@@ -210,7 +210,7 @@ def test_a_report_that_cannot_be_attached(
 
 def test_jobs_that_start_at_once_make_one_database(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("a", "b", "c")]
-    uri = default_uri(tmp_path)
+    uri = database_uri(tmp_path / "mlflow.db")
     code = (
         "import sys; from pathlib import Path; from test_study import track\n"
         "assert track(Path(sys.argv[1]), sys.argv[2]).close('FINISHED', timeout=600)"

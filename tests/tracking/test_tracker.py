@@ -20,7 +20,7 @@ from megatron_sbn.runs.metrics_file import MetricsFile, read_metrics
 from megatron_sbn.runs.tracking_record import read_record
 from megatron_sbn.tracking import mlflow_delivery
 from megatron_sbn.tracking import tracker as following
-from megatron_sbn.tracking.sqlite_file import default_uri
+from megatron_sbn.tracking.sqlite_file import database_uri
 from megatron_sbn.tracking.tracker import Tracker, sync
 
 PARAMS = {"optimizer.lr": "0.0003", "linear.sparsity": "6:8"}
@@ -260,7 +260,7 @@ def test_sync_to_another_place_and_back(run_dir, uri, tmp_path, empty_database):
     tracker.close("FINISHED")
     (tmp_path / "other").mkdir()
     shutil.copy(empty_database, tmp_path / "other" / "mlflow.db")
-    other = default_uri(tmp_path / "other")
+    other = database_uri(tmp_path / "other" / "mlflow.db")
     assert sync(run_dir, other) != tracker.run_id
     assert only_run(other).data.params == only_run(uri).data.params == PARAMS
     assert history(other, "loss") == history(uri, "loss")

@@ -89,7 +89,7 @@ def test_a_run_leaves_what_its_folder_promises(uninterrupted: tuple[Path, str]) 
     said = (run / "logs" / "rank-0.log").read_text().splitlines()
     opening = said[: next(index for index, line in enumerate(said) if line.startswith("step 0"))]
     assert len(opening) <= 20
-    rows = ("model", "layout", "batch", "linear", "tokens", "memory", "saving", "mlflow")
+    rows = ("model", "layout", "batch", "linear", "tokens", "lr", "memory", "saving", "mlflow")
     named = [line.split()[0] for line in opening if line.startswith("  ")]
     assert [name for name in named if name != "kernels"] == list(rows)
     assert named.count("kernels") == 4

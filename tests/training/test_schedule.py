@@ -1,11 +1,12 @@
 """Learning rate and weight decay: the numbers of docs/method.md, "Training", and formulas computed independently."""
 
 import math
+from pathlib import Path
 
 import pytest
 
-from megatron_sbn.config import Recipe
-from megatron_sbn.training.schedule import learning_rate, weight_decay
+from megatron_sbn.config import Recipe, load_recipe
+from megatron_sbn.training.schedule import describe, learning_rate, weight_decay
 
 
 def recipe(weight_format: str = "ternary", steps: int = 100_000, **optimizer: object) -> Recipe:
@@ -111,3 +112,31 @@ def test_schedules_are_monotone_after_warm_up_and_never_negative() -> None:
         assert falling == sorted(falling, reverse=True)
         assert min(rates) > 0
         assert all(weight_decay(run, step) >= 0 for step in range(0, steps, 97))
+
+
+@pytest.mark.parametrize(("name", "warmup"), [("quickstart", 30), ("tiny/base", 20), ("qwen2.5-3b/ternary-6of8", 1000)])
+def test_the_shipped_schedules_follow_the_number_of_steps(name: str, warmup: int) -> None:
+    """`training.steps=300` trains no step at the floor but the last; warm-up keeps its share."""
+    path = Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
+    shipped = load_recipe(path)
+    steps = shipped.training.steps
+    assert shipped.optimizer.warmup_steps(steps) == warmup
+    longer = load_recipe(path, [f"training.steps={3 * steps}"])
+    rates = [learning_rate(longer, step) for step in range(3 * steps)]
+    assert rates.index(max(rates)) == pytest.approx(3 * warmup, abs=2)
+    assert min(rates[3 * warmup : -1]) > longer.optimizer.min_lr
+    assert "at the" not in describe(longer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"steps": 100, "lr_warmup_steps": 10}, "10 warm-up steps, then cosine from 0.0003 to 1e-05 at step 100"),
+        ({"steps": 300, "lr_decay_steps": 90}, "and 1e-05 for the last 210 steps (optimizer.lr_decay_steps = 90)"),
+        ({"steps": 50, "lr_decay_steps": 100}, "; this run ends before, at 0.00016"),
+        ({"steps": 50, "lr_decay_style": "constant"}, "0.0003"),
+        ({"steps": 1000, "stages": STAGES}, "2 stages from steps 0, 600"),
+    ],
+)
+def test_the_schedule_in_words(settings: dict, words: str) -> None:
+    assert words in describe(recipe(**settings))

@@ -1,1 +1,1 @@
-"""The backend of CPU tensors: int8 products through oneDNN, masks by sorting networks."""
+"""The backend of CPU tensors: int8 GEMMs through oneDNN, masks by sorting networks."""

@@ -1,21 +1,21 @@
-"""The linear layer on CPU: int8 products where the machine has fast ones, fp32 elsewhere, in blocks that fit the cache.
+"""The linear layer on CPU: int8 GEMMs where the machine has fast ones, fp32 elsewhere, in blocks that fit the cache.
 
-The exact product X_q @ C^T has three forms, all of them exact, so that the fastest may serve (measured once for a
-shape and machine, see `tuning`):
+X_q @ C^T is computed by one of three GEMMs, all of them exact, so that the fastest may serve (measured once for a shape
+and machine, see `tuning`):
 
     onednn    oneDNN's u8 x s8 kernel on X_q + 128. Without VNNI it adds pairs of products in int16 and saturates, which
               255 * 1 + 255 * 1 cannot reach: exact because the codes are ternary
     int_mm    `torch._int_mm`: int8 x int8 with VNNI, slow without
-    float     an fp32 product of integers below 2^24
+    float     an fp32 GEMM of integers below 2^24
 
-Full int8 x int8 products (the weight gradient of mode "int8") have the latter two only.
+Full int8 x int8 GEMMs (the weight gradient of mode "int8") have the latter two only.
 
 Backward, mode "exact": the scales are folded into the smaller operand,
 
     dX = dY @ (gamma * C)        gamma * C is exact in fp32
     dW = dY^T @ (s_x * X_q)      one fp32 rounding
 
-both as fp32 products, the fastest there is for floats of any kind on most CPUs.
+both as fp32 GEMMs, the fastest there is for floats of any kind on most CPUs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sbn_kernels import reference, tuning
 from sbn_kernels.exact_sum import SCALE_FLOOR
+from sbn_kernels.ternary_weight import TernaryWeight
 
 _BLOCK_ELEMENTS = 1 << 19
 _WORTH_MEASURING = 1 << 22
@@ -51,11 +52,11 @@ def quantize_activations(x: Tensor, bits: int = 8, *, abs_max: Tensor | None = N
         return reference.quantize_activations(x, bits, abs_max=abs_max)
     if abs_max is not None and abs_max.shape != x.shape[:-1]:
         raise ValueError(f"abs_max has shape {tuple(abs_max.shape)}, expected {tuple(x.shape[:-1])}: one per token")
-    x_q, s_x = _round_rows(_rows(x), SCALE_FLOOR, given=None if abs_max is None else abs_max.reshape(-1))
+    x_q, s_x = _quantize_rows(_rows(x), SCALE_FLOOR, given=None if abs_max is None else abs_max.reshape(-1))
     return x_q.view(x.shape), s_x.view(x.shape[:-1])
 
 
-def _round_rows(
+def _quantize_rows(
     t: Tensor, floor: float, *, factors: Tensor | None = None, given: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return (rint(g * (127/a)) int8 [rows, k], a/127 fp32 [rows]) of g = t * factors; 0 and NaN where a is not finite.
@@ -67,7 +68,7 @@ def _round_rows(
         given: fp32 [rows] in place of max|g|; then results are clipped to [-128, 127].
     """
     top = torch.full((), 127.0)
-    rounded, a = torch.empty(t.shape, dtype=torch.int8), torch.empty(len(t))
+    codes, a = torch.empty(t.shape, dtype=torch.int8), torch.empty(len(t))
     buffer = torch.empty(next(_blocks(*t.shape), slice(0, 0)).stop, t.shape[1])
     for rows in _blocks(*t.shape):
         scaled = buffer[: rows.stop - rows.start]
@@ -77,26 +78,26 @@ def _round_rows(
         a[rows] = most.clamp(min=floor)
         torch.mul(block, (top / a[rows]).unsqueeze(1), out=scaled).round_()
         # Its own maximum never takes a row past 127, another's might.
-        rounded[rows] = scaled if given is None else scaled.clamp_(-128.0, 127.0)
+        codes[rows] = scaled if given is None else scaled.clamp_(-128.0, 127.0)
     s = a / top
     bad = ~((top / a).isfinite() & s.isfinite())
     if bool(bad.any()):
-        rounded[bad], s[bad] = 0, torch.nan
-    return rounded, s
+        codes[bad], s[bad] = 0, torch.nan
+    return codes, s
 
 
 def _onednn(codes: Tensor) -> Callable[[Tensor], Tensor]:
-    """oneDNN's product with `codes`, reordered once: x_q int8 [tokens, in] -> fp32 [tokens, out]."""
+    """oneDNN's GEMM with `codes`, reordered once: x_q int8 [tokens, in] -> fp32 [tokens, out]."""
     one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int64)
     packed = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
 
-    def product(x_q: Tensor) -> Tensor:
+    def gemm(x_q: Tensor) -> Tensor:
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
             x_q.view(torch.uint8) ^ 128, 1.0, 128, packed, one, zero, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return y
 
-    return product
+    return gemm
 
 
 def _int_mm(codes: Tensor) -> Callable[[Tensor], Tensor]:
@@ -109,16 +110,17 @@ def _float(codes: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x_q: x_q.float() @ matrix
 
 
-_FORMS: Mapping[str, Callable[[Tensor], Callable[[Tensor], Tensor]]] = MappingProxyType(
+_GEMMS: Mapping[str, Callable[[Tensor], Callable[[Tensor], Tensor]]] = MappingProxyType(
     {"float": _float, "onednn": _onednn, "int_mm": _int_mm}
 )
 
 
-def product_form(tokens: int, codes: Tensor) -> str:
-    """Return the name of the fastest form for [tokens, in] x [out, in], measured once on at most 64 tokens.
+def choose_gemm(tokens: int, codes: Tensor) -> str:
+    """Return the name of the fastest GEMM for [tokens, in] x [out, in], measured once on at most 64 tokens.
 
     Args:
-        tokens: of the product. codes: int8 [out, in], in memory by rows or by columns.
+        tokens: rows of the activations.
+        codes: int8 [out, in], in memory by rows or by columns.
     """
     if tokens * codes.numel() < _WORTH_MEASURING:
         return "float"  # also for empty operands, which oneDNN refuses
@@ -126,27 +128,26 @@ def product_form(tokens: int, codes: Tensor) -> str:
     key = {"tokens": tuning.bucket_tokens(few), "out": codes.shape[0], "in": codes.shape[1]}
 
     def run(name: str) -> Tensor:
-        return _FORMS[name](codes)(torch.ones(few, codes.shape[1], dtype=torch.int8))
+        return _GEMMS[name](codes)(torch.ones(few, codes.shape[1], dtype=torch.int8))
 
-    candidates = {name: partial(run, name) for name in _FORMS}  # nothing is made unless it is measured
+    candidates = {name: partial(run, name) for name in _GEMMS}  # nothing is made unless it is measured
     return tuning.choose("cpu_product", key | {"threads": torch.get_num_threads()}, candidates, device=codes.device)
 
 
-def _scaled_product(
+def _scaled_matmul(
     x_q: Tensor,
     s_x: Tensor,
     codes: Tensor,
     gamma_per_row: Tensor | None = None,
     bias: Tensor | None = None,
-    form: str | None = None,
+    gemm: str | None = None,
 ) -> Tensor:
     """Return ((x_q @ codes^T) * s_x) * gamma + bias, fp32 [tokens, out]; all passes over a block while it is in cache.
 
-    The product is made whole: in blocks its operands are rearranged again for each.
+    The GEMM runs once over all tokens: in blocks it would rearrange its operands again for each.
     """
-    form = form or product_form(len(x_q), codes)
     with torch.autocast("cpu", enabled=False):
-        accumulators = _FORMS[form](codes)(x_q)
+        accumulators = _GEMMS[gemm or choose_gemm(len(x_q), codes)](codes)(x_q)
         y = accumulators.view(torch.float32)
         for rows in _blocks(*y.shape):
             block = _to_float(accumulators[rows], y[rows]).mul_(s_x[rows].unsqueeze(1))
@@ -162,12 +163,13 @@ def _to_float(accumulators: Tensor, y: Tensor) -> Tensor:
     return y if accumulators.dtype == torch.float32 else y.copy_(accumulators)
 
 
-def int_matmul(x_q: Tensor, codes: Tensor, *, form: str | None = None) -> Tensor:
-    """Return x_q @ codes^T exactly, fp32 [..., out]: see `reference.int_matmul`; `form` forces one of `_FORMS`."""
+def int_matmul(x_q: Tensor, weight: TernaryWeight, *, gemm: str | None = None) -> Tensor:
+    """Return x_q @ codes^T exactly, fp32 [..., out]: see `reference.int_matmul`; `gemm` forces one of `_GEMMS`."""
+    codes = weight.codes
     reference.check_int8(x_q, codes)
     flat = _rows(x_q)
     with torch.autocast("cpu", enabled=False):
-        accumulators = _FORMS[form or product_form(len(flat), codes)](codes)(flat)
+        accumulators = _GEMMS[gemm or choose_gemm(len(flat), codes)](codes)(flat)
     y = _to_float(accumulators, accumulators.view(torch.float32))
     return y.view(*x_q.shape[:-1], len(codes))
 
@@ -175,30 +177,30 @@ def int_matmul(x_q: Tensor, codes: Tensor, *, form: str | None = None) -> Tensor
 def ternary_linear(
     x_q: Tensor,
     s_x: Tensor,
-    codes: Tensor,
-    gamma_per_row: Tensor,
+    weight: TernaryWeight,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
     *,
-    form: str | None = None,
+    gemm: str | None = None,
 ) -> Tensor:
-    """Return Y [..., out]: see `reference.ternary_linear`."""
+    """Return Y [..., out]: see `reference.ternary_linear`; `gemm` forces one of `_GEMMS`."""
+    codes = weight.codes
     reference.check_int8(x_q, codes)
-    y = _scaled_product(_rows(x_q), s_x.reshape(-1), codes, gamma_per_row, bias, form)
+    y = _scaled_matmul(_rows(x_q), s_x.reshape(-1), codes, weight.gamma_per_row, bias, gemm)
     return y.to(out_dtype).view(*x_q.shape[:-1], len(codes))
 
 
-def input_gradient(
-    dy: Tensor, codes: Tensor, gamma_per_row: Tensor, codes_t: Tensor | None = None, mode: str = "exact"
-) -> Tensor:
+def input_gradient(dy: Tensor, weight: TernaryWeight, mode: str = "exact") -> Tensor:
     """Return dX [..., in] in dY's dtype: see `reference.input_gradient`, from which "exact" differs by rounding."""
+    codes, gamma = weight.codes, weight.gamma_per_row
     flat, shape = _rows(dy), (*dy.shape[:-1], codes.shape[1])
     if mode != "exact":
-        g_q, s = _round_rows(flat, reference.ROW_FLOOR, factors=gamma_per_row)
-        return _scaled_product(g_q, s, codes.t() if codes_t is None else codes_t).to(dy.dtype).view(shape)
+        g_q, s = _quantize_rows(flat, reference.ROW_FLOOR, factors=gamma)  # int8 [tokens, out], fp32 [tokens]
+        codes_t = codes.t() if weight.codes_t is None else weight.codes_t
+        return _scaled_matmul(g_q, s, codes_t).to(dy.dtype).view(shape)
     with torch.autocast("cpu", enabled=False):
         dx = torch.empty(len(flat), codes.shape[1], dtype=dy.dtype)
-        matrix = codes.float().mul_(gamma_per_row.unsqueeze(1))
+        matrix = codes.float().mul_(gamma.unsqueeze(1))
         if dy.dtype == torch.float32:
             return torch.mm(flat, matrix, out=dx).view(shape)
         for rows in _blocks(*flat.shape):

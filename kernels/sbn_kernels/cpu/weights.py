@@ -84,7 +84,7 @@ def _least_kept(reciprocal: Tensor) -> Tensor:
 
 
 def _transpose_exactly(groups: Tensor, out: Tensor) -> None:
-    """out[j, g] = groups[g, j]; through a product with the identity where products are plain fp32, which is faster."""
+    """out[j, g] = groups[g, j]; through a GEMM with the identity where GEMMs are plain fp32, which is faster."""
     if torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee"):  # type: ignore[attr-defined]
         with torch.autocast("cpu", enabled=False):
             torch.mm(torch.eye(groups.shape[1]), groups.t(), out=out)

@@ -93,7 +93,7 @@ def planes_kernel(codes, planes, rows, k, stride_row, stride_k, width, ROWS: tl.
     for plane in tl.static_range(4):
         at = block * 256 + plane * 64 + byte
         if TRANSPOSE:
-            # Read along the rows, where the codes are contiguous, and turned in the kernel.
+            # Read along the rows, where the codes are contiguous, and transposed in the kernel.
             inside = (at < k)[:, None] & (row < rows)[None, :]
             read = tl.load(codes + at.to(tl.int64)[:, None] * stride_k + row[None, :], mask=inside, other=0)
             field = tl.trans(read)

@@ -188,7 +188,7 @@ def pack_two_four_fast(codes: Tensor, *, check: bool = True) -> TwoFourWeight:
 def activation_fragments(x_q: Tensor) -> Tensor:
     """Return the B registers of x_q int8 [tokens, in], int32 [ceil(tokens/8), ceil(in/64), 32, 4]: a permutation.
 
-    The product reads these from x_q itself; this is what it reads, for tests and for kernels that want one stream.
+    The GEMM reads these from x_q itself; this is what it reads, for tests and for kernels that want one stream.
     """
     padded = pad(x_q, (0, -x_q.shape[1] % STEP, 0, -x_q.shape[0] % 8))
     tiles, steps = padded.shape[0] // 8, padded.shape[1] // STEP

@@ -1,1 +1,1 @@
-"""The Triton backend: its products, forms of the forward product, loss."""
+"""The Triton backend: its linear layer, forms of the forward GEMM, loss."""

@@ -2,7 +2,7 @@
 
     Y = ((float(acc) * s_x[token]) * gamma[row]) + bias        fp32, rounded once, every operation by itself
 
-For row-parallel layers, and for libraries whose products end in integers; ours scale in the product's own kernel.
+For row-parallel layers, and for libraries whose GEMMs end in integers; ours scale in the GEMM's own kernel.
 """
 
 # Triton reads the annotations of kernels itself, so these have none.

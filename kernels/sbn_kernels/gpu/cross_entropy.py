@@ -6,7 +6,7 @@
 z fp32 [tokens, vocabulary] may be a slice of the vocabulary: the caller combines maxima and sums over ranks, and target
 is -1 where it is another rank's. The first kernel reads z once, with a running maximum and sum (online softmax, Milakov
 and Gimelshein 2018, arXiv 1805.02867); the second reads it once more and writes the gradient in the type of the
-products that follow. `cpu/cross_entropy` is the same in PyTorch.
+GEMMs that follow. `cpu/cross_entropy` is the same in PyTorch.
 """
 
 # Triton reads the annotations of kernels itself, so these have none.

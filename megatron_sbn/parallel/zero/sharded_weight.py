@@ -15,7 +15,7 @@ from megatron_sbn.functional.weight_handle import LocalWeight
 class Zero3Weight(LocalWeight):
     """A weight of which this rank keeps 1/dp under ZeRO-3; whole ones exist for the length of a block."""
 
-    is_cut = True
+    is_sharded = True
     _parameter: Any  # an nn.Parameter with the attributes that DeepSpeed gives it
 
     def __init__(self, weight: nn.Parameter) -> None:
@@ -35,12 +35,12 @@ class Zero3Weight(LocalWeight):
         return self._anchor
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[Tensor]:
+    def gathered(self) -> Iterator[Tensor]:
         """The weight, gathered from the data-parallel replicas, all of which take part."""
         with deepspeed.zero.GatheredParameters([self._parameter]):
             yield self._parameter.detach()
 
-    def fragment(self) -> tuple[int, Tensor]:
+    def local_shard(self) -> tuple[int, Tensor]:
         """This rank's run of the flattened weight; DeepSpeed pads the last one, which is cut off."""
         kept: Tensor = self._parameter.ds_tensor
         first = dist.get_rank(self._parameter.ds_process_group) * kept.numel()

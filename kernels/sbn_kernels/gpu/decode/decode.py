@@ -14,7 +14,7 @@ one `dp4a`. The factor is taken out of the sum, exactly: |64 * acc| <= 64 * 128 
     triples   0.16667         int16, 12 codes, 2:4 (`trits.pack_triples`)
 
 Rows are padded to whole groups of four units, so that they are read in wide loads. X_q is put in the order in which
-codes come out, once per call: tokens * in bytes, against out * in / 4 of weights. From 16 tokens on, the product is a
+codes come out, once per call: tokens * in bytes, against out * in / 4 of weights. From 16 tokens on, the GEMM is a
 `tl.dot` (tensor cores) with the weights on the wide side.
 
 A split over in gives small layers enough programs; a second pass adds the parts in a fixed order, all in integers.
@@ -257,7 +257,7 @@ def _check(x_q: Tensor, s_x: Tensor, weight: PackedWeight, gamma_per_row: Tensor
     if x_q.dtype != torch.int8 or x_q.dim() != 2 or x_q.shape[1] != weight.in_features:
         raise ValueError(f"x_q must be int8 [tokens, {weight.in_features}], got {x_q.dtype} {tuple(x_q.shape)}")
     if not 0 <= tokens <= MAX_TOKENS:
-        raise ValueError(f"{tokens} tokens: decoding takes at most {MAX_TOKENS}, use the int8 product for more")
+        raise ValueError(f"{tokens} tokens: decoding takes at most {MAX_TOKENS}, use the int8 GEMM for more")
     if s_x.dtype != torch.float32 or s_x.shape != (tokens,):
         raise ValueError(f"s_x must be fp32 [{tokens}], got {s_x.dtype} {tuple(s_x.shape)}")
     if gamma_per_row.dtype != torch.float32 or gamma_per_row.shape != (out_features,):
@@ -300,7 +300,7 @@ def decode_linear(
 def _launch(
     x_q: Tensor, weight: PackedWeight, scales: tuple[Tensor, Tensor, Tensor | None], y: Tensor, splits: int | None
 ) -> None:
-    """Fill Y: the product, and the second pass where there are parts to add."""
+    """Fill Y: the GEMM, and the second pass where there are parts to add."""
     (tokens, out_features), units = y.shape, weight.units
     block_tokens = triton.next_power_of_2(tokens)
     dot = block_tokens >= _DOT_TOKENS

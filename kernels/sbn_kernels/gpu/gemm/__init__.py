@@ -1,1 +1,1 @@
-"""Matrix products of int8 activations and ternary weights, forward and backward."""
+"""GEMMs of int8 activations and ternary weights, forward and backward."""

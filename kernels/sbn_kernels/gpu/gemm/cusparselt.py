@@ -42,7 +42,7 @@ def require_cusparselt() -> None:
     """Raise ValueError if this PyTorch was built without cuSPARSELt."""
     if not torch.backends.cusparselt.is_available():
         raise ValueError(
-            f"PyTorch {torch.__version__} has no cuSPARSELt here: install a CUDA build with it, or use the int8 product"
+            f"PyTorch {torch.__version__} has no cuSPARSELt here: install a CUDA build with it, or use the int8 GEMM"
         )
 
 
@@ -60,7 +60,7 @@ def compress(codes: Tensor) -> CompressedWeight:
     if out_features % MULTIPLE or in_features % MULTIPLE or not 0 < in_features <= MAX_REDUCTION:
         raise ValueError(
             f"cuSPARSELt takes out and in in multiples of {MULTIPLE}, got {out_features} x {in_features}: "
-            "use the int8 product"
+            "use the int8 GEMM"
         )
     if not is_two_four(codes):
         raise ValueError("codes have more than 2 non-zeros in a group of 4: expand them (sliding_window) or use int8")

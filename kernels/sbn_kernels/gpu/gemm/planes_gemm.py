@@ -3,7 +3,7 @@
     Y[t, o] = ((float(sum_i X_q[t, i] * C[o, i]) * s_x[t]) * gamma[o]) + bias[o]
 
 C comes as planes (`planes`), a quarter of the bytes of int8, and is unpacked in registers: two shifts an element. The
-kernel computes Y^T, which puts the codes on the side of the product (wgmma's A) that may come from registers; X_q goes
+kernel computes Y^T, which puts the codes on the side of the GEMM (wgmma's A) that may come from registers; X_q goes
 to shared memory. Worth it where reading weights is what takes the time, at few tokens, and where int8 codes would not
 fit the memory; at many tokens the unpacking is work that int8 codes do not have.
 """

@@ -2,7 +2,7 @@
 
     Y [tokens, out] = ((X_q @ C^T) * s_x[token]) * gamma[row] + bias      C with at most 2 non-zeros in each 4 along in
 
-Triton has no sparse product, so this is written in Gluon, around one instruction in inline assembly, on the layout that
+Triton has no sparse GEMM, so this is written in Gluon, around one instruction in inline assembly, on the layout that
 `two_four` packs. A block is [MT * WM tiles of 16 features, NT * WN tiles of 8 tokens, 32 lanes, 4 registers]: a tile is
 what one instruction computes, every lane holds its 4 accumulators, and loads weights (16 bytes), their metadata
 (4 bytes) and activations (16 bytes, straight from X_q) where its own fragments lie. Nothing passes through shared
@@ -157,7 +157,7 @@ def sparse_linear(
     """
     check_sparse(x_q, s_x, weight, gamma_per_row, bias, out_dtype)
     if not x_q.is_cuda:
-        raise ValueError(f"sparse_linear runs on CUDA devices only, x_q is on {x_q.device}: use the int8 product")
+        raise ValueError(f"sparse_linear runs on CUDA devices only, x_q is on {x_q.device}: use the int8 GEMM")
     tokens, out_features = x_q.shape[0], weight.out_features
     y = torch.empty(tokens, out_features, dtype=out_dtype, device=x_q.device)
     if tokens:

@@ -3,7 +3,7 @@
     dX[t, i] = sum_o (dY[t, o] * gamma[o]) * C[o, i]        fp32 accumulation, rounded once to dY's type
 
 Codes are read transposed, C^T int8 [in, out] or planes of it at 2 bits (`planes.codes_to_planes`), so that both are
-contiguous along the sum. The kernel computes dX^T: the codes are then on the side of the product (wgmma's A) that may
+contiguous along the sum. The kernel computes dX^T: the codes are then on the side of the GEMM (wgmma's A) that may
 come from registers, where they are converted, while dY goes to shared memory untouched.
 
 gamma belongs to the index that is summed over, and each part of the rows has one value. Three ways, chosen on the host
@@ -12,7 +12,7 @@ from where the parts begin (nothing is read back from the device):
     uniform    one part: dX = gamma * (dY @ C), applied to the sum
     segments   every part begins at a multiple of the tile's k: where one begins, the sum so far is multiplied by
                gamma_before / gamma_next, at the end by the last gamma: one accumulator, a bare inner loop
-    general    dY * gamma in fp32, rounded to dY's type, before the product
+    general    dY * gamma in fp32, rounded to dY's type, before the GEMM
 
 Error of a value against the exact one, with S = sum_o |dY * gamma * C|, u = 2^-8 (bf16), 2^-11 (fp16), 2^-24 (fp32)
 the unit roundoff of dY's type, and L the number of segments (fp16 adds 2^-25 to each rounding, its smallest numbers):

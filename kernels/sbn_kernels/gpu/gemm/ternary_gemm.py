@@ -1,4 +1,4 @@
-"""Forward of a ternary linear layer, and the integer products below it, on int8 tensor cores.
+"""Forward of a ternary linear layer, and the integer GEMMs below it, on int8 tensor cores.
 
     acc[t, o] = sum_i X_q[t, i] * C[o, i]                       int32, exact
     Y[t, o]   = ((float(acc) * s_x[t]) * gamma[o]) + bias[o]    fp32, rounded once to the output's type
@@ -9,7 +9,7 @@ whatever the tile; after them each operation rounds by itself, hence no fused mu
 
 One kernel reads its operands through pointers, for any shape and architecture; a second one through TMA descriptors,
 in a persistent loop, for sm_90 and up and rows of a multiple of 16 bytes. Which serves a shape is measured (`tiles`).
-The same products from codes at 2 bits are in `planes_gemm`.
+The same GEMMs from codes at 2 bits are in `planes_gemm`.
 """
 
 # Triton reads the annotations of kernels itself, so these have none.
@@ -41,7 +41,7 @@ INT8_TILES: Mapping[str, tuple[Tile, ...]] = MappingProxyType(
             Tile(64, 128, 128, warps=4),
             Tile(32, 64, 128, warps=4, stages=4),
         ),
-        # On sm_90 Triton waits for an int8 product before it issues the next: long steps, or two blocks a processor.
+        # On sm_90 Triton waits for an int8 wgmma before it issues the next: long steps, or two blocks a processor.
         "hopper": (
             Tile(128, 256, 256, stages=2),
             Tile(128, 256, 128, stages=4),
@@ -230,7 +230,7 @@ def int8_gemm(
         ValueError: not int8, different k, k > 131072, or a tile that cannot read the operands.
     """
     if a.dtype != torch.int8 or b.dtype != torch.int8:
-        raise ValueError(f"integer products take int8 operands, got {a.dtype} and {b.dtype}")
+        raise ValueError(f"integer GEMMs take int8 operands, got {a.dtype} and {b.dtype}")
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)} do not share their last dimension")
     k = a.shape[1]

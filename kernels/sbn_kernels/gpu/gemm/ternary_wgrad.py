@@ -4,19 +4,19 @@
 
 Dense: no mask on it, so that pruned weights keep learning. X_q tiles are converted in the kernel, scaled in fp32 and
 rounded to dY's type; no floating activation is ever in memory, and dY goes to shared memory untouched. A result of few
-tiles leaves processors idle: the tokens are then cut into slices, each summed into its own fp32 matrix, which a second
-kernel adds up in order. No atomics: the same tile gives the same bits every time.
+tiles leaves processors idle: the tokens are then split into slices, each summed into its own fp32 matrix, which a
+second kernel adds up in order. No atomics: the same tile gives the same bits every time.
 
-On sm_90 that kernel waits for every product, since its scaled tile goes from registers to shared memory, which the
-next step overwrites. A turned tile computes dW^T = (X_q * s_x)^T @ dY from X_q^T [in, tokens]: the scaled tile is then
-wgmma's A, which may stay in registers, and products stay in flight. Its measured time includes transposing.
+On sm_90 that kernel waits for every wgmma, since its scaled tile goes from registers to shared memory, which the
+next step overwrites. A transposed tile computes dW^T = (X_q * s_x)^T @ dY from X_q^T [in, tokens]: the scaled tile is
+then wgmma's A, which may stay in registers, and several stay in flight. Its measured time includes transposing.
 
 Error of a value, with S = sum_t |dY * s_x * X_q| and u the unit roundoff of dY's type (2^-8 bf16, 2^-11 fp16, 2^-24
 fp32; fp16 adds 2^-25 |dY| a token, its smallest numbers):
 
     |error| <= u S + (tokens + 2) 2^-24 S                  and 2^-24 |dW| where it is added to what is there
 
-The int8 form takes dY * s_x rounded per output row over the tokens, (h_q, s), transposed: then
+The int8 form takes dY * s_x quantized per output row over the tokens, (h_q, s), transposed: then
 
     dW[o, i] = float(sum_t h_q[o, t] * X_q[t, i]) * s[o]   exact int32 sums
 
@@ -68,7 +68,7 @@ def store_parts(
     m,
     n,
     ADD: tl.constexpr,
-    TURNED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     PART: tl.constexpr,
@@ -76,9 +76,9 @@ def store_parts(
     """Store sums [M, N], or their transpose; at most PART columns of them fit the registers beside an output block."""
     if N > PART:
         left, right = tl.split(tl.permute(tl.reshape(acc, (M, 2, N // 2)), (0, 2, 1)))
-        store_parts(left, out, row, column, m, n, ADD, TURNED, M, N // 2, PART)
-        store_parts(right, out, row, column + N // 2, m, n, ADD, TURNED, M, N // 2, PART)
-    elif TURNED:
+        store_parts(left, out, row, column, m, n, ADD, TRANSPOSED, M, N // 2, PART)
+        store_parts(right, out, row, column + N // 2, m, n, ADD, TRANSPOSED, M, N // 2, PART)
+    elif TRANSPOSED:
         store_block(tl.trans(acc), out, column, row, m, n, ADD, N, M)
     else:
         store_block(acc, out, row, column, m, n, ADD, M, N)
@@ -133,7 +133,7 @@ def weight_gradient_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens", "slice_steps"])
-def turned_gradient_kernel(
+def transposed_gradient_kernel(
     dy,
     s_x,
     x_q_t,
@@ -202,7 +202,7 @@ GRADIENT_TILES: Mapping[str, tuple[Tile, ...]] = MappingProxyType(
             Tile(128, 128, 32, stages=3),
             Tile(64, 64, 64, warps=4),
             Tile(64, 64, 64, warps=4, slices=4),
-            Tile(128, 128, 32, stages=3, turned=True),
+            Tile(128, 128, 32, stages=3, transposed=True),
         ),
         "hopper": (
             Tile(128, 256, 64, stages=3),
@@ -213,28 +213,28 @@ GRADIENT_TILES: Mapping[str, tuple[Tile, ...]] = MappingProxyType(
             Tile(128, 128, 64, stages=4, slices=2),
             Tile(128, 128, 64, stages=4, slices=4),
             Tile(128, 128, 64, stages=4, slices=8),
-            Tile(128, 256, 64, stages=3, turned=True),
-            Tile(128, 256, 64, stages=4, turned=True),
-            Tile(128, 128, 64, stages=4, turned=True),
-            Tile(128, 128, 64, warps=4, stages=3, turned=True),
-            Tile(128, 128, 64, stages=4, slices=4, turned=True),
+            Tile(128, 256, 64, stages=3, transposed=True),
+            Tile(128, 256, 64, stages=4, transposed=True),
+            Tile(128, 128, 64, stages=4, transposed=True),
+            Tile(128, 128, 64, warps=4, stages=3, transposed=True),
+            Tile(128, 128, 64, stages=4, slices=4, transposed=True),
         ),
         "blackwell": (
             Tile(128, 256, 64, stages=3),
             Tile(128, 128, 64, stages=4),
             Tile(128, 128, 64, stages=4, slices=4),
-            Tile(128, 256, 64, stages=3, turned=True),
-            Tile(128, 128, 64, stages=4, turned=True),
+            Tile(128, 256, 64, stages=3, transposed=True),
+            Tile(128, 128, 64, stages=4, transposed=True),
         ),
         "blackwell_small": (
             Tile(128, 128, 32, stages=3),
             Tile(64, 64, 32, warps=4),
             Tile(64, 64, 32, warps=4, slices=4),
-            Tile(128, 128, 32, stages=3, turned=True),
+            Tile(128, 128, 32, stages=3, transposed=True),
         ),
     }
 )
-"""Tiles worth measuring for bf16 and fp16: m output features, n input features (turned: the reverse), k tokens."""
+"""Tiles worth measuring for bf16 and fp16: m output features, n input features (transposed: the reverse), k tokens."""
 
 _FP32 = Tile(64, 64, 32, warps=4, stages=2)
 _ADD_BLOCK = 1024
@@ -249,12 +249,12 @@ def _launch(tile: Tile, dy: Tensor, s_x: Tensor, x_q: Tensor, out: Tensor, *, ad
     options |= {"ADD": add and not sliced, "num_warps": tile.warps, "num_stages": tile.stages}
     slice_steps = triton.cdiv(triton.cdiv(tokens, tile.k), tile.slices)
     whole_steps = tokens % tile.k == 0
-    if tile.turned:
+    if tile.transposed:
         x_q_t = transpose_int8(x_q, multiple=tile.k)
         grid = (triton.cdiv(n, tile.m) * triton.cdiv(m, tile.n), tile.slices)
         sizes = (m, n, tokens, slice_steps, x_q_t.shape[1])
         even = whole_steps and m % tile.n == 0
-        turned_gradient_kernel[grid](dy, s_x, x_q_t, target, *sizes, EVEN=even, **options)
+        transposed_gradient_kernel[grid](dy, s_x, x_q_t, target, *sizes, EVEN=even, **options)
     else:
         grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n), tile.slices)
         even = whole_steps and m % tile.m == 0 and n % tile.n == 0
@@ -279,7 +279,7 @@ def weight_gradient(
         dy: bf16, fp16 or fp32 [..., out].
         s_x: fp32 [...], one per token. x_q: int8 [..., in].
         accumulate_into: fp32 [out, in], contiguous.
-        config: forces a tile; its `slices` cut the tokens.
+        config: forces a tile; its `slices` split the tokens.
 
     Raises:
         ValueError: types or shapes that do not go together.
@@ -330,7 +330,7 @@ def weight_gradient_int8(
     """Return dW fp32 [out, in] = (h_q_t @ x_q) * scale, or `accumulate_into` after adding it there.
 
     Args:
-        h_q_t: int8 [out, tokens] in [-127, 127]: dY * s_x, rounded per row. scale: fp32 [out], of those rows.
+        h_q_t: int8 [out, tokens] in [-127, 127]: dY * s_x, quantized per row. scale: fp32 [out], of those rows.
         x_q: int8 [tokens, in].
         accumulate_into: fp32 [out, in], contiguous.
         config: forces a tile of `ternary_gemm`.
@@ -360,7 +360,7 @@ def weight_gradient_int8(
 
 
 IN_FLIGHT = r"\A(?:(?!wait_group\.sync\.aligned\s+0).)*wait_group\.sync\.aligned\s+[1-9]"
-"""PTX whose first wait, in the loop, leaves products running: what turned tiles are for."""
+"""PTX whose first wait, in the loop, leaves wgmma running: what transposed tiles are for."""
 
 
 def _build(architecture: int, tile: Tile, *, add: bool, even: bool) -> Build:
@@ -368,15 +368,15 @@ def _build(architecture: int, tile: Tile, *, add: bool, even: bool) -> Build:
     constexprs: dict[str, Any] = {"ADD": add, "EVEN": even, "M": tile.m, "N": tile.n, "K": tile.k, "GROUP": tile.group}
     return Build(
         f"ternary_wgrad[{'add ' if add else ''}{'' if even else 'edges '}{tile.name}]",
-        turned_gradient_kernel if tile.turned else weight_gradient_kernel,
+        transposed_gradient_kernel if tile.transposed else weight_gradient_kernel,
         {"dy": "*bf16", "s_x": "*fp32", "x_q": "*i8", "x_q_t": "*i8", "out": "*fp32"}
         | dict.fromkeys(("m", "n", "tokens", "slice_steps", "stride"), "i32"),
         constexprs,
         tile.warps,
         tile.stages,
         instruction={architecture: FLOAT16_MMA[architecture]},
-        aligned=("m", "n", "stride") if tile.turned else ("m", "n"),
-        ptx=IN_FLIGHT if tile.turned and architecture == 90 else "",
+        aligned=("m", "n", "stride") if tile.transposed else ("m", "n"),
+        ptx=IN_FLIGHT if tile.transposed and architecture == 90 else "",
     )
 
 
@@ -396,4 +396,4 @@ BUILDS: tuple[Build, ...] = (
         aligned=("size",),
     ),
 )
-"""Every tile that may be measured (cut in slices it is the same kernel), and the kernels around it."""
+"""Every tile that may be measured (split in slices it is the same kernel), and the kernels around it."""

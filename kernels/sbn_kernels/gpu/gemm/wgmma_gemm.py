@@ -1,24 +1,24 @@
-"""The forward product on Hopper with its int8 multiplications always in flight. Opt-in: never run on hardware.
+"""The forward GEMM on Hopper with its int8 multiplications always in flight. Opt-in: never run on hardware.
 
     acc[t, o] = sum_i X_q[t, i] * C[o, i]                       int32, exact
     Y[t, o]   = ((float(acc) * s_x[t]) * gamma[o]) + bias[o]    fp32, rounded once to the output's type
 
-The same bits as `ternary_gemm`, whose kernel waits on sm_90 for each int8 product before it issues the next: Triton
+The same bits as `ternary_gemm`, whose kernel waits on sm_90 for each int8 wgmma before it issues the next: Triton
 keeps a wgmma in flight across steps only where it accumulates in fp32. Hence Gluon, in which the waits are written out.
 
 A block of threads works through its tiles in one run of steps, numbered from 0 across tiles. Step `s` lies in slot
 `s % STAGES` of a ring in shared memory, and the slot's mbarrier completes its phase `s // STAGES` when both of its
 operands have arrived. Per step:
 
-    wait until step s arrived;  issue its product;  wait until at most one product is in flight, so step s - 1 is done;
+    wait until step s arrived;  issue its wgmma;  wait until at most one wgmma is in flight, so step s - 1 is done;
     start the copies of step s + STAGES - 1 into the slot that step s - 1 had
 
 The copies run ahead of the end of a tile, so the next tile's operands arrive while this one's result is stored. Rows
-past the end of an operand arrive as zeros. Results of two bytes are turned from the product's fragments into 16
+past the end of an operand arrive as zeros. Results of two bytes are rearranged from the accumulator's fragments into 16
 consecutive bytes a thread, each warp by itself through 512 bytes beside the ring; fp32 fills whole sectors as it is.
 
 Status: instructions, waits, registers and spills are read from the machine code; the kernel's own source is run by
-tests against an emulation of copies, barriers and products that arrive as early or as late as they may.
+tests against an emulation of copies, barriers and wgmma that arrive as early or as late as they may.
 """
 
 # Triton reads the annotations of kernels itself, so these have none.
@@ -264,7 +264,7 @@ def _run(
 def _check(x_q: Tensor, codes: Tensor) -> None:
     """Raise ValueError unless these are operands for this kernel, on a machine for it."""
     if x_q.dtype != torch.int8 or codes.dtype != torch.int8:
-        raise ValueError(f"integer products take int8 operands, got {x_q.dtype} and {codes.dtype}")
+        raise ValueError(f"integer GEMMs take int8 operands, got {x_q.dtype} and {codes.dtype}")
     if codes.dim() != 2 or x_q.shape[-1] != codes.shape[1]:
         raise ValueError(f"shapes {tuple(x_q.shape)} and {tuple(codes.shape)} do not share their last dimension")
     reason = why_not(codes.shape[1])
@@ -323,11 +323,11 @@ def int_matmul_wgmma(x_q: Tensor, codes: Tensor, *, config: Tile | None = None) 
 
 
 PRODUCT_STAYS_IN_FLIGHT = (
-    # Between the wait and the copies into the slot that the last product read, all threads meet.
+    # Between the wait and the copies into the slot that the last wgmma read, all threads meet.
     r"wgmma\.wait_group\.sync\.aligned \t?1;(?:(?!cp\.async\.bulk\.tensor|wgmma\.mma_async).)*?bar\.sync"
     r".*?cp\.async\.bulk\.tensor"
 )
-"""What the PTX of a step must have: a wait that leaves one product running, a barrier, the copies; in this order."""
+"""What the PTX of a step must have: a wait that leaves one wgmma running, a barrier, the copies; in this order."""
 
 
 def _build(

@@ -1,6 +1,6 @@
 """Tiles of the matrix kernels: their sizes, the order they are worked through, and rounding inside a kernel.
 
-Every product here is laid out as out[m, n] = sum_k a[m, k] * b[n, k], both operands contiguous along k. A `Tile` says
+Every GEMM here is laid out as out[m, n] = sum_k a[m, k] * b[n, k], both operands contiguous along k. A `Tile` says
 how much of it one block of threads computes. Each kernel module lists the tiles worth measuring for each family of
 GPUs, and takes one of them by measurement (`tuning.pick_tile`).
 
@@ -39,8 +39,8 @@ class Tile:
         warps, stages: threads / 32, and depth of the software pipeline.
         group: rows of tiles in a group of the order (see the module).
         tma: operands come through the tensor memory accelerator, in a persistent kernel (sm_90 and up).
-        slices: parts the sum is cut into, added up in order by a second kernel (`weight_gradient` only).
-        turned: computes the transposed result, from one operand transposed first (`weight_gradient` only).
+        slices: parts the sum is split into, added up in order by a second kernel (`weight_gradient` only).
+        transposed: computes the transposed result, from one operand transposed first (`weight_gradient` only).
     """
 
     m: int
@@ -51,12 +51,12 @@ class Tile:
     group: int = 8
     tma: bool = False
     slices: int = 1
-    turned: bool = False
+    transposed: bool = False
 
     @cached_property
     def name(self) -> str:
         """What the table of measurements calls it: "128x256x128-w8-s3-g8"."""
-        extras = "-tma" * self.tma + f"-x{self.slices}" * (self.slices > 1) + "-turned" * self.turned
+        extras = "-tma" * self.tma + f"-x{self.slices}" * (self.slices > 1) + "-transposed" * self.transposed
         return f"{self.m}x{self.n}x{self.k}-w{self.warps}-s{self.stages}-g{self.group}{extras}"
 
 

@@ -25,9 +25,9 @@ def transpose_int8_kernel(t, out, rows, columns, stride, BLOCK: tl.constexpr):
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (r < rows)[:, None] & (c < columns)[None, :]
     block = tl.load(t + r.to(tl.int64)[:, None] * columns + c[None, :], mask=inside, other=0)
-    turned = tl.trans(block)
+    transposed = tl.trans(block)
     inside = (c < columns)[:, None] & (r < stride)[None, :]
-    tl.store(out + c.to(tl.int64)[:, None] * stride + r[None, :], turned, mask=inside)
+    tl.store(out + c.to(tl.int64)[:, None] * stride + r[None, :], transposed, mask=inside)
 
 
 def transpose_int8(t: Tensor, multiple: int = 1) -> Tensor:

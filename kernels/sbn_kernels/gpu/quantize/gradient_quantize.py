@@ -1,13 +1,13 @@
-"""Gradients rounded to int8 on CUDA, for the int8 modes of the backward pass (reference.quantize_rows).
+"""Gradients quantized to int8 on CUDA, for the int8 modes of the backward pass (reference.quantize_rows).
 
     for dX    G = dY * gamma[row]     G_q, s per token over the rows of out      [tokens, out], as dY lies
-    for dW    H = dY * s_x[token]     H_q, s per row of out over the tokens      [out, tokens], turned for the product
+    for dW    H = dY * s_x[token]     H_q, s per row of out over the tokens      [out, tokens], transposed for the GEMM
 
     t_q = clip(rint(t * (127/a)), -127, 127)    s = a/127    a = max(max|t|, 1e-30)
 
 The floor is far below that of activations, since gradients are legitimately tiny. G's maximum is that of a row that a
 block of threads holds. H's is that of a column: one kernel takes maxima of tiles, put together by atomics (exact in any
-order), another rounds and turns the tiles. A row with NaN or Inf gives codes 0 and a scale of NaN.
+order), another quantizes and transposes the tiles. A row with NaN or Inf gives codes 0 and a scale of NaN.
 """
 
 # Triton reads the annotations of kernels itself, so these have none.
@@ -73,7 +73,7 @@ def column_max_kernel(dy, s_x, maxima, tokens, width, TILE: tl.constexpr):
 
 
 @triton.jit
-def turned_quantize_kernel(dy, s_x, maxima, h_q, s, tokens, width, TILE: tl.constexpr):
+def transposed_quantize_kernel(dy, s_x, maxima, h_q, s, tokens, width, TILE: tl.constexpr):
     """H_q [width, tokens] of one tile, and s [width]."""
     h, rows, columns = _scaled_tile(dy, s_x, tokens, width, TILE)
     a = tl.load(maxima + columns, mask=columns < width, other=0.0)
@@ -130,7 +130,7 @@ def quantize_gradient_columns(dy: Tensor, s_x: Tensor) -> tuple[Tensor, Tensor]:
         grid = (triton.cdiv(tokens, _TILE), triton.cdiv(width, _TILE))
         scales = s_x.reshape(-1).contiguous()
         column_max_kernel[grid](rows, scales, maxima, tokens, width, TILE=_TILE, num_warps=8)
-        turned_quantize_kernel[grid](
+        transposed_quantize_kernel[grid](
             rows, scales, maxima.view(torch.float32), h_q, s, tokens, width, TILE=_TILE, num_warps=8
         )
     return h_q, s
@@ -155,5 +155,5 @@ def _column_build(name: str, function: object, maxima: str) -> Build:
 BUILDS: tuple[Build, ...] = (
     *(_row_build(width) for width in (896, 4864, 11008, 18944)),
     _column_build("gradient_quantize[column maxima]", column_max_kernel, "*i32"),
-    _column_build("gradient_quantize[columns]", turned_quantize_kernel, "*fp32"),
+    _column_build("gradient_quantize[columns]", transposed_quantize_kernel, "*fp32"),
 )

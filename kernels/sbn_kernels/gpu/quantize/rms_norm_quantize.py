@@ -11,7 +11,7 @@ rounding, and x, and recomputes the rest:
     dweight = sum over tokens of dy * xhat
 
 dweight is summed by blocks of tokens into a table that is then added up in order: no atomics, the same bits each run.
-A token's bits depend on no other token, so results do not change with how tokens are cut over ranks.
+A token's bits depend on no other token, so results do not change with how tokens are sharded over ranks.
 """
 
 # Triton reads the annotations of kernels itself, so these have none.

@@ -1,6 +1,6 @@
 """Masks and codes of all weights of a model, in one launch (docs/method.md, "Forward"), from their scales.
 
-One pass over W writes all that the products read: codes, transposed codes for the input gradient, codes at 2 bits in
+One pass over W writes all that the GEMMs read: codes, transposed codes for the input gradient, codes at 2 bits in
 planes (planes.py), masks, and flips against the masks before. Scales are made by two launches before (weight_sums).
 
 A launch covers any number of matrices through a table of addresses, since a model has hundreds of them and a kernel for
@@ -196,12 +196,12 @@ def codes_of_many(
         check_code_arguments(w, gamma, n, m, mask_source, None if masks is None else masks[index])
         check_device(w, gamma)
         if w.numel() >= _MOST_WEIGHTS:
-            raise ValueError(f"a weight of {tuple(w.shape)} has 2^31 elements or more: cut it over more ranks")
+            raise ValueError(f"a weight of {tuple(w.shape)} has 2^31 elements or more: shard it over more ranks")
     if n == m:
         m = n = 1  # no groups: any width
     device = weights[0].device
     codes = [torch.empty(w.shape, dtype=torch.int8, device=device) for w in weights]
-    turned = [torch.empty(w.shape[::-1], dtype=torch.int8, device=device) for w in weights] if transpose else None
+    codes_t = [torch.empty(w.shape[::-1], dtype=torch.int8, device=device) for w in weights] if transpose else None
     made = masks
     if masks is None and with_mask:
         made = [torch.empty(w.shape, dtype=torch.bool, device=device) for w in weights]
@@ -213,11 +213,11 @@ def codes_of_many(
         torch.empty(len(w), plane_bytes(w.shape[1]), dtype=torch.uint8, device=device) if want and in_pass else None
         for w, want in zip(weights, wanted, strict=True)
     ]
-    tables = (rows_of, codes, made, turned, previous, packed)
+    tables = (rows_of, codes, made, codes_t, previous, packed)
     _launch_codes(weights, tables, flips, n, m, from_codes=mask_source == "quantized", read_mask=masks is not None)
     if not in_pass:
         packed = [codes_to_planes(c) if want else None for c, want in zip(codes, wanted, strict=True)]
-    return ManyCodes(codes, list(made) if with_mask and made is not None else None, turned, packed, flips)
+    return ManyCodes(codes, list(made) if with_mask and made is not None else None, codes_t, packed, flips)
 
 
 def _launch_codes(
@@ -231,7 +231,7 @@ def _launch_codes(
     read_mask: bool,
 ) -> None:
     """Run `codes_kernel` on a table of addresses: of `weights`, then of what `tables` hold, in its order."""
-    _, _, masks, turned, previous, packed = tables
+    _, _, masks, codes_t, previous, packed = tables
     assert packed is not None
     addresses = [
         [_address(None if column is None else column[i]) for column in (weights, *tables)] + list(w.shape)
@@ -254,7 +254,7 @@ def _launch_codes(
         FROM_CODES=from_codes,
         READ_MASK=read_mask,
         WRITE_MASK=masks is not None and not read_mask,
-        TRANSPOSE=turned is not None,
+        TRANSPOSE=codes_t is not None,
         COUNT_FLIPS=previous is not None,
         PLANES=with_planes,
         num_warps=_WARPS,

@@ -4,7 +4,7 @@
     2   sum of rint(|w| / unit) of every part, int64            -> gamma, after an all-reduce each
 
 A launch covers any number of matrices through tables of addresses, since a model has hundreds of them and a kernel for
-each would be bound by launches. Every part is cut into runs of 2^14 elements, each reduced by one block of threads;
+each would be bound by launches. Every part is split into runs of 2^14 elements, each reduced by one block of threads;
 maxima and integer sums do not depend on how the runs are put together, so atomics are as exact as any order.
 """
 

@@ -1,4 +1,4 @@
-"""Forward products Y = ((X_q @ C^T) * s_x) * gamma at a shape: inputs, what comes out, and the peers of all forms."""
+"""Forward GEMMs Y = ((X_q @ C^T) * s_x) * gamma at a shape: inputs, what comes out, and the peers of all forms."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ BF16 = torch.bfloat16
 
 
 @dataclass(frozen=True)
-class Product:
+class Gemm:
     """[tokens, in] by an N:M weight, bf16 out."""
 
     layer: Linear
@@ -25,7 +25,7 @@ class Product:
 
     @property
     def operations(self) -> int:
-        """Multiplications and additions of the dense product: zeros count."""
+        """Multiplications and additions of the dense GEMM: zeros count."""
         return 2 * self.tokens * self.layer.weights
 
     def case(self, kernel: str, bytes_a_weight: float = 1.0, ceiling: str = "int8", layer: str = "") -> Case:
@@ -63,12 +63,12 @@ class Product:
         return (inputs["x"][few].float() @ inputs["w"].float().t(),)
 
 
-def products(selection: Selection, n: int, m: int, *tokens: int) -> Iterator[Product]:
+def gemms(selection: Selection, n: int, m: int, *tokens: int) -> Iterator[Gemm]:
     """The layers and token counts that were asked for, by default of 0.5B and 3B."""
     for model in selection.models_or("0.5b", "3b"):
         for layer in model.linears:
             for count in selection.tokens_or(*tokens):
-                yield Product(layer, count, n, m)
+                yield Gemm(layer, count, n, m)
 
 
 def _bf16(inputs: Inputs) -> Call:
@@ -84,15 +84,15 @@ def _int_mm_scaled(inputs: Inputs) -> Call:
     return lambda: ((torch._int_mm(x_q, codes).float() * s_x) * gamma).to(BF16)
 
 
-def bf16_linear(product: Product) -> Contender:
+def bf16_linear(gemm: Gemm) -> Contender:
     """`torch.nn.functional.linear` in bf16."""
-    return Contender("bf16 linear", _bf16, product.dense, 1e-2)
+    return Contender("bf16 linear", _bf16, gemm.dense, 1e-2)
 
 
-def peers_of(product: Product) -> tuple[Contender, ...]:
-    """bf16, and PyTorch's int8 product, without and with the scales after it."""
+def peers_of(gemm: Gemm) -> tuple[Contender, ...]:
+    """bf16, and PyTorch's int8 GEMM, without and with the scales after it."""
     return (
-        bf16_linear(product),
-        Contender("_int_mm alone", _int_mm, product.integers),
-        Contender("_int_mm, scales", _int_mm_scaled, product.scaled),
+        bf16_linear(gemm),
+        Contender("_int_mm alone", _int_mm, gemm.integers),
+        Contender("_int_mm, scales", _int_mm_scaled, gemm.scaled),
     )

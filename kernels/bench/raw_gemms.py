@@ -1,4 +1,4 @@
-"""Bare matrix products on CPU at a layer's shapes: the parts that no implementation of the layer can go below.
+"""Bare GEMMs on CPU at a layer's shapes: the parts that no implementation of the layer can go below.
 
     forward   X_q @ C^T in each exact form of sbn_kernels' linear (onednn, int_mm, float)
     dgrad     dY @ W in fp32, and G_q @ C in each exact form
@@ -55,14 +55,14 @@ def _milliseconds(call: Call) -> float:
 
 
 def _operands(side: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Int8 operands of the forward product, or of the int8 input gradient."""
+    """Int8 operands of the forward GEMM, or of the int8 input gradient."""
     if side == "forward":
         return reference.quantize_activations(inputs["x"])[0], inputs["codes"]
     return reference.quantize_rows(inputs["dy"].float() * inputs["gamma"])[0], inputs["codes"].t().contiguous()
 
 
 class _Side:
-    """One of the integer products of a step, in each form."""
+    """One of the integer GEMMs of a step, in each form."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -79,7 +79,7 @@ class _Side:
         return INTEGER_FORMS[form](x_q, codes)
 
     def expected(self, inputs: Inputs) -> tuple[Tensor]:
-        """The product by the reference."""
+        """The GEMM by the reference."""
         return (reference.int_matmul(*_operands(self.name, inputs)),)
 
 
@@ -93,20 +93,20 @@ def _expected_floats(side: str, inputs: Inputs) -> tuple[Tensor]:
     return (dy @ w if side == "dgrad" else dy.t() @ x,)
 
 
-def _as_floats(product: Tensor) -> tuple[Tensor]:
-    return (product.float(),)
+def _as_floats(acc: Tensor) -> tuple[Tensor]:
+    return (acc.float(),)
 
 
 def contenders() -> tuple[Contender, ...]:
-    """All raw products of a step, named "raw SIDE FORM"."""
+    """All raw GEMMs of a step, named "raw SIDE FORM"."""
     made = []
     for name in ("forward", "dgrad"):
-        product = _Side(name)
+        side = _Side(name)
         for form in INTEGER_FORMS:
-            prepare = partial(product.prepare, form)
-            made.append(Contender(f"raw {name} {form}", prepare, product.expected, raw=True, view=_as_floats))
-    for side in ("dgrad", "wgrad"):
-        expected = partial(_expected_floats, side)
+            prepare = partial(side.prepare, form)
+            made.append(Contender(f"raw {name} {form}", prepare, side.expected, raw=True, view=_as_floats))
+    for name in ("dgrad", "wgrad"):
+        expected = partial(_expected_floats, name)
         rounding = ROUNDING[torch.float32]
-        made.append(Contender(f"raw {side} fp32", partial(_floats, side), expected, rounding, raw=True))
+        made.append(Contender(f"raw {name} fp32", partial(_floats, name), expected, rounding, raw=True))
     return tuple(made)
