@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.config.validation import validate_world_size
 from megatron_sbn.data import corpus
-from megatron_sbn.data.check import QUICKSTART_DATA
+from megatron_sbn.data.data_check import QUICKSTART_DATA
 from megatron_sbn.data.manifest import shard_facts
 from megatron_sbn.errors import InputError, NumericalError, RecipeError
 from megatron_sbn.launch import launch

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     """Trains one recipe on this machine, or all of them."""
     from megatron_sbn.config.sweep import load_sweep
     from megatron_sbn.config.yaml_file import override_of
-    from megatron_sbn.data.check import warn_of_data
+    from megatron_sbn.data.data_check import warn_of_data
     from megatron_sbn.launch import environment, launch
 
     environment.end_with_launcher()

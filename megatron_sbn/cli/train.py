@@ -9,7 +9,7 @@ def train(options: argparse.Namespace) -> int:
     """Checks the recipe, then starts its ranks on this machine."""
     from megatron_sbn.config import load_recipe
     from megatron_sbn.config.validation import min_world_size, validate_world_size
-    from megatron_sbn.data.check import warn_of_data
+    from megatron_sbn.data.data_check import warn_of_data
     from megatron_sbn.engines import check_installed
     from megatron_sbn.launch import launch
     from megatron_sbn.training.preflight import check_start, finished_already

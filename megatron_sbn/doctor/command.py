@@ -1,7 +1,7 @@
 """`sbn doctor RECIPE`: checks a recipe against its layout, and with --ranks against what the ranks really compute.
 
 Without ranks nothing is started: the recipe is read, every combination that cannot be right is refused, what it
-needs is printed, and its data is looked at (`data/check.py`). With them, one step of a tiny model of that very layout
+needs is printed, and its data is looked at (`data/data_check.py`). With them, one step of a tiny model of that very layout
 (`tiny`) is compared with a single rank's, tensor by tensor; with --layouts, every layout of up to four ranks is; with
 --engines, other releases of the engines are compared. What is compared needs no data.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_sbn.atomic_files import write_atomically
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.config.validation import min_world_size, validate_world_size
-from megatron_sbn.data.check import missing_files, warn_of_data
+from megatron_sbn.data.data_check import missing_files, warn_of_data
 from megatron_sbn.doctor.engines import check_engines
 from megatron_sbn.doctor.layouts import SPREAD, candidates, reference
 from megatron_sbn.doctor.tiny_recipe import one_rank, tiny_recipe

@@ -17,7 +17,7 @@ from megatron_sbn.cluster import job, snapshot, submission
 from megatron_sbn.cluster.submission import ranges
 from megatron_sbn.config import load_recipe
 from megatron_sbn.config.sweep import load_sweep
-from megatron_sbn.data.check import QUICKSTART_DATA
+from megatron_sbn.data.data_check import QUICKSTART_DATA
 from megatron_sbn.runs.status import write_status
 
 ROOT = Path(__file__).parents[2]
@@ -355,7 +355,7 @@ def test_data_that_is_not_there_is_not_trained_on(
     monkeypatch.undo()
     monkeypatch.chdir(here)
     missing = f"data.train: {QUICKSTART_DATA}/stdlib-train.idx: no such token shard; `sbn quickstart --prepare-only`"
-    assert missing in refusal(capsys, "submit", QUICKSTART)
+    assert missing in refusal(capsys, "submit", QUICKSTART, "run_dir=runs/x")
     assert "data.train: data/corpus-train.idx: no such token shard; `sbn prepare`" in refusal(
         capsys, "sweep", "submit", WEAK_SCALING
     )

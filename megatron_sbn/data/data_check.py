@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_sbn.config import Recipe
 from megatron_sbn.data.manifest import ShardFacts, shard_facts
-from megatron_sbn.errors import InputError, RecipeError
+from megatron_sbn.errors import InputError
 
 QUICKSTART_DATA = "runs/quickstart-data"
 _WIDE = 2  # times the tokenizer's vocabulary; less is padding
@@ -23,7 +23,7 @@ _PROBES, _PROBE_BYTES = 16, 1 << 16
 def check_data(recipe: Recipe) -> list[str]:
     """Warnings about the data of a recipe, one line each.
 
-    Raises InputError or RecipeError, both with exit status 2, for what is missing and what does not belong together.
+    Raises InputError for what is missing and what does not belong together.
     """
     missing = missing_files(recipe)
     if missing:
@@ -81,7 +81,7 @@ def _way_out(prefix: str) -> str:
 
 
 def _check_tokenizer(recipe: Recipe, known: list[tuple[str, str, ShardFacts]]) -> None:
-    """Raises RecipeError for a shard of another tokenizer than the recipe's, or than the first shard's."""
+    """Raises InputError for a shard of another tokenizer than the recipe's, or than the first shard's."""
     if not known:
         return
     named = recipe.data.tokenizer
@@ -96,7 +96,7 @@ def _check_tokenizer(recipe: Recipe, known: list[tuple[str, str, ShardFacts]]) -
         other = f"data.tokenizer = {named}"
     for field, path, facts in known:
         if facts.tokenizer_sha256 != expected:
-            raise RecipeError(
+            raise InputError(
                 f"{field}: {path} was made with another tokenizer, {facts.tokenizer} (sha256 "
                 f"{facts.tokenizer_sha256[:12]}), than {other} (sha256 {expected[:12]}); name the one that made it, "
                 "or prepare the text again with `sbn prepare --tokenizer`"
@@ -104,13 +104,13 @@ def _check_tokenizer(recipe: Recipe, known: list[tuple[str, str, ShardFacts]]) -
 
 
 def _check_vocabulary(recipe: Recipe, known: list[tuple[str, str, ShardFacts]]) -> Iterator[str]:
-    """A warning of an embedding that is far too wide. Raises RecipeError for one that is too small."""
+    """A warning of an embedding that is far too wide. Raises InputError for one that is too small."""
     if not known:
         return
     field, path, facts = max(known, key=lambda item: item[2].vocab_size)
     have, need = recipe.model.vocab_size, facts.vocab_size
     if have < need:
-        raise RecipeError(
+        raise InputError(
             f"model.vocab_size = {have} is smaller than the {need} of the tokenizer that made {field} = {path} "
             f"({facts.manifest}); set model.vocab_size={need}"
         )
@@ -122,7 +122,7 @@ def _check_vocabulary(recipe: Recipe, known: list[tuple[str, str, ShardFacts]]) 
 
 
 def _check_validation(recipe: Recipe) -> Iterator[str]:
-    """A warning of a validation shard that is one of several trained on. Raises RecipeError if nothing else is."""
+    """A warning of a validation shard that is one of several trained on. Raises InputError if nothing else is."""
     train = list(dict.fromkeys(shard.path for shard in recipe.data.train))
     held_out = list(dict.fromkeys(shard.path for shard in recipe.data.validation or ()))
     by_size: dict[int, list[str]] = {}
@@ -137,7 +137,7 @@ def _check_validation(recipe: Recipe) -> Iterator[str]:
     path, other = pairs[0]
     same = f"data.validation = {path} holds the same tokens as data.train = {other}"
     if {other for _, other in pairs} >= set(train):
-        raise RecipeError(
+        raise InputError(
             f"{same}: validation would measure what was learned by heart; name held-out text, which "
             "`sbn prepare --validation-fraction` sets aside, or leave data.validation out"
         )

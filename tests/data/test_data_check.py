@@ -12,12 +12,12 @@ import pytest
 
 from megatron_sbn.cli import main
 from megatron_sbn.config import Recipe, load_recipe
-from megatron_sbn.data.check import QUICKSTART_DATA, check_data
+from megatron_sbn.data.data_check import QUICKSTART_DATA, check_data
 from megatron_sbn.data.corpus import PrepareOptions, prepare
 from megatron_sbn.data.index_header import shard_tokens
 from megatron_sbn.data.manifest import shard_facts
 from megatron_sbn.data.shards import Shard, ShardWriter
-from megatron_sbn.errors import InputError, RecipeError
+from megatron_sbn.errors import InputError
 
 MODEL = "num_layers: 1, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 2, seq_length: 16, vocab_size: 340"
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -68,22 +68,22 @@ REFUSED = (
     ("train: foreign, tokenizer: none.model", InputError, "data.tokenizer = none.model: no such file; name the"),
     (
         "train: own-train, tokenizer: other.model",
-        RecipeError,
+        InputError,
         r"data.train: own-train was made with another tokenizer, own.model \(sha256 \w{12}\), than data.tokenizer = "
         r"other.model \(sha256 \w{12}\); name the one that made it, or prepare the text again",
     ),
     (
         "train: [own-train, other-train]",
-        RecipeError,
+        InputError,
         r"data.train: other-train was made with another tokenizer, other.model .* than data.train = own-train "
         r"\(own.model\)",
     ),
     (
         "train: own-train, validation: own-train",
-        RecipeError,
+        InputError,
         "data.validation = own-train holds the same tokens as data.train = own-train: .* --validation-fraction",
     ),
-    ("train: foreign, validation: ./foreign", RecipeError, "data.validation = ./foreign holds the same tokens"),
+    ("train: foreign, validation: ./foreign", InputError, "data.validation = ./foreign holds the same tokens"),
 )
 
 
@@ -95,7 +95,7 @@ def test_what_is_refused(here: Path, data: str, kind: type[Exception], message: 
 
 def test_the_vocabulary_of_the_model(here: Path) -> None:
     with pytest.raises(
-        RecipeError, match=r"model.vocab_size = 339 is smaller than the 340 .* set model.vocab_size=340"
+        InputError, match=r"model.vocab_size = 339 is smaller than the 340 .* set model.vocab_size=340"
     ):
         check_data(recipe(OWN, "model.vocab_size=339"))
     assert check_data(recipe(OWN, "model.vocab_size=680")) == []
@@ -107,7 +107,7 @@ def test_the_vocabulary_of_the_model(here: Path) -> None:
 def test_copies_and_parts(here: Path) -> None:
     for suffix in ("bin", "idx"):
         shutil.copy(f"own-train.{suffix}", f"copy.{suffix}")
-    with pytest.raises(RecipeError, match="data.validation = copy holds the same tokens as data.train = own-train"):
+    with pytest.raises(InputError, match="data.validation = copy holds the same tokens as data.train = own-train"):
         check_data(recipe("train: own-train, validation: copy"))
     (line,) = check_data(recipe("train: [foreign, own-train], validation: copy"))
     assert line.startswith("data.validation = copy holds the same tokens as data.train = own-train, a part of what is")
@@ -152,7 +152,7 @@ def test_no_torch_and_no_time(here: Path) -> None:
     assert check_data(made) == []
     assert time.monotonic() - began < 5
     script = (
-        "import sys; from megatron_sbn.config import load_recipe; from megatron_sbn.data.check import check_data\n"
+        "import sys; from megatron_sbn.config import load_recipe; from megatron_sbn.data.data_check import check_data\n"
         "check_data(load_recipe('a.yaml'))\nassert not {'torch', 'megatron', 'sentencepiece'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
