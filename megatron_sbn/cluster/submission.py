@@ -164,7 +164,9 @@ def submit(submission: Submission, *, dry_run: bool) -> None:
 
 def _check_data(submission: Submission) -> list[str]:
     """Files of data that are not there. Raises InputError for what does not belong together."""
-    recipes = {(recipe.data, recipe.model.vocab_size): recipe for job in submission.jobs for recipe in job.recipes.values()}
+    recipes = {
+        (recipe.data, recipe.model.vocab_size): recipe for job in submission.jobs for recipe in job.recipes.values()
+    }
     missing = list(dict.fromkeys(line for recipe in recipes.values() for line in missing_files(recipe)))
     if not missing:
         for recipe in recipes.values():

@@ -168,7 +168,8 @@ def prepare(options: PrepareOptions, *, workers: int = 1) -> PrepareReport:
     with exclusive(options.output):
         with staged([*models, *bins, *indices], obsolete=[options.manifest, *indices]):
             for model in models:
-                content = train_model(_training_texts(options, files), options.vocab_size or 0, seed=options.seed)
+                texts = _training_texts(options, files)
+                content = train_model(texts, options.vocab_size or 0, seed=options.seed, spoken=True)
                 partial_path(model).write_bytes(content)
             tokenizer = Tokenizer(partial_path(options.model) if models else options.model)
             job = EncodingJob(

@@ -12,6 +12,7 @@ digit is its own piece, and a character outside the vocabulary becomes its UTF-8
 A model from elsewhere that normalizes, or puts a space in front of the text, is used as it is, on the whole text.
 """
 
+import contextlib
 import heapq
 import io
 import itertools
@@ -24,6 +25,7 @@ import numpy as np
 import sentencepiece
 
 from megatron_sbn.atomic_files import write_atomically
+from megatron_sbn.data.progress import elapsed
 from megatron_sbn.errors import InputError
 
 SAMPLE_CHARACTERS = 100_000_000  # what training a tokenizer looks at, at most: about 2 GB of memory
@@ -32,6 +34,7 @@ _CHUNK = 8192  # characters given to the trainer at once; its word positions are
 _SPACE = "\u2581"
 _UNKNOWN = "\u2585"  # the trainer's own mark of a character outside its alphabet
 _LOG_FATAL = 3
+_THREADS = 1  # of training: the model file records it, and BPE gains nothing by more
 
 
 class Tokenizer:
@@ -133,34 +136,38 @@ def train_tokenizer(documents: Iterable[str], output: str | Path, vocab_size: in
     return Tokenizer(output)
 
 
-def train_model(documents: Iterable[str], vocab_size: int, *, seed: int = 0) -> bytes:
+def train_model(documents: Iterable[str], vocab_size: int, *, seed: int = 0, spoken: bool = False) -> bytes:
     """A serialized sentencepiece BPE model of exactly `vocab_size` pieces, a function of the input and seed.
 
     Pieces 0 to 2 are unk, bos and eos, the next 256 are the bytes. At most SAMPLE_CHARACTERS characters are looked at:
     a uniform sample of the documents, by `seed`, where there are more. Raises InputError when there is no text, or when
-    `vocab_size` does not fit it, with the limit that does.
+    `vocab_size` does not fit it, with the limit that does. Where it is `spoken`, stderr is told how long it takes.
     """
     model = io.BytesIO()
-    chunks = _chunks(_sample(documents, SAMPLE_CHARACTERS, seed))
+    sample = _sample(documents, SAMPLE_CHARACTERS, seed)
+    size = sum(len(text.encode()) for text in sample) / 1e6 if spoken else 0.0
+    label = f"training a tokenizer of {vocab_size:,} pieces on {size:,.1f} MB with {_THREADS} thread"
+    chunks = _chunks(sample)
     first = next(chunks, None)
     if first is None:
         raise InputError("empty corpus: there is no text to train a tokenizer on")
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.chain([first], chunks),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            max_sentence_length=8 * _CHUNK,
-            num_threads=1,  # the model file records it
-            minloglevel=_LOG_FATAL,
-        )
+        with elapsed(label) if spoken else contextlib.nullcontext():
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=itertools.chain([first], chunks),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                byte_fallback=True,
+                split_digits=True,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                allow_whitespace_only_pieces=True,
+                max_sentence_length=8 * _CHUNK,
+                num_threads=_THREADS,
+                minloglevel=_LOG_FATAL,
+            )
     except RuntimeError as error:
         raise InputError(_size_advice(vocab_size, str(error))) from error
     return model.getvalue()

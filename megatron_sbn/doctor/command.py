@@ -1,9 +1,9 @@
 """`sbn doctor RECIPE`: checks a recipe against its layout, and with --ranks against what the ranks really compute.
 
 Without ranks nothing is started: the recipe is read, every combination that cannot be right is refused, what it
-needs is printed, and its data is looked at (`data/data_check.py`). With them, one step of a tiny model of that very layout
-(`tiny`) is compared with a single rank's, tensor by tensor; with --layouts, every layout of up to four ranks is; with
---engines, other releases of the engines are compared. What is compared needs no data.
+needs is printed, and its data is looked at (`data/data_check.py`). With them, one step of a tiny model of that very
+layout (`tiny`) is compared with a single rank's, tensor by tensor; with --layouts, every layout of up to four ranks is;
+with --engines, other releases of the engines are compared. What is compared needs no data.
 """
 
 import json

@@ -12,8 +12,8 @@ import pytest
 
 from megatron_sbn.cli import main
 from megatron_sbn.config import Recipe, load_recipe
-from megatron_sbn.data.data_check import QUICKSTART_DATA, check_data
 from megatron_sbn.data.corpus import PrepareOptions, prepare
+from megatron_sbn.data.data_check import QUICKSTART_DATA, check_data
 from megatron_sbn.data.index_header import shard_tokens
 from megatron_sbn.data.manifest import shard_facts
 from megatron_sbn.data.shards import Shard, ShardWriter
@@ -94,9 +94,7 @@ def test_what_is_refused(here: Path, data: str, kind: type[Exception], message: 
 
 
 def test_the_vocabulary_of_the_model(here: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"model.vocab_size = 339 is smaller than the 340 .* set model.vocab_size=340"
-    ):
+    with pytest.raises(InputError, match=r"model.vocab_size = 339 is smaller than the 340 .* set model.vocab_size=340"):
         check_data(recipe(OWN, "model.vocab_size=339"))
     assert check_data(recipe(OWN, "model.vocab_size=680")) == []
     (line,) = check_data(recipe(OWN, "model.vocab_size=681"))
