@@ -37,7 +37,18 @@ setup(
         "packaging>=24.2",
     ],
     extras_require={
-        "dev": ["ruff", "mypy", "types-PyYAML", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "uv"],
+        "tokenizers": ["tokenizers>=0.20"],  # sbn prepare --tokenizer tokenizer.json
+        "dev": [
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "uv",
+            "tokenizers",
+        ],
     },
     entry_points={"console_scripts": ["sbn = megatron_sbn.cli:main"]},
 )

@@ -25,6 +25,7 @@ def prepare(options: argparse.Namespace) -> int:
         validation_fraction=options.validation_fraction,
         skip_bad=options.skip_bad,
         seed=options.seed,
+        eod=options.eod,
     )
     if corpus.is_prepared(plan):
         print(f"{options.output}: prepared already from the same text with the same settings")
@@ -51,8 +52,10 @@ def add_prepare(commands: Commands) -> None:
     command.add_argument("--input", nargs="+", required=True, metavar="FILE|GLOB", help="txt, jsonl or parquet")
     command.add_argument("--output", required=True, metavar="PREFIX", help="where the shards go")
     source = command.add_mutually_exclusive_group(required=True)
-    source.add_argument("--tokenizer", metavar="MODEL", help="a sentencepiece model")
+    source.add_argument("--tokenizer", metavar="MODEL", help="a sentencepiece model or a tokenizer.json")
     source.add_argument("--vocab-size", type=positive, metavar="N", help="train a tokenizer of N pieces first")
+    eod = "token that ends documents (default: the model's end of sentence; of a tokenizer.json a usual name)"
+    command.add_argument("--eod", metavar="TOKEN", help=eod)
     command.add_argument("--text-field", default="text", help="field or column that holds the text (default: text)")
     command.add_argument("--validation-fraction", type=float, default=0.0, metavar="F", help="documents held out")
     command.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes (default: cores)")

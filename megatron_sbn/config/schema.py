@@ -140,7 +140,7 @@ class Data(Section):
     validation: Shards | None = None
     """The same, of held-out text."""
     tokenizer: str | None = None
-    """The sentencepiece model that made the tokens."""
+    """The sentencepiece model or tokenizer.json that made the tokens; checked against the shards' manifests."""
 
 
 class Stage(Section):

@@ -25,7 +25,7 @@ from megatron_sbn.data.encoding import Encoded, EncodingJob, encode_files, is_he
 from megatron_sbn.data.progress import Progress
 from megatron_sbn.data.readers import BadRecord, Document, blocks, documents, expand_inputs
 from megatron_sbn.data.round_trip import SAMPLE_DOCUMENTS, RoundTrip, try_round_trip
-from megatron_sbn.data.tokenizer import Tokenizer, train_model
+from megatron_sbn.data.tokenizer import TextTokenizer, load_tokenizer, train_model
 from megatron_sbn.data.unigram import unigram_loss
 from megatron_sbn.errors import InputError
 
@@ -42,7 +42,8 @@ class PrepareOptions:
     """What `prepare` makes of what. One of `tokenizer` (a model file) and `vocab_size` (train one) is given.
 
     `inputs` are files and globs, `output` a path without suffix, `validation_fraction` the share of documents held out
-    (0: no split). With `skip_bad`, records that cannot be read are counted, not an error. Raises InputError.
+    (0: no split). With `skip_bad`, records that cannot be read are counted, not an error. `eod` names the token that
+    ends documents (None: the tokenizer's own). Raises InputError.
     """
 
     inputs: tuple[str, ...]
@@ -53,6 +54,7 @@ class PrepareOptions:
     validation_fraction: float = 0.0
     skip_bad: bool = False
     seed: int = 0
+    eod: str | None = None
 
     def __post_init__(self) -> None:
         if (self.tokenizer is None) == (self.vocab_size is None):
@@ -171,13 +173,14 @@ def prepare(options: PrepareOptions, *, workers: int = 1) -> PrepareReport:
                 texts = _training_texts(options, files)
                 content = train_model(texts, options.vocab_size or 0, seed=options.seed, spoken=True)
                 partial_path(model).write_bytes(content)
-            tokenizer = Tokenizer(partial_path(options.model) if models else options.model)
+            tokenizer = load_tokenizer(partial_path(options.model) if models else options.model, options.eod)
             job = EncodingJob(
                 str(tokenizer.path),
                 _sha256(tokenizer.path),
                 options.text_field,
                 options.validation_fraction,
                 options.seed,
+                options.eod,
             )
             trip = None if models else try_round_trip(tokenizer, _sampled_texts(options, files))
             report = _write_shards(options, files, job, tokenizer, workers)
@@ -188,7 +191,7 @@ def prepare(options: PrepareOptions, *, workers: int = 1) -> PrepareReport:
 
 
 def _write_shards(
-    options: PrepareOptions, files: list[Path], job: EncodingJob, tokenizer: Tokenizer, workers: int
+    options: PrepareOptions, files: list[Path], job: EncodingJob, tokenizer: TextTokenizer, workers: int
 ) -> PrepareReport:
     """Write the partial files of all shards; InputError if one of them would be empty."""
     tally = _Tally(
@@ -297,12 +300,12 @@ def _settings(options: PrepareOptions, files: list[Path]) -> dict[str, Any]:
     return {
         key: str(value) if isinstance(value, Path) else value
         for key, value in settings.items()
-        if key not in ("inputs", "output")
+        if key not in ("inputs", "output") and not (key == "eod" and value is None)  # not there in earlier releases
     }
 
 
 def _manifest(
-    options: PrepareOptions, settings: dict[str, Any], report: PrepareReport, digest: str, tokenizer: Tokenizer
+    options: PrepareOptions, settings: dict[str, Any], report: PrepareReport, digest: str, tokenizer: TextTokenizer
 ) -> dict[str, Any]:
     written = [Path(f"{prefix}.{suffix}") for prefix in options.shards.values() for suffix in ("bin", "idx")]
     return {

@@ -22,20 +22,24 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_sbn.data.readers import BadRecord, Block, blocks, documents
-from megatron_sbn.data.tokenizer import Tokenizer
+from megatron_sbn.data.tokenizer import TextTokenizer, load_tokenizer
 from megatron_sbn.errors import SbnError
 
 _BLOCKS_PER_WORKER = 4
 
 
 class EncodingJob(NamedTuple):
-    """What every block is encoded with. `digest` is the model file's sha256: a worker's cached model is that one."""
+    """What every block is encoded with. `digest` is the model file's sha256: a worker's cached model is that one.
+
+    `eod` names the token that ends documents; None is the tokenizer's own.
+    """
 
     tokenizer: str
     digest: str
     text_field: str
     validation_fraction: float
     seed: int
+    eod: str | None = None
 
 
 class Encoded(NamedTuple):
@@ -66,7 +70,7 @@ def is_held_out(text: str, fraction: float, seed: int) -> bool:
 
 def encode_block(job: EncodingJob, block: Block) -> Encoded:
     """Tokens of one block: every document's, then the end-of-document token. A document without text is left out."""
-    tokenizer = _load(job.tokenizer, job.digest)
+    tokenizer = _load(job.tokenizer, job.digest, job.eod)
     parts, lengths, held_out, text_bytes, bad = [], [], [], [], []
     unknown = empty = 0
     eod = np.array([tokenizer.eod], dtype=np.int32)
@@ -131,9 +135,9 @@ def _workers(count: int) -> concurrent.futures.ProcessPoolExecutor | None:
 
 
 @functools.lru_cache(maxsize=1)
-def _load(path: str, digest: str) -> Tokenizer:
+def _load(path: str, digest: str, eod: str | None) -> TextTokenizer:
     """The tokenizer, once a process; `digest` makes a rewritten file another one."""
-    return Tokenizer(path)
+    return load_tokenizer(path, eod)
 
 
 def _start_worker() -> None:

@@ -53,7 +53,7 @@ class Progress:
 
 @contextlib.contextmanager
 def elapsed(label: str, interval: float = 15.0) -> Iterator[None]:
-    """For work that cannot be counted: `label` on stderr at its begin, every `interval` seconds, and when it is done."""
+    """For work that cannot be counted: `label` at its begin, every `interval` seconds, and when it is done."""
     began = time.monotonic()
     done = threading.Event()
 

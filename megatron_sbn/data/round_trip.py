@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from megatron_sbn.data.tokenizer import Tokenizer
+from megatron_sbn.data.tokenizer import TextTokenizer
 
 SAMPLE_DOCUMENTS = 1000
 _LONGEST = 1 << 20  # characters of a document that are tried
@@ -37,7 +37,7 @@ class RoundTrip:
         return {key: value for key, value in dataclasses.asdict(self).items() if key != "example"}
 
 
-def try_round_trip(tokenizer: Tokenizer, texts: Iterable[str]) -> RoundTrip:
+def try_round_trip(tokenizer: TextTokenizer, texts: Iterable[str]) -> RoundTrip:
     """Encode and decode every text, of each its first 2^20 characters at most."""
     documents = changed = characters = lost = 0
     example = ""

@@ -20,6 +20,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import sentencepiece
@@ -37,15 +38,42 @@ _LOG_FATAL = 3
 _THREADS = 1  # of training: the model file records it, and BPE gains nothing by more
 
 
+class TextTokenizer(Protocol):
+    """What `sbn prepare` needs of a tokenizer, whoever made it; ids are 0 <= id < `vocab_size`."""
+
+    path: Path
+    vocab_size: int
+    eod: int
+    unknown: int
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Token ids of `text` as int32 [tokens], without an end-of-document token."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids."""
+
+
+def load_tokenizer(path: str | Path, eod: str | None = None) -> TextTokenizer:
+    """A tokenizer by its file: `.json` is Hugging Face's, anything else a sentencepiece model.
+
+    `eod` names the token that ends documents; None takes the model's own, or a usual one. Raises InputError.
+    """
+    if Path(path).name.endswith(".json"):
+        from megatron_sbn.data.tokenizer_json import JsonTokenizer
+
+        return JsonTokenizer(path, eod)
+    return Tokenizer(path, eod)
+
+
 class Tokenizer:
-    """A sentencepiece model. `vocab_size` pieces, `eod` is the id that ends every document (the model's eos).
+    """A sentencepiece model. `vocab_size` pieces, `eod` ends every document: the eos, or the piece that is named.
 
     `unknown` is the id of what the model cannot write, -1 where there is none.
 
     Raises InputError for a model file that is missing, is no sentencepiece model, or has no end-of-sentence piece.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, eod: str | None = None) -> None:
         self.path = Path(path)
         sentencepiece.set_min_log_level(_LOG_FATAL)
         try:
@@ -66,9 +94,14 @@ class Tokenizer:
         self.vocab_size: int = self._model.vocab_size()
         self.unknown: int = self._model.unk_id()
         self.eod: int = self._model.eos_id()
+        if eod is not None:
+            self.eod = self._model.piece_to_id(eod)
+            if self.eod == self.unknown:
+                raise InputError(f"{path}: has no piece {eod} to end documents with; name one of its own with --eod")
         if self.eod < 0:
             raise InputError(
-                f"{path}: the tokenizer has no end-of-sentence piece to end documents with; use one that has"
+                f"{path}: the tokenizer has no end-of-sentence piece to end documents with; use one that has, "
+                "or name another piece with --eod"
             )
         self._in_bytes = self._given_in_bytes()
 

@@ -22,7 +22,6 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from time_limit import LIMIT_SECONDS
 
 from megatron_sbn.atomic_files import exclusive, partial_path
-from megatron_sbn.data import corpus
 from megatron_sbn.data.corpus import PrepareOptions, is_prepared, prepare
 from megatron_sbn.data.encoding import is_held_out
 from megatron_sbn.data.manifest import shard_facts
@@ -256,7 +255,7 @@ def test_empty_split(inputs, tmp_path, tokenizer, fraction, side):
 
 
 def test_large_vocabularies_get_32_bits(inputs, tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(corpus.Tokenizer, "__init__", _with_vocab_size(100_000))
+    monkeypatch.setattr(Tokenizer, "__init__", _with_vocab_size(100_000))
     prepare(PrepareOptions(inputs, tmp_path / "wide", tokenizer=tokenizer.path))
     monkeypatch.undo()
     prepare(PrepareOptions(inputs, tmp_path / "narrow", tokenizer=tokenizer.path))
@@ -268,8 +267,8 @@ def test_large_vocabularies_get_32_bits(inputs, tmp_path, tokenizer, monkeypatch
 def _with_vocab_size(size):
     original = Tokenizer.__init__
 
-    def wide(self, path):
-        original(self, path)
+    def wide(self, path, eod=None):
+        original(self, path, eod)
         self.vocab_size = size
 
     return wide

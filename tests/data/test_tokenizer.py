@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_sbn.data import tokenizer as tokenizer_module
-from megatron_sbn.data.tokenizer import Tokenizer, train_model, train_tokenizer
+from megatron_sbn.data.tokenizer import Tokenizer, load_tokenizer, train_model, train_tokenizer
 from megatron_sbn.errors import InputError
 
 AWKWARD = [
@@ -215,6 +215,14 @@ def test_model_without_eos(tmp_path, documents):
     path = _foreign(tmp_path / "noeos.model", documents, model_type="bpe", byte_fallback=True, eos_id=-1)
     with pytest.raises(InputError, match=r"noeos.model: the tokenizer has no end-of-sentence piece"):
         Tokenizer(path)
+
+
+def test_another_piece_may_end_documents(tmp_path, documents, tokenizer):
+    path = _foreign(tmp_path / "noeos.model", documents, model_type="bpe", byte_fallback=True, eos_id=-1)
+    assert Tokenizer(path, "<s>").eod == 1
+    assert load_tokenizer(tokenizer.path, "<s>").eod == 1
+    with pytest.raises(InputError, match=r"noeos.model: has no piece <eos> to end documents with; .* --eod"):
+        Tokenizer(path, "<eos>")
 
 
 def test_foreign_model_is_used_as_it_is(tmp_path, documents):
