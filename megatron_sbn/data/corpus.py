@@ -25,7 +25,7 @@ from megatron_sbn.data.encoding import Encoded, EncodingJob, encode_files, is_he
 from megatron_sbn.data.progress import Progress
 from megatron_sbn.data.readers import BadRecord, Document, blocks, documents, expand_inputs
 from megatron_sbn.data.round_trip import SAMPLE_DOCUMENTS, RoundTrip, try_round_trip
-from megatron_sbn.data.tokenizer import TextTokenizer, load_tokenizer, train_model
+from megatron_sbn.data.tokenizer import TextTokenizer, Tokenizer, load_tokenizer, train_model
 from megatron_sbn.data.unigram import unigram_loss
 from megatron_sbn.errors import InputError
 
@@ -149,9 +149,17 @@ def is_prepared(options: PrepareOptions) -> bool:
             and manifest["settings"] == _settings(options, expand_inputs(options.inputs))
             and manifest["files"] == sizes
             and manifest["tokenizer_sha256"] == _sha256(options.model)
+            and not _lost_spaces(options, manifest)
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # no manifest, or none of ours
         return False
+
+
+def _lost_spaces(options: PrepareOptions, manifest: Mapping[str, Any]) -> bool:
+    """Whether spaces are U+2581 in the shards: an earlier release made them, with a model that has no piece for one."""
+    if options.tokenizer is not None or "round_trip" in manifest:
+        return False
+    return Tokenizer(options.model).writes_spaces_as_bytes
 
 
 def prepare(options: PrepareOptions, *, workers: int = 1) -> PrepareReport:

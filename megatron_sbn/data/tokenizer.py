@@ -105,6 +105,11 @@ class Tokenizer:
             )
         self._in_bytes = self._given_in_bytes()
 
+    @property
+    def writes_spaces_as_bytes(self) -> bool:
+        """Whether a space is its byte, because the model has no piece for it."""
+        return " " in self._in_bytes
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without an end-of-document token. Raises ValueError for a lone surrogate."""
         return [token for part in self._encode_parts(text) for token in part]

@@ -143,6 +143,18 @@ def test_the_manifest_knows_bytes_and_the_baseline_of_each_split(inputs, tmp_pat
     assert shard_facts(tmp_path / "whole").unigram_loss is None
 
 
+@pytest.mark.parametrize(("text", "lost"), [("a\tb\tc\n" * 90, True), ("a b c\n" * 90, False)])
+def test_shards_in_which_an_earlier_release_lost_the_spaces_are_made_anew(tmp_path, text, lost):
+    (tmp_path / "a.txt").write_text(text)
+    options = PrepareOptions((str(tmp_path / "a.txt"),), tmp_path / "c", vocab_size=264)
+    prepare(options)
+    assert is_prepared(options)
+    manifest = json.loads((tmp_path / "c.json").read_text())
+    del manifest["round_trip"]
+    (tmp_path / "c.json").write_text(json.dumps(manifest))
+    assert is_prepared(options) != lost
+
+
 @pytest.mark.parametrize("suffix", ["-train.bin", "-train.idx", "-validation.bin", ".json"])
 def test_is_prepared_looks_at_the_files(inputs, tmp_path, tokenizer, suffix):
     options = PrepareOptions(inputs, tmp_path / "c", tokenizer=tokenizer.path, validation_fraction=0.2)
