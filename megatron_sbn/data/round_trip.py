@@ -73,7 +73,8 @@ def what_is_lost(tokenizer: str, trip: RoundTrip | None, unknown: int, tokens: i
 
 
 def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / max(1, whole):.2g}%"
+    percent = 100 * part / max(1, whole)
+    return f"{percent:.1f}%" if percent >= 1 else f"{percent:.2g}%"
 
 
 def _difference(text: str, back: str) -> str:
