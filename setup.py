@@ -37,12 +37,24 @@ setup(
         "matplotlib>=3.8",
         "safetensors>=0.5",
         "pyarrow>=17",
+        "zstandard>=0.22",
         "numpy>=1.26",
         "psutil>=5.9",
         "packaging>=24.2",
     ],
     extras_require={
-        "dev": ["ruff", "mypy", "types-PyYAML", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "uv"],
+        "tokenizers": ["tokenizers>=0.20"],  # sbn prepare --tokenizer tokenizer.json
+        "dev": [
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "uv",
+            "tokenizers",
+        ],
     },
     entry_points={"console_scripts": ["sbn = megatron_sbn.cli:main"]},
 )

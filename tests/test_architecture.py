@@ -15,7 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data", "parallel", "plan"),
     ("layers", "runs"),
     ("model", "telemetry", "tracking"),
-    ("analysis", "checkpoint", "quickstart"),
+    ("analysis", "checkpoint"),
     ("training",),
     ("cluster", "doctor", "train"),
     ("cli",),

@@ -36,11 +36,15 @@ def doctor(options: argparse.Namespace) -> int:
 def plan(options: argparse.Namespace) -> int:
     """What a recipe will take on some nodes."""
     from megatron_sbn.config import load_recipe
+    from megatron_sbn.data.passes import data_lines
     from megatron_sbn.plan import command
 
     machines = command.machines_of(options.device, options.nodes, options.gpus_per_node, options.assume)
     json_file = Path(options.json) if options.json else None
-    return command.run(load_recipe(options.recipe, options.overrides), machines, json_file)
+    recipe = load_recipe(options.recipe, options.overrides)
+    status = command.run(recipe, machines, json_file)
+    print("\n".join(["", "Data", *(f"  {line}" for line in data_lines(recipe))]))
+    return status
 
 
 def add_checkpoint(commands: Commands) -> None:

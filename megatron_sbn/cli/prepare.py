@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from megatron_sbn.cli.options import Commands, add_command, positive
@@ -10,6 +11,7 @@ from megatron_sbn.cli.options import Commands, add_command, positive
 def prepare(options: argparse.Namespace) -> int:
     """Text to token shards."""
     from megatron_sbn.data import corpus
+    from megatron_sbn.data.round_trip import what_is_lost
     from megatron_sbn.engines import check_installed
 
     check_installed()
@@ -23,6 +25,7 @@ def prepare(options: argparse.Namespace) -> int:
         validation_fraction=options.validation_fraction,
         skip_bad=options.skip_bad,
         seed=options.seed,
+        eod=options.eod,
     )
     if corpus.is_prepared(plan):
         print(f"{options.output}: prepared already from the same text with the same settings")
@@ -34,6 +37,11 @@ def prepare(options: argparse.Namespace) -> int:
         print(f"skipped: {count} x {kind}")
     for example in report.examples:
         print(f"  such as {example}")
+    for line in report.lost:
+        print(f"sbn: warning: left out from here on: {line}", file=sys.stderr)
+    lost = what_is_lost(str(plan.model), report.round_trip, report.unknown, report.tokens)
+    if lost:
+        print(f"sbn: warning: {lost}", file=sys.stderr)
     print("wrote " + " ".join(str(path) for path in report.paths))
     return 0
 
@@ -44,8 +52,10 @@ def add_prepare(commands: Commands) -> None:
     command.add_argument("--input", nargs="+", required=True, metavar="FILE|GLOB", help="txt, jsonl or parquet")
     command.add_argument("--output", required=True, metavar="PREFIX", help="where the shards go")
     source = command.add_mutually_exclusive_group(required=True)
-    source.add_argument("--tokenizer", metavar="MODEL", help="a sentencepiece model")
+    source.add_argument("--tokenizer", metavar="MODEL", help="a sentencepiece model or a tokenizer.json")
     source.add_argument("--vocab-size", type=positive, metavar="N", help="train a tokenizer of N pieces first")
+    eod = "token that ends documents (default: the model's end of sentence; of a tokenizer.json a usual name)"
+    command.add_argument("--eod", metavar="TOKEN", help=eod)
     command.add_argument("--text-field", default="text", help="field or column that holds the text (default: text)")
     command.add_argument("--validation-fraction", type=float, default=0.0, metavar="F", help="documents held out")
     command.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes (default: cores)")

@@ -40,6 +40,7 @@ def run(options: argparse.Namespace) -> int:
     """Trains one recipe on this machine, or all of them."""
     from megatron_sbn.config.sweep import load_sweep
     from megatron_sbn.config.yaml_file import override_of
+    from megatron_sbn.data.data_check import warn_of_data
     from megatron_sbn.launch import environment, launch
 
     environment.end_with_launcher()
@@ -52,6 +53,7 @@ def run(options: argparse.Namespace) -> int:
     if options.number not in range(count):
         raise RecipeError(f"--number {options.number}: {options.sweep} has recipes 0 to {count - 1}")
     variant = study.variants[options.number]
+    warn_of_data(variant.recipe)
     run_dir = override_of("run_dir", str(folder / variant.name))
     return launch([str(study.base), *variant.overrides, run_dir], variant.ranks)
 

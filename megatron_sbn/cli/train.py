@@ -9,6 +9,7 @@ def train(options: argparse.Namespace) -> int:
     """Checks the recipe, then starts its ranks on this machine."""
     from megatron_sbn.config import load_recipe
     from megatron_sbn.config.validation import min_world_size, validate_world_size
+    from megatron_sbn.data.data_check import warn_of_data
     from megatron_sbn.engines import check_installed
     from megatron_sbn.launch import launch
     from megatron_sbn.training.preflight import check_start, finished_already
@@ -22,13 +23,14 @@ def train(options: argparse.Namespace) -> int:
     if finished is not None:
         print(finished)
         return 0
+    warn_of_data(recipe)
     print(f"starting {ranks} rank{'s' if ranks > 1 else ''} (importing the engines takes about 10 s)", flush=True)
     return launch([options.recipe, *options.overrides], ranks)
 
 
 def quickstart(options: argparse.Namespace) -> int:
     """The main job of the README."""
-    from megatron_sbn import quickstart as job
+    from megatron_sbn.cli import quickstart as job
     from megatron_sbn.engines import check_installed
 
     check_installed()

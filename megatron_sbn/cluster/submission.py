@@ -23,6 +23,7 @@ from megatron_sbn.cluster.snapshot import Snapshot, find_code
 from megatron_sbn.config import Recipe, check_no_password, load_recipe
 from megatron_sbn.config.sweep import Variant, frozen, load_sweep
 from megatron_sbn.config.validation import min_world_size, validate_world_size
+from megatron_sbn.data.data_check import missing_files, warn_of_data
 from megatron_sbn.errors import InputError, RecipeError
 from megatron_sbn.runs.folder import LOGS, RUNS, new_folder
 from megatron_sbn.runs.status import read_status
@@ -137,13 +138,18 @@ def submit(submission: Submission, *, dry_run: bool) -> None:
     environment = Path(os.environ.get("SBN_ENV") or code.scripts / "env.sh").absolute()
     if dry_run:
         _refuse(submission)
+        missing = _check_data(submission)
         place = submission.submissions / str(_next_number(submission))
         scripts = [_script(submission, job, place, code, environment) for job in submission.jobs]
         _explain(submission, place, code, environment, scripts)
+        for line in missing:
+            print(f"not there yet: {line}")
         return
     folders = [*submission.runs, submission.folder]
     made = [folder for folder in folders if not folder.exists() or not any(folder.iterdir())]
     try:
+        for line in _check_data(submission):
+            raise InputError(line)
         if which("sbatch") is None:
             raise InputError("sbatch is not on PATH: submit from a login node, or look first with --dry-run")
         with ExitStack() as locks:  # of the runs too: one of a study may be submitted by itself meanwhile
@@ -154,6 +160,18 @@ def submit(submission: Submission, *, dry_run: bool) -> None:
     except (InputError, OSError):
         _remove_empty(made)
         raise
+
+
+def _check_data(submission: Submission) -> list[str]:
+    """Files of data that are not there. Raises InputError for what does not belong together."""
+    recipes = {
+        (recipe.data, recipe.model.vocab_size): recipe for job in submission.jobs for recipe in job.recipes.values()
+    }
+    missing = list(dict.fromkeys(line for recipe in recipes.values() for line in missing_files(recipe)))
+    if not missing:
+        for recipe in recipes.values():
+            warn_of_data(recipe)
+    return missing
 
 
 def _make(submission: Submission, place: Path, code: Snapshot, environment: Path) -> None:

@@ -141,7 +141,7 @@ class Data(Section):
     validation: Shards | None = None
     """The same, of held-out text."""
     tokenizer: str | None = None
-    """The sentencepiece model that made the tokens."""
+    """The sentencepiece model or tokenizer.json that made the tokens; checked against the shards' manifests."""
 
 
 class Stage(Section):
@@ -227,8 +227,8 @@ class Training(Section):
     """Steps between lines of the log."""
     validation_interval: NonNegative = 0
     """Steps between validations."""
-    validation_samples: Positive = 64
-    """Samples of a validation."""
+    validation_samples: Positive = 512
+    """Samples of a validation, spread evenly over data.validation."""
     telemetry_interval: NonNegative = 100
     """Steps between measurements of masks and codes."""
     on_bad_step: Literal["stop", "skip", "rollback"] = "stop"

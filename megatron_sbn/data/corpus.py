@@ -11,17 +11,22 @@ with the options means that there is nothing left to do (`is_prepared`, which im
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from megatron_sbn.atomic_files import exclusive, partial_path, staged, write_atomically
 from megatron_sbn.data.encoding import Encoded, EncodingJob, encode_files, is_held_out
 from megatron_sbn.data.progress import Progress
-from megatron_sbn.data.readers import BadRecord, blocks, documents, expand_inputs
-from megatron_sbn.data.tokenizer import Tokenizer, train_model
+from megatron_sbn.data.readers import BadRecord, Document, blocks, documents, expand_inputs
+from megatron_sbn.data.round_trip import SAMPLE_DOCUMENTS, RoundTrip, try_round_trip
+from megatron_sbn.data.tokenizer import TextTokenizer, Tokenizer, load_tokenizer, train_model
+from megatron_sbn.data.unigram import unigram_loss
 from megatron_sbn.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,7 +42,8 @@ class PrepareOptions:
     """What `prepare` makes of what. One of `tokenizer` (a model file) and `vocab_size` (train one) is given.
 
     `inputs` are files and globs, `output` a path without suffix, `validation_fraction` the share of documents held out
-    (0: no split). With `skip_bad`, records that cannot be read are counted, not an error. Raises InputError.
+    (0: no split). With `skip_bad`, records that cannot be read are counted, not an error. `eod` names the token that
+    ends documents (None: the tokenizer's own). Raises InputError.
     """
 
     inputs: tuple[str, ...]
@@ -48,6 +54,7 @@ class PrepareOptions:
     validation_fraction: float = 0.0
     skip_bad: bool = False
     seed: int = 0
+    eod: str | None = None
 
     def __post_init__(self) -> None:
         if (self.tokenizer is None) == (self.vocab_size is None):
@@ -81,16 +88,51 @@ class PrepareOptions:
 
 @dataclasses.dataclass(frozen=True)
 class PrepareReport:
-    """What came out. `skipped` counts records by kind, `splits` is {split: (documents, tokens)}."""
+    """What came out. `skipped` counts records by kind, `splits` is {split: (documents, tokens)}.
+
+    `lost` has a line for each file of which the rest cannot be read. `unknown` counts unknown tokens; `round_trip` is
+    what a tokenizer that was given makes of a sample of the documents. `text_bytes` and `split_bytes` are of UTF-8.
+    `unigram_loss` is the baseline of the validation split, nats/token (`unigram.py`); None without one.
+    """
 
     documents: int
     tokens: int
     text_bytes: int
     vocab_size: int
+    unknown: int
     skipped: Mapping[str, int]
     examples: tuple[str, ...]
+    lost: tuple[str, ...]
     splits: Mapping[str, tuple[int, int]]
-    paths: tuple[Path, ...]
+    split_bytes: Mapping[str, int]
+    unigram_loss: float | None = None
+    round_trip: RoundTrip | None = None
+    paths: tuple[Path, ...] = ()
+
+
+@dataclasses.dataclass
+class _Tally:
+    """What is counted while documents are tokenized; `split_bytes` and `counts` (of each token) by split."""
+
+    split_bytes: dict[str, int]
+    counts: dict[str, np.ndarray]  # int64 [vocab_size]
+    skipped: Counter[str] = dataclasses.field(default_factory=Counter)
+    examples: list[str] = dataclasses.field(default_factory=list)
+    unknown: int = 0
+    lost: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, encoded: Encoded) -> None:
+        self.skipped.update({EMPTY: encoded.empty} if encoded.empty else {})
+        for record in encoded.bad:
+            self.skipped[record.kind] += record.records
+        self.lost += [record.message for record in encoded.bad if record.kind == "corrupt file"]
+        self.examples += [record.message for record in encoded.bad[: _EXAMPLES - len(self.examples)]]
+        self.unknown += encoded.unknown
+        for split in self.counts:
+            own = encoded.held_out == (split == "validation")
+            self.split_bytes[split] += int(encoded.text_bytes[own].sum())
+            tokens = encoded.tokens[np.repeat(own, encoded.lengths)]
+            self.counts[split] += np.bincount(tokens, minlength=len(self.counts[split]))
 
 
 def is_prepared(options: PrepareOptions) -> bool:
@@ -107,9 +149,17 @@ def is_prepared(options: PrepareOptions) -> bool:
             and manifest["settings"] == _settings(options, expand_inputs(options.inputs))
             and manifest["files"] == sizes
             and manifest["tokenizer_sha256"] == _sha256(options.model)
+            and not _lost_spaces(options, manifest)
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # no manifest, or none of ours
         return False
+
+
+def _lost_spaces(options: PrepareOptions, manifest: Mapping[str, Any]) -> bool:
+    """Whether spaces are U+2581 in the shards: an earlier release made them, with a model that has no piece for one."""
+    if options.tokenizer is not None or "round_trip" in manifest:
+        return False
+    return Tokenizer(options.model).writes_spaces_as_bytes
 
 
 def prepare(options: PrepareOptions, *, workers: int = 1) -> PrepareReport:
@@ -128,50 +178,55 @@ def prepare(options: PrepareOptions, *, workers: int = 1) -> PrepareReport:
     with exclusive(options.output):
         with staged([*models, *bins, *indices], obsolete=[options.manifest, *indices]):
             for model in models:
-                content = train_model(_training_texts(options, files), options.vocab_size or 0, seed=options.seed)
+                texts = _training_texts(options, files)
+                content = train_model(texts, options.vocab_size or 0, seed=options.seed, spoken=True)
                 partial_path(model).write_bytes(content)
-            tokenizer = Tokenizer(partial_path(options.model) if models else options.model)
+            tokenizer = load_tokenizer(partial_path(options.model) if models else options.model, options.eod)
             job = EncodingJob(
                 str(tokenizer.path),
                 _sha256(tokenizer.path),
                 options.text_field,
                 options.validation_fraction,
                 options.seed,
+                options.eod,
             )
+            trip = None if models else try_round_trip(tokenizer, _sampled_texts(options, files))
             report = _write_shards(options, files, job, tokenizer, workers)
+            report = dataclasses.replace(report, round_trip=trip, paths=(*models, *bins, *indices, options.manifest))
         manifest = _manifest(options, settings, report, job.digest, tokenizer)
         write_atomically(options.manifest, json.dumps(manifest, indent=1).encode() + b"\n")
-    return dataclasses.replace(report, paths=(*models, *bins, *indices, options.manifest))
+    return report
 
 
 def _write_shards(
-    options: PrepareOptions, files: list[Path], job: EncodingJob, tokenizer: Tokenizer, workers: int
+    options: PrepareOptions, files: list[Path], job: EncodingJob, tokenizer: TextTokenizer, workers: int
 ) -> PrepareReport:
     """Write the partial files of all shards; InputError if one of them would be empty."""
-    skipped: Counter[str] = Counter()
-    examples: list[str] = []
-    text_bytes = 0
+    tally = _Tally(
+        dict.fromkeys(options.shards, 0),
+        {split: np.zeros(tokenizer.vocab_size, dtype=np.int64) for split in options.shards},
+    )
     total = sum(path.stat().st_size for path in files)
     with _writers(options, tokenizer.vocab_size) as writers, Progress(total, "tokenizing") as progress:
         for encoded in encode_files(files, job, workers):
             if encoded.bad and not options.skip_bad:
                 raise InputError(_stop(encoded.bad[0]))
-            skipped.update({EMPTY: encoded.empty} if encoded.empty else {})
-            for record in encoded.bad:
-                skipped[record.kind] += record.records
-            examples += [record.message for record in encoded.bad[: _EXAMPLES - len(examples)]]
-            text_bytes += encoded.text_bytes
+            tally.add(encoded)
             _append(writers, encoded)
             splits = {split: (writer.documents, writer.tokens) for split, writer in writers.items()}
             counts = [sum(column) for column in zip(*splits.values(), strict=True)]
             progress.advance(encoded.size, f"{counts[0]} documents, {counts[1]} tokens")
         splits = {split: (writer.documents, writer.tokens) for split, writer in writers.items()}
-        _refuse_empty(options, splits, len(files), skipped)
+        _refuse_empty(options, splits, len(files), tally.skipped)
         for writer in writers.values():
             writer.finish()
     all_documents, tokens = (sum(column) for column in zip(*splits.values(), strict=True))
+    counted = (tokenizer.vocab_size, tally.unknown, dict(tally.skipped), tuple(tally.examples), tuple(tally.lost))
+    baseline = None if len(splits) == 1 else unigram_loss(tally.counts["train"], tally.counts["validation"])
     return PrepareReport(
-        all_documents, tokens, text_bytes, tokenizer.vocab_size, dict(skipped), tuple(examples), splits, ()
+        *(all_documents, tokens, sum(tally.split_bytes.values()), *counted, splits),
+        split_bytes=tally.split_bytes,
+        unigram_loss=baseline,
     )
 
 
@@ -228,7 +283,18 @@ def _training_texts(options: PrepareOptions, files: list[Path]) -> Iterator[str]
                 progress.advance(block.size, path.name)
 
 
+def _sampled_texts(options: PrepareOptions, files: list[Path]) -> Iterator[str]:
+    """At most SAMPLE_DOCUMENTS documents: the first of every file, or of files at even distances."""
+    chosen = [files[number * len(files) // SAMPLE_DOCUMENTS] for number in range(SAMPLE_DOCUMENTS)]
+    for path, share in Counter(chosen).items():
+        items = (item for block in blocks(path) for item in documents(block, options.text_field))
+        texts = (item.text for item in items if isinstance(item, Document) and item.text)
+        yield from itertools.islice(texts, share)
+
+
 def _stop(record: BadRecord) -> str:
+    if record.kind == "corrupt file":
+        return f"{record.message} [--skip-bad goes on without the rest of such a file, and names it]"
     return f"{record.message} [--skip-bad leaves such records out and counts them]"
 
 
@@ -242,12 +308,12 @@ def _settings(options: PrepareOptions, files: list[Path]) -> dict[str, Any]:
     return {
         key: str(value) if isinstance(value, Path) else value
         for key, value in settings.items()
-        if key not in ("inputs", "output")
+        if key not in ("inputs", "output") and not (key == "eod" and value is None)  # not there in earlier releases
     }
 
 
 def _manifest(
-    options: PrepareOptions, settings: dict[str, Any], report: PrepareReport, digest: str, tokenizer: Tokenizer
+    options: PrepareOptions, settings: dict[str, Any], report: PrepareReport, digest: str, tokenizer: TextTokenizer
 ) -> dict[str, Any]:
     written = [Path(f"{prefix}.{suffix}") for prefix in options.shards.values() for suffix in ("bin", "idx")]
     return {
@@ -261,12 +327,18 @@ def _manifest(
         "tokens": report.tokens,
         "text_bytes": report.text_bytes,
         "skipped": report.skipped,
-        "splits": {
-            split: {"prefix": prefix, "documents": report.splits[split][0], "tokens": report.splits[split][1]}
-            for split, prefix in options.shards.items()
-        },
+        "lost": report.lost,
+        "unknown_tokens": report.unknown,
+        "round_trip": None if report.round_trip is None else report.round_trip.as_json(),
+        "splits": {split: _split_entry(split, prefix, report) for split, prefix in options.shards.items()},
         "files": {path.name: path.stat().st_size for path in written},
     }
+
+
+def _split_entry(split: str, prefix: str, report: PrepareReport) -> dict[str, Any]:
+    documents, tokens = report.splits[split]
+    entry = {"prefix": prefix, "documents": documents, "tokens": tokens, "text_bytes": report.split_bytes[split]}
+    return entry | ({"unigram_loss": report.unigram_loss} if split == "validation" else {})
 
 
 def _sha256(path: Path) -> str:

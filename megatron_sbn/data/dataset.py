@@ -25,6 +25,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from megatron_sbn.data.open_files import allow_open_files
 from megatron_sbn.data.shards import Shard, blending_pattern
 from megatron_sbn.errors import InputError
 
@@ -167,6 +168,7 @@ class SequentialDataset:
         if not prefixes:
             raise ValueError("a sequential dataset needs at least one shard")
         self.sequence_length = sequence_length
+        allow_open_files(len(prefixes))
         self._datasets = [TokenDataset(prefix, sequence_length, shuffle=False) for prefix in prefixes]
         self._ends = list(itertools.accumulate(dataset.samples_per_epoch for dataset in self._datasets))
 
@@ -196,6 +198,7 @@ def build_dataset(
 
     Raises InputError for what is wrong with a shard or a weight.
     """
+    allow_open_files(len(shards))
     datasets = [TokenDataset(prefix, sequence_length, seed, stream=number) for number, (prefix, _) in enumerate(shards)]
     if len(datasets) == 1:
         return datasets[0]

@@ -12,6 +12,7 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -21,29 +22,37 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_sbn.data.readers import BadRecord, Block, blocks, documents
-from megatron_sbn.data.tokenizer import Tokenizer
+from megatron_sbn.data.tokenizer import TextTokenizer, load_tokenizer
 from megatron_sbn.errors import SbnError
 
 _BLOCKS_PER_WORKER = 4
 
 
 class EncodingJob(NamedTuple):
-    """What every block is encoded with. `digest` is the model file's sha256: a worker's cached model is that one."""
+    """What every block is encoded with. `digest` is the model file's sha256: a worker's cached model is that one.
+
+    `eod` names the token that ends documents; None is the tokenizer's own.
+    """
 
     tokenizer: str
     digest: str
     text_field: str
     validation_fraction: float
     seed: int
+    eod: str | None = None
 
 
 class Encoded(NamedTuple):
-    """One block's documents: tokens (eod included) one document behind the other, and what was not usable."""
+    """One block's documents: tokens (eod included) one document behind the other, and what was not usable.
+
+    `text_bytes` are those of UTF-8, `unknown` counts unknown tokens, `size` is in bytes of the file.
+    """
 
     tokens: np.ndarray  # int32 [tokens]
     lengths: np.ndarray  # int64 [documents]
     held_out: np.ndarray  # bool [documents]
-    text_bytes: int
+    text_bytes: np.ndarray  # int64 [documents]
+    unknown: int
     empty: int
     bad: list[BadRecord]
     size: int
@@ -61,9 +70,9 @@ def is_held_out(text: str, fraction: float, seed: int) -> bool:
 
 def encode_block(job: EncodingJob, block: Block) -> Encoded:
     """Tokens of one block: every document's, then the end-of-document token. A document without text is left out."""
-    tokenizer = _load(job.tokenizer, job.digest)
-    parts, lengths, held_out, bad = [], [], [], []
-    text_bytes = empty = 0
+    tokenizer = _load(job.tokenizer, job.digest, job.eod)
+    parts, lengths, held_out, text_bytes, bad = [], [], [], [], []
+    unknown = empty = 0
     eod = np.array([tokenizer.eod], dtype=np.int32)
     for item in documents(block, job.text_field):
         if isinstance(item, BadRecord):
@@ -73,26 +82,29 @@ def encode_block(job: EncodingJob, block: Block) -> Encoded:
         else:
             tokens = tokenizer.encode_array(item.text)
             parts += [tokens, eod]
+            unknown += int(np.count_nonzero(tokens == tokenizer.unknown))
             lengths.append(len(tokens) + 1)
             held_out.append(is_held_out(item.text, job.validation_fraction, job.seed))
-            text_bytes += len(item.text.encode())
+            text_bytes.append(len(item.text.encode()))
     joined = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
-    return Encoded(joined, np.array(lengths, np.int64), np.array(held_out, bool), text_bytes, empty, bad, block.size)
+    sizes = [np.array(values, np.int64) for values in (lengths, text_bytes)]
+    return Encoded(joined, sizes[0], np.array(held_out, bool), sizes[1], unknown, empty, bad, block.size)
 
 
 def encode_files(files: Sequence[Path], job: EncodingJob, workers: int) -> Iterator[Encoded]:
     """Every block of every file, encoded, in order; one worker means this process.
 
+    Where there is no shared memory for more, this process works alone, and a line on standard error says so.
     Raises what `readers.blocks` and `readers.documents` do, and SbnError when a worker process dies.
     """
     stream = (block for path in files for block in blocks(path))
-    if workers == 1:
+    executor = _workers(workers) if workers > 1 else None
+    if executor is None:
         for block in stream:
             yield encode_block(job, block)
         return
     pending: collections.deque[concurrent.futures.Future[Encoded]] = collections.deque()
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker) as pool:
+    with executor as pool:
         try:
             for block in stream:
                 pending.append(pool.submit(encode_block, job, block))
@@ -107,10 +119,25 @@ def encode_files(files: Sequence[Path], job: EncodingJob, workers: int) -> Itera
                 future.cancel()
 
 
+def _workers(count: int) -> concurrent.futures.ProcessPoolExecutor | None:
+    """Processes to work in; None where the system has no semaphores for them (/dev/shm is full or read-only)."""
+    spawn = multiprocessing.get_context("spawn")
+    try:
+        return concurrent.futures.ProcessPoolExecutor(count, mp_context=spawn, initializer=_start_worker)
+    except (OSError, ImportError, NotImplementedError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        print(
+            f"sbn: warning: --workers {count} takes semaphores in /dev/shm, which cannot be made ({reason}): "
+            "tokenizing with one process",
+            file=sys.stderr,
+        )
+        return None
+
+
 @functools.lru_cache(maxsize=1)
-def _load(path: str, digest: str) -> Tokenizer:
+def _load(path: str, digest: str, eod: str | None) -> TextTokenizer:
     """The tokenizer, once a process; `digest` makes a rewritten file another one."""
-    return Tokenizer(path)
+    return load_tokenizer(path, eod)
 
 
 def _start_worker() -> None:

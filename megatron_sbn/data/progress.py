@@ -1,7 +1,10 @@
 """How far a long job over files is: a bar on a terminal, a plain line now and then in a log."""
 
+import contextlib
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
@@ -46,3 +49,24 @@ class Progress:
         self._printed = time.monotonic()
         percent = 100 * self._done // max(self._total, 1)
         print(f"{self._label}: {percent}% of {self._total / 1e6:.1f} MB, {self._detail}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def elapsed(label: str, interval: float = 15.0) -> Iterator[None]:
+    """For work that cannot be counted: `label` at its begin, every `interval` seconds, and when it is done."""
+    began = time.monotonic()
+    done = threading.Event()
+
+    def tell() -> None:
+        while not done.wait(interval):
+            print(f"{label}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+
+    print(label, file=sys.stderr, flush=True)
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
+    print(f"{label}: done in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)

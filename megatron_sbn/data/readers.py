@@ -23,6 +23,7 @@ from typing import IO, Any, Literal, NamedTuple
 import pyarrow
 import pyarrow.parquet
 
+from megatron_sbn.data.zstd_reader import ZstdReader
 from megatron_sbn.errors import InputError
 
 BLOCK_BYTES = 4 << 20
@@ -39,7 +40,10 @@ class Document(NamedTuple):
 
 
 class BadRecord(NamedTuple):
-    """What cannot be read: its kind (a key to count by), one line that names the place, how many records it is."""
+    """What cannot be read: its kind (a key to count by), one line that names the place, how many records it is.
+
+    A corrupt file is one record, however many it holds from there on: nobody can count them.
+    """
 
     kind: Literal["invalid UTF-8", "invalid JSON", "missing field", "field is not text", "corrupt file"]
     message: str
@@ -135,8 +139,15 @@ def _decompressed(raw: IO[bytes], suffix: str) -> Any:  # noqa: ANN401 - four li
         case ".xz":
             return lzma.open(raw)
         case ".zst":
-            return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
+            return ZstdReader(raw)
     return raw
+
+
+def _cannot_be_decompressed(place: str, error: Exception, lost: int, size: int) -> str:
+    """What is wrong, how many of a file's bytes cannot be used, and the way out."""
+    share = f"{lost / 1e6:,.1f} of its {size / 1e6:,.1f} MB"
+    way_out = "fetch the file again, or leave it out of --input"
+    return f"{place}: cannot be decompressed: {error}; what follows ({share}) is lost: {way_out}"
 
 
 def _line_blocks(path: Path, raw: IO[bytes], size: int) -> Iterator[Block]:
@@ -151,9 +162,8 @@ def _line_blocks(path: Path, raw: IO[bytes], size: int) -> Iterator[Block]:
         except _DECOMPRESSION_ERRORS as error:
             if path.suffix not in _COMPRESSED:
                 raise
-            yield Block(
-                str(path), "bad", size - counted, payload=f"{path}:{first}: cannot be decompressed: {error}".encode()
-            )
+            message = _cannot_be_decompressed(f"{path}:{first}", error, size - counted, size)
+            yield Block(str(path), "bad", size - counted, payload=message.encode())
             return
         cut = piece.rfind(b"\n") + 1
         if cut or not piece:
@@ -178,7 +188,7 @@ def _text(block: Block) -> Document | BadRecord:
             content = _decompressed(raw, path.suffix).read()
     except _DECOMPRESSION_ERRORS as error:
         if path.suffix in _COMPRESSED:
-            return BadRecord("corrupt file", f"{path}: cannot be decompressed: {error}")
+            return BadRecord("corrupt file", _cannot_be_decompressed(str(path), error, block.size, block.size))
         raise _unreadable(path, error) if isinstance(error, OSError) else error from error
     try:
         return Document(content.removeprefix(codecs.BOM_UTF8).decode(), block.path)

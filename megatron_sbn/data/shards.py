@@ -10,22 +10,18 @@ first, once, in O(documents): a damaged file is an InputError that names it.
 
 import contextlib
 import os
-import struct
 import warnings
 from pathlib import Path
 
 import numpy as np
 
+from megatron_sbn.data.index_header import HEADER, MAGIC, REMEDY
 from megatron_sbn.errors import InputError
 
 with warnings.catch_warnings():  # on import Megatron-Core warns that Transformer Engine and apex are absent: by design
     warnings.simplefilter("ignore")
     from megatron.core.datasets.helpers import build_blending_indices
     from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
-
-_HEADER = struct.Struct("<9sQBQQ")
-_MAGIC = b"MMIDIDX\x00\x00"
-_REMEDY = "write it again with `sbn prepare` or Megatron's preprocess_data.py"
 
 
 class Shard:
@@ -41,11 +37,11 @@ class Shard:
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
         _check_files(self.prefix)
-        self._indexed = IndexedDataset(self.prefix, mmap=False)
+        indexed = IndexedDataset(self.prefix, mmap=False)  # not kept: it holds its index open
         self._file = Path(f"{self.prefix}.bin").open("rb", buffering=0)  # noqa: SIM115 - for as long as the shard lives
-        self.dtype = np.dtype(self._indexed.index.dtype)
-        marks = np.asarray(self._indexed.document_indices)
-        ends = np.concatenate([[0], np.cumsum(self._indexed.sequence_lengths, dtype=np.int64)])  # [sequences + 1]
+        self.dtype = np.dtype(indexed.index.dtype)
+        marks = np.asarray(indexed.document_indices)
+        ends = np.concatenate([[0], np.cumsum(indexed.sequence_lengths, dtype=np.int64)])  # [sequences + 1]
         self.document_starts: np.ndarray = ends[marks[:-1]]
         self.document_lengths: np.ndarray = np.diff(ends[marks])
         self.tokens = int(ends[-1])
@@ -61,7 +57,7 @@ class Shard:
         except OSError as error:
             raise InputError(f"{self.prefix}.bin: cannot be read: {error.strerror or error}") from None
         if len(data) < size:
-            raise InputError(f"{self.prefix}.bin: ends at byte {offset + len(data)}, its index needs more; {_REMEDY}")
+            raise InputError(f"{self.prefix}.bin: ends at byte {offset + len(data)}, its index needs more; {REMEDY}")
         return np.frombuffer(data, dtype=self.dtype)
 
 
@@ -120,35 +116,35 @@ def _check_files(prefix: str) -> None:
     except OSError as error:
         raise InputError(f"{error.filename or prefix}: cannot read the token shard: {error.strerror}") from error
     itemsize, sequences, documents = _check_header(idx_path, index)
-    lengths = index[_HEADER.size :][: 4 * sequences].view(np.int32)
-    offsets = index[_HEADER.size + 4 * sequences :][: 8 * sequences].view(np.int64)
-    marks = index[_HEADER.size + 12 * sequences :][: 8 * documents].view(np.int64)
+    lengths = index[HEADER.size :][: 4 * sequences].view(np.int32)
+    offsets = index[HEADER.size + 4 * sequences :][: 8 * sequences].view(np.int64)
+    marks = index[HEADER.size + 12 * sequences :][: 8 * documents].view(np.int64)
     ends = np.cumsum(lengths, dtype=np.int64) * itemsize
     ordered = marks.size > 0 and marks[0] == 0 and marks[-1] == sequences and bool(np.all(np.diff(marks) >= 0))
     contiguous = bool(np.all(lengths >= 0)) and bool(np.all(offsets == ends - lengths.astype(np.int64) * itemsize))
     if not (ordered and contiguous):
-        raise InputError(f"{idx_path}: corrupt index: its documents are not one behind the other; {_REMEDY}")
+        raise InputError(f"{idx_path}: corrupt index: its documents are not one behind the other; {REMEDY}")
     expected = int(ends[-1]) if sequences else 0
     if bin_bytes != expected:
         raise InputError(
-            f"{bin_path}: {bin_bytes} bytes where the index has {expected}: cut or from another run; {_REMEDY}"
+            f"{bin_path}: {bin_bytes} bytes where the index has {expected}: cut or from another run; {REMEDY}"
         )
     if expected == 0:
-        raise InputError(f"{bin_path}: the shard holds no tokens; {_REMEDY}")
+        raise InputError(f"{bin_path}: the shard holds no tokens; {REMEDY}")
 
 
 def _check_header(idx_path: Path, index: np.ndarray) -> tuple[int, int, int]:
     """(bytes per token, sequences, document marks) of an index whose size fits its own header."""
-    if index.size < _HEADER.size:
-        raise InputError(f"{idx_path}: {index.size} bytes, too short for an index; {_REMEDY}")
-    magic, version, code, sequences, documents = _HEADER.unpack(index[: _HEADER.size].tobytes())
-    if magic != _MAGIC or version != 1:
-        raise InputError(f"{idx_path}: not a Megatron index (MMIDIDX, version 1); {_REMEDY}")
+    if index.size < HEADER.size:
+        raise InputError(f"{idx_path}: {index.size} bytes, too short for an index; {REMEDY}")
+    magic, version, code, sequences, documents = HEADER.unpack(index[: HEADER.size].tobytes())
+    if magic != MAGIC or version != 1:
+        raise InputError(f"{idx_path}: not a Megatron index (MMIDIDX, version 1); {REMEDY}")
     if code not in {member.value for member in DType} or not np.issubdtype(DType.dtype_from_code(code), np.integer):
-        raise InputError(f"{idx_path}: dtype code {code} is no integer type of Megatron's; {_REMEDY}")
-    expected = _HEADER.size + 12 * sequences + 8 * documents
+        raise InputError(f"{idx_path}: dtype code {code} is no integer type of Megatron's; {REMEDY}")
+    expected = HEADER.size + 12 * sequences + 8 * documents
     if index.size not in (expected, expected + sequences):
         raise InputError(
-            f"{idx_path}: {index.size} bytes where its header asks for {expected}: cut or corrupt; {_REMEDY}"
+            f"{idx_path}: {index.size} bytes where its header asks for {expected}: cut or corrupt; {REMEDY}"
         )
     return DType.size(code), sequences, documents

@@ -5,12 +5,14 @@ normalization, no added or removed spaces, runs of spaces may become one piece (
 digit is its own piece, and a character outside the vocabulary becomes its UTF-8 bytes. Two things need care:
 
 - sentencepiece writes a space as U+2581 and so cannot tell it from a real U+2581; that one is given as its three bytes.
+  A model that was trained on text (almost) without spaces has no piece for a space: it is given as its byte.
 - a text is encoded in segments of at most 1 Mi characters, cut behind a line end where there is one, which bounds the
   memory that sentencepiece needs.
 
 A model from elsewhere that normalizes, or puts a space in front of the text, is used as it is, on the whole text.
 """
 
+import contextlib
 import heapq
 import io
 import itertools
@@ -18,27 +20,60 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import sentencepiece
 
 from megatron_sbn.atomic_files import write_atomically
+from megatron_sbn.data.progress import elapsed
 from megatron_sbn.errors import InputError
 
 SAMPLE_CHARACTERS = 100_000_000  # what training a tokenizer looks at, at most: about 2 GB of memory
 _SEGMENT = 1 << 20
 _CHUNK = 8192  # characters given to the trainer at once; its word positions are 16 bits
 _SPACE = "\u2581"
+_UNKNOWN = "\u2585"  # the trainer's own mark of a character outside its alphabet
 _LOG_FATAL = 3
+_THREADS = 1  # of training: the model file records it, and BPE gains nothing by more
+
+
+class TextTokenizer(Protocol):
+    """What `sbn prepare` needs of a tokenizer, whoever made it; ids are 0 <= id < `vocab_size`."""
+
+    path: Path
+    vocab_size: int
+    eod: int
+    unknown: int
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Token ids of `text` as int32 [tokens], without an end-of-document token."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids."""
+
+
+def load_tokenizer(path: str | Path, eod: str | None = None) -> TextTokenizer:
+    """A tokenizer by its file: `.json` is Hugging Face's, anything else a sentencepiece model.
+
+    `eod` names the token that ends documents; None takes the model's own, or a usual one. Raises InputError.
+    """
+    if Path(path).name.endswith(".json"):
+        from megatron_sbn.data.tokenizer_json import JsonTokenizer
+
+        return JsonTokenizer(path, eod)
+    return Tokenizer(path, eod)
 
 
 class Tokenizer:
-    """A sentencepiece model. `vocab_size` pieces, `eod` is the id that ends every document (the model's eos).
+    """A sentencepiece model. `vocab_size` pieces, `eod` ends every document: the eos, or the piece that is named.
+
+    `unknown` is the id of what the model cannot write, -1 where there is none.
 
     Raises InputError for a model file that is missing, is no sentencepiece model, or has no end-of-sentence piece.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, eod: str | None = None) -> None:
         self.path = Path(path)
         sentencepiece.set_min_log_level(_LOG_FATAL)
         try:
@@ -57,15 +92,23 @@ class Tokenizer:
                 f"{path}: not a sentencepiece model; give one made by `sbn prepare --vocab-size`"
             ) from error
         self.vocab_size: int = self._model.vocab_size()
+        self.unknown: int = self._model.unk_id()
         self.eod: int = self._model.eos_id()
+        if eod is not None:
+            self.eod = self._model.piece_to_id(eod)
+            if self.eod == self.unknown:
+                raise InputError(f"{path}: has no piece {eod} to end documents with; name one of its own with --eod")
         if self.eod < 0:
             raise InputError(
-                f"{path}: the tokenizer has no end-of-sentence piece to end documents with; use one that has"
+                f"{path}: the tokenizer has no end-of-sentence piece to end documents with; use one that has, "
+                "or name another piece with --eod"
             )
-        fallback = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
-        in_bytes = all(self._model.is_byte(token) for token in fallback)
-        verbatim = in_bytes and _SPACE not in "".join(self._model.encode("a", out_type=str))
-        self._space_bytes: list[int] | None = fallback if verbatim else None
+        self._in_bytes = self._given_in_bytes()
+
+    @property
+    def writes_spaces_as_bytes(self) -> bool:
+        """Whether a space is its byte, because the model has no piece for it."""
+        return " " in self._in_bytes
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without an end-of-document token. Raises ValueError for a lone surrogate."""
@@ -87,16 +130,27 @@ class Tokenizer:
                 raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size} ({self.path})")
         return str(self._model.decode(tokens))
 
+    def _given_in_bytes(self) -> dict[str, list[int]]:
+        """What sentencepiece takes for other characters, and its bytes' ids; none for a model that normalizes."""
+        fallback = {
+            character: [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in character.encode()]
+            for character in (_SPACE, " ")
+        }
+        in_bytes = all(self._model.is_byte(token) for ids in fallback.values() for token in ids)
+        if not in_bytes or _SPACE in "".join(self._model.encode("a", out_type=str)):
+            return {}
+        if self._model.piece_to_id(_SPACE) != self._model.unk_id():
+            del fallback[" "]
+        return fallback
+
     def _encode_parts(self, text: str) -> Iterator[list[int]]:
-        if self._space_bytes is None:
+        if not self._in_bytes:
             yield self._model.encode(text)
             return
+        apart = re.compile(f"([{''.join(self._in_bytes)}])")
         for segment in _segments(text):
-            pieces = segment.split(_SPACE)
-            yield self._model.encode(pieces[0])
-            for piece in pieces[1:]:
-                yield self._space_bytes
-                yield self._model.encode(piece)
+            for piece in apart.split(segment):
+                yield self._in_bytes.get(piece) or self._model.encode(piece)
 
 
 def _segments(text: str) -> Iterator[str]:
@@ -120,34 +174,38 @@ def train_tokenizer(documents: Iterable[str], output: str | Path, vocab_size: in
     return Tokenizer(output)
 
 
-def train_model(documents: Iterable[str], vocab_size: int, *, seed: int = 0) -> bytes:
+def train_model(documents: Iterable[str], vocab_size: int, *, seed: int = 0, spoken: bool = False) -> bytes:
     """A serialized sentencepiece BPE model of exactly `vocab_size` pieces, a function of the input and seed.
 
     Pieces 0 to 2 are unk, bos and eos, the next 256 are the bytes. At most SAMPLE_CHARACTERS characters are looked at:
     a uniform sample of the documents, by `seed`, where there are more. Raises InputError when there is no text, or when
-    `vocab_size` does not fit it, with the limit that does.
+    `vocab_size` does not fit it, with the limit that does. Where it is `spoken`, stderr is told how long it takes.
     """
     model = io.BytesIO()
-    chunks = _chunks(_sample(documents, SAMPLE_CHARACTERS, seed))
+    sample = _sample(documents, SAMPLE_CHARACTERS, seed)
+    size = sum(len(text.encode()) for text in sample) / 1e6 if spoken else 0.0
+    label = f"training a tokenizer of {vocab_size:,} pieces on {size:,.1f} MB with {_THREADS} thread"
+    chunks = _chunks(sample)
     first = next(chunks, None)
     if first is None:
         raise InputError("empty corpus: there is no text to train a tokenizer on")
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.chain([first], chunks),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            max_sentence_length=8 * _CHUNK,
-            num_threads=1,  # the model file records it
-            minloglevel=_LOG_FATAL,
-        )
+        with elapsed(label) if spoken else contextlib.nullcontext():
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=itertools.chain([first], chunks),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                byte_fallback=True,
+                split_digits=True,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                allow_whitespace_only_pieces=True,
+                max_sentence_length=8 * _CHUNK,
+                num_threads=_THREADS,
+                minloglevel=_LOG_FATAL,
+            )
     except RuntimeError as error:
         raise InputError(_size_advice(vocab_size, str(error))) from error
     return model.getvalue()
@@ -181,8 +239,8 @@ def _sample(documents: Iterable[str], limit: int, seed: int) -> list[str]:
 
 
 def _chunks(documents: Iterable[str]) -> Iterator[str]:
-    """What the trainer is given: no NUL (it refuses them), no U+2581 (it would read a space), bounded length."""
+    """What the trainer is given: no NUL, no U+2585 (it leaves such text out), no U+2581 (a space), bounded length."""
     for document in documents:
-        text = document.replace("\0", "").replace(_SPACE, "")
+        text = document.replace("\0", "").replace(_SPACE, "").replace(_UNKNOWN, "")
         for start in range(0, len(text), _CHUNK):
             yield text[start : start + _CHUNK]

@@ -1,9 +1,9 @@
 """`sbn doctor RECIPE`: checks a recipe against its layout, and with --ranks against what the ranks really compute.
 
-Without ranks nothing is started: the recipe is read, every combination that cannot be right is refused, and what it
-needs is printed. With them, one step of a tiny model of that very layout (`tiny`) is compared with a single rank's,
-tensor by tensor; with --layouts, every layout of up to four ranks is; with --engines, other releases of the engines
-are compared.
+Without ranks nothing is started: the recipe is read, every combination that cannot be right is refused, what it
+needs is printed, and its data is looked at (`data/data_check.py`). With them, one step of a tiny model of that very
+layout (`tiny`) is compared with a single rank's, tensor by tensor; with --layouts, every layout of up to four ranks is;
+with --engines, other releases of the engines are compared. What is compared needs no data.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_sbn.atomic_files import write_atomically
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.config.validation import min_world_size, validate_world_size
+from megatron_sbn.data.data_check import missing_files, warn_of_data
 from megatron_sbn.doctor.engines import check_engines
 from megatron_sbn.doctor.layouts import SPREAD, candidates, reference
 from megatron_sbn.doctor.tiny_recipe import one_rank, tiny_recipe
@@ -36,9 +37,6 @@ def check(recipe: Recipe, ranks: int | None = None) -> None:
         f"ZeRO-{parallel.zero_stage}; a replica takes {parallel.tensor * parallel.pipeline} ranks"
     )
     print(f"ranks that its batch of {recipe.training.global_batch_size} fills: {_counts(recipe, smallest)}")
-    shards = [*recipe.data.train, *(recipe.data.validation or ())]
-    for missing in sorted({shard.path for shard in shards if not Path(f"{shard.path}.bin").is_file()}):
-        print(f"not there yet: {missing}.bin; sbn prepare writes it")
 
 
 def _counts(recipe: Recipe, smallest: int) -> str:
@@ -136,6 +134,11 @@ def run(
         check_installed()
     count = None if ranks is None else ranks or min_world_size(recipe)
     check(recipe, count)
+    missing = missing_files(recipe) if compared else []
+    for line in missing:  # comparisons read no data
+        print(f"not there yet: {line}")
+    if not missing:
+        warn_of_data(recipe)
     equal = True
     if count is not None:
         equal = check_ranks(recipe, count, json_file)

@@ -202,7 +202,7 @@ class Loop:
         if self.metrics is not None:
             self.metrics.close()
         ended = f"stopped at a request ({reason.name})" if reason else f"done: {training.steps} steps"
-        console.say("\n".join(run_summary.shutdown_summary(self.recipe, self.folder, ended)))
+        console.say("\n".join(run_summary.shutdown_summary(self.recipe, self.folder, ended, self.evaluator)))
         console.close()
         return reason
 
@@ -328,7 +328,7 @@ class Loop:
         assert self.evaluator is not None, "an interval of validation has data to validate on"
         values = self.evaluator.run(self.trainer)
         self._record(done, values)
-        self.console.say(f"step {done}: validation perplexity {values['validation_perplexity']:.3f}")
+        self.console.say(f"step {done}: validation {self.evaluator.summary()}")
 
     def _measure(self, done: int) -> None:
         values = self.telemetry.measure(done)

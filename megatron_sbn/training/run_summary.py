@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_sbn.checkpoint.directory import newest
 from megatron_sbn.config import Recipe
+from megatron_sbn.data.passes import data_lines
 from megatron_sbn.errors import InputError
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.plan.hardware import CPU, ON_CUDA
@@ -17,6 +18,7 @@ from megatron_sbn.runs.tracking_record import read_record
 from megatron_sbn.text_table import count_text, size_text
 from megatron_sbn.tracking.destination import destination
 from megatron_sbn.training import schedule
+from megatron_sbn.training.evaluate import Evaluator
 
 
 def startup_summary(
@@ -43,6 +45,7 @@ def startup_summary(
         *([_row("phases", recipe.linear.schedule)] if recipe.linear.phases else []),
         *(_row("kernels", f"{layer}: {served}") for layer, served in kernels.items()),
         _row("tokens", extent),
+        *(_row("data", line) for line in data_lines(recipe)),
         _row("lr", schedule.describe(recipe)),
         *(_row("changed", line) for line in folder.changed),
         _row("memory", _memory(recipe, parallel)),
@@ -51,11 +54,13 @@ def startup_summary(
     ]
 
 
-def shutdown_summary(recipe: Recipe, folder: RunFolder, ended: str) -> list[str]:
-    """Lines after the last step: how it `ended`, and where everything is."""
+def shutdown_summary(recipe: Recipe, folder: RunFolder, ended: str, evaluator: Evaluator | None = None) -> list[str]:
+    """Lines after the last step: how it `ended`, the last validation if there was one, and where everything is."""
     saved = newest(folder.checkpoints)
+    validation = evaluator.summary() if evaluator is not None else ""
     return [
         f"{ended}; run folder {folder.path}",
+        *([_row("validation", validation)] if validation else []),
         _row("metrics", str(folder.metrics)),
         _row("checkpoint", "none" if saved is None else str(saved)),
         _row("mlflow", mlflow_place(recipe, folder.path)),

@@ -6,6 +6,7 @@ The schedule divides by the number of micro-batches and ZeRO averages over data 
 same number of tokens, so the mean of means is the mean. After the update gamma, masks and codes are prepared anew.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -76,7 +77,7 @@ class Trainer:
         nothing is updated. Raises NumericalError where an updated weight is not finite.
         """
         with self.zero.accumulation():
-            losses = self._run(samples, forward_only=False)
+            losses = [result["loss"] for result in self._run(samples, forward_only=False)]
         loss = self._mean_loss(losses)
         lr, decay = learning_rate(self.recipe, step), weight_decay(self.recipe, step)
         wrong = self.judge.loss(loss)
@@ -110,14 +111,21 @@ class Trainer:
 
     def evaluate(self, samples: np.ndarray) -> float:
         """Mean token loss over all replicas' samples; this one's are int64 [n, tokens + 1], n equal on every rank."""
+        return self.evaluate_with_error(samples)[0]
+
+    def evaluate_with_error(self, samples: np.ndarray) -> tuple[float, float | None]:
+        """`evaluate`, and its standard error over all replicas' samples; None where there is one sample."""
         self.stages.chunks.eval()
         with torch.no_grad():
-            losses = self._run(samples, forward_only=True)
+            results = self._run(samples, forward_only=True)
         self.stages.chunks.train()
-        return self._mean_loss(losses)
+        mean = self._mean_loss([result["loss"] for result in results])
+        losses = torch.cat([result["samples"] for result in results]).double() if results else torch.empty(0)
+        count, spread = self._sums(len(losses), float(((losses - mean) ** 2).sum()))
+        return mean, math.sqrt(spread / (count - 1) / count) if count > 1 else None
 
-    def _run(self, samples: np.ndarray, forward_only: bool) -> list[Tensor]:
-        """Losses of the micro-batches, fp32 scalars, on the last stage; empty on the others."""
+    def _run(self, samples: np.ndarray, forward_only: bool) -> list[dict[str, Tensor]]:
+        """Of each micro-batch on the last stage: "loss", a scalar, and without gradients "samples" [size]; all fp32."""
         size = min(self.recipe.training.micro_batch_size, len(samples))
         assert len(samples) % size == 0, "samples fill whole micro-batches"
         chunks = list(self.stages.chunks)
@@ -130,7 +138,7 @@ class Trainer:
             micro_batch_size=size,
             forward_only=forward_only,
         )
-        return [result["loss"] for result in results]
+        return results
 
     def _micro_batches(self, samples: np.ndarray, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(tokens, labels), int64 [size, tokens] each."""
@@ -141,13 +149,15 @@ class Trainer:
 
     def _mean_loss(self, losses: list[Tensor]) -> float:
         """Mean over micro-batches and data parallelism, on every rank: the sums travel in fp64."""
-        total = self._on_device(sum(float(loss) for loss in losses) / max(1, len(losses)))
+        (total,) = self._sums(sum(float(loss) for loss in losses) / max(1, len(losses)))
+        return total / self.parallel.data.size
+
+    def _sums(self, *values: float) -> list[float]:
+        """Each summed in fp64 over pipeline stages (all but the last give 0) and replicas, on every rank."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.parallel.device)
         dist.all_reduce(total, group=self.parallel.pipeline.group)
         dist.all_reduce(total, group=self.parallel.data.group)
-        return float(total) / self.parallel.data.size
-
-    def _on_device(self, value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float64, device=self.parallel.device)
+        return [float(value) for value in total.tolist()]
 
     def _where(self, loss: float, norm: float, losses: list[Tensor]) -> str:
         """Names the ranks whose own losses are not finite, or says that none is; nothing where all is finite."""
@@ -169,4 +179,7 @@ def _forward_step(
 
 def _mean_over_tokens(token_losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     loss = token_losses.float().mean()
-    return loss, {"loss": loss.detach().clone()}  # the schedule divides `loss` in place
+    result = {"loss": loss.detach().clone()}  # the schedule divides `loss` in place
+    if not torch.is_grad_enabled():
+        result["samples"] = token_losses.float().mean(dim=-1)
+    return loss, result

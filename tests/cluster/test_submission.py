@@ -13,10 +13,11 @@ from time_limit import LIMIT_SECONDS
 
 from megatron_sbn.atomic_files import exclusive
 from megatron_sbn.cli import main
-from megatron_sbn.cluster import job, snapshot
+from megatron_sbn.cluster import job, snapshot, submission
 from megatron_sbn.cluster.submission import ranges
 from megatron_sbn.config import load_recipe
 from megatron_sbn.config.sweep import load_sweep
+from megatron_sbn.data.data_check import QUICKSTART_DATA
 from megatron_sbn.runs.status import write_status
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +45,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tools / name).symlink_to(found)
     monkeypatch.setenv("PATH", str(tools))
     monkeypatch.delenv("SBN_ENV", raising=False)
+    monkeypatch.setattr(submission, "_check_data", lambda _: [])  # the shards of the recipes are not there
     work = tmp_path / "a b"
     work.mkdir()
     monkeypatch.chdir(work)
@@ -317,6 +319,16 @@ def test_a_run_of_a_study_whose_job_waits_is_not_submitted(here: Path, capsys: p
 def test_a_run_is_not_submitted_while_its_study_is(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = here / "runs" / "weak-scaling-qwen2.5-0.5b" / "weak-scaling-qwen2.5-0.5b-8-ranks-tp1-zero1"
     again = f'"{sys.executable}" -m megatron_sbn.cli submit "{QUICKSTART}" "run_dir={run}" >said 2>&1'
+    for name in (
+        "stdlib-train.idx",
+        "stdlib-train.bin",
+        "stdlib-validation.idx",
+        "stdlib-validation.bin",
+        "stdlib.model",
+    ):
+        path = here / QUICKSTART_DATA / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
     stand_in(here, "sbatch", f'case "$2" in *ranks.sbatch) {again}; echo "too large" >&2; exit 1 ;; esac; echo 18')
     assert "too large" in refusal(capsys, "sweep", "submit", WEAK_SCALING)
     # Accepted, its job would wait for a folder of logs that goes with the study's submission.
@@ -335,6 +347,21 @@ def test_code_that_is_too_large_is_refused(here: Path, capsys: pytest.CaptureFix
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(snapshot, "MOST_BYTES", 1 << 20)
         assert "MiB of code to copy, at most 1; is " in refusal(capsys, "submit", QUICKSTART, "--dry-run")
+
+
+def test_data_that_is_not_there_is_not_trained_on(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    missing = f"data.train: {QUICKSTART_DATA}/stdlib-train.idx: no such token shard; `sbn quickstart --prepare-only`"
+    assert missing in refusal(capsys, "submit", QUICKSTART, "run_dir=runs/x")
+    assert "data.train: data/corpus-train.idx: no such token shard; `sbn prepare`" in refusal(
+        capsys, "sweep", "submit", WEAK_SCALING
+    )
+    assert main(["submit", QUICKSTART, "--dry-run"]) == 0
+    assert f"not there yet: {missing}" in capsys.readouterr().out
+    assert files(here) == set()
 
 
 def test_a_time_that_is_none(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import math
 import resource
 import signal
 import subprocess
@@ -21,10 +22,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from time_limit import LIMIT_SECONDS
 
 from megatron_sbn.atomic_files import exclusive, partial_path
-from megatron_sbn.data import corpus
 from megatron_sbn.data.corpus import PrepareOptions, is_prepared, prepare
 from megatron_sbn.data.encoding import is_held_out
+from megatron_sbn.data.manifest import shard_facts
 from megatron_sbn.data.tokenizer import Tokenizer, train_model
+from megatron_sbn.data.unigram import unigram_perplexity
 from megatron_sbn.errors import InputError, SbnError
 
 
@@ -125,6 +127,34 @@ def test_manifest_and_is_prepared(inputs, tmp_path, tokenizer):
     assert is_prepared(options)
 
 
+def test_the_manifest_knows_bytes_and_the_baseline_of_each_split(inputs, tmp_path, documents, tokenizer):
+    prepare(PrepareOptions(inputs, tmp_path / "c", tokenizer=tokenizer.path, validation_fraction=0.2))
+    for split, side in (("train", False), ("validation", True)):
+        texts = [text for text in documents if is_held_out(text, 0.2, 0) == side]
+        facts = shard_facts(tmp_path / f"c-{split}")
+        assert facts.text_bytes == sum(len(text.encode()) for text in texts)
+        assert facts.tokens == sum(len(tokenizer.encode(text)) + 1 for text in texts)
+        assert facts.bytes_per_token == facts.text_bytes / facts.tokens
+    assert shard_facts(tmp_path / "c-train").unigram_loss is None
+    perplexity = unigram_perplexity([tmp_path / "c-train"], [tmp_path / "c-validation"], tokenizer.vocab_size)
+    assert math.exp(facts.unigram_loss) == pytest.approx(perplexity, rel=1e-12)
+    prepare(PrepareOptions(inputs, tmp_path / "whole", tokenizer=tokenizer.path))
+    assert shard_facts(tmp_path / "whole").text_bytes == sum(len(text.encode()) for text in documents)
+    assert shard_facts(tmp_path / "whole").unigram_loss is None
+
+
+@pytest.mark.parametrize(("text", "lost"), [("a\tb\tc\n" * 90, True), ("a b c\n" * 90, False)])
+def test_shards_in_which_an_earlier_release_lost_the_spaces_are_made_anew(tmp_path, text, lost):
+    (tmp_path / "a.txt").write_text(text)
+    options = PrepareOptions((str(tmp_path / "a.txt"),), tmp_path / "c", vocab_size=264)
+    prepare(options)
+    assert is_prepared(options)
+    manifest = json.loads((tmp_path / "c.json").read_text())
+    del manifest["round_trip"]
+    (tmp_path / "c.json").write_text(json.dumps(manifest))
+    assert is_prepared(options) != lost
+
+
 @pytest.mark.parametrize("suffix", ["-train.bin", "-train.idx", "-validation.bin", ".json"])
 def test_is_prepared_looks_at_the_files(inputs, tmp_path, tokenizer, suffix):
     options = PrepareOptions(inputs, tmp_path / "c", tokenizer=tokenizer.path, validation_fraction=0.2)
@@ -187,6 +217,10 @@ def test_bad_input_is_skipped_and_counted(inputs, tmp_path, tokenizer, documents
     for _, kind, count, _ in BAD.values():
         expected[kind] += count
     assert report.skipped == expected
+    assert [line.split(": ")[0] for line in report.lost] == [
+        str(tmp_path / "bad.parquet"),
+        f"{tmp_path}/bad.jsonl.gz:1",
+    ]
     assert len(report.examples) == 3
     assert "bad.txt:2: invalid UTF-8" in report.examples[0]
     fine = [*tokenizer.encode("fine"), tokenizer.eod]
@@ -233,7 +267,7 @@ def test_empty_split(inputs, tmp_path, tokenizer, fraction, side):
 
 
 def test_large_vocabularies_get_32_bits(inputs, tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(corpus.Tokenizer, "__init__", _with_vocab_size(100_000))
+    monkeypatch.setattr(Tokenizer, "__init__", _with_vocab_size(100_000))
     prepare(PrepareOptions(inputs, tmp_path / "wide", tokenizer=tokenizer.path))
     monkeypatch.undo()
     prepare(PrepareOptions(inputs, tmp_path / "narrow", tokenizer=tokenizer.path))
@@ -245,8 +279,8 @@ def test_large_vocabularies_get_32_bits(inputs, tmp_path, tokenizer, monkeypatch
 def _with_vocab_size(size):
     original = Tokenizer.__init__
 
-    def wide(self, path):
-        original(self, path)
+    def wide(self, path, eod=None):
+        original(self, path, eod)
         self.vocab_size = size
 
     return wide

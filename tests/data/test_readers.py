@@ -6,14 +6,18 @@ import gzip
 import json
 import lzma
 import os
+import re
+import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from megatron_sbn.data import readers
 from megatron_sbn.data.readers import BadRecord, Document, blocks, documents, expand_inputs
+from megatron_sbn.data.zstd_reader import ZstdReader
 from megatron_sbn.errors import InputError
 
 
@@ -118,6 +122,51 @@ def test_damaged_compression(tmp_path, suffix, damage):
         assert isinstance(bad, BadRecord)
         assert bad.kind == "corrupt file"
         assert bad.message.startswith(str(path))
+
+
+def _long_window(content, window):
+    settings = zstandard.ZstdCompressionParameters.from_level(3, window_log=window, enable_ldm=True)
+    stream = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    return stream.compress(content) + stream.flush()
+
+
+@pytest.mark.parametrize("window", [27, 28, 31])
+def test_long_windows(tmp_path, window):
+    """A frame that does not say its size, so that the decoder needs the window that its head names."""
+    texts = [os.urandom(300).hex() for _ in range(200)]
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(_long_window(lines(*({"text": text} for text in texts)), window) + _zstd(lines({"text": "last"})))
+    assert [document.text for document in read(path)] == [*texts, "last"]
+
+
+def test_what_is_lost_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 1 << 16)
+    content = b"".join(lines({"text": os.urandom(1000).hex()}) + b"\n" for _ in range(2000))
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(_zstd(content)[:1_000_000])
+    items = read(path)
+    assert 500 < len(items) < 1500
+    assert items[-1].kind == "corrupt file"
+    expected = rf":{2 * len(items) - 1}: cannot be decompressed: ends within a frame: cut short; what follows "
+    way_out = r"\(0\.\d of its 1\.0 MB\) is lost: fetch the file again, or leave it out of --input"
+    assert re.search(expected + way_out, items[-1].message)
+
+
+def test_a_block_that_stands_for_much_takes_bounded_memory(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(zstandard.ZstdCompressor().compress(bytes(200 << 20)))
+    with path.open("rb") as raw:
+        reader = ZstdReader(raw)
+        sizes = [len(piece) for piece in iter(lambda: reader.read(1 << 20), b"")]
+    assert sum(sizes) == 200 << 20
+    assert max(sizes) < 70 << 20
+
+
+def test_zstandard_that_is_not_installed(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl.zst").write_bytes(_zstd(b"{}"))
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(InputError, match="reading .zst takes the package zstandard: pip install zstandard"):
+        read(tmp_path / "a.jsonl.zst")
 
 
 @pytest.fixture

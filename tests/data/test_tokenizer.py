@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_sbn.data import tokenizer as tokenizer_module
-from megatron_sbn.data.tokenizer import Tokenizer, train_model, train_tokenizer
+from megatron_sbn.data.tokenizer import Tokenizer, load_tokenizer, train_model, train_tokenizer
 from megatron_sbn.errors import InputError
 
 AWKWARD = [
@@ -46,6 +46,40 @@ def test_round_trip_over_segments(tokenizer, text, segment):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer_module, "_SEGMENT", segment)
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+WORDS = "the model learns from text and more words again".split()
+JAPANESE = "".join(chr(0x3042 + 7 * i % 80) + chr(0x4E00 + 11 * i % 60) for i in range(4000))
+TRAINED_ON = {
+    "no space": ["\t".join(WORDS[i % 9] for i in range(k, k + 40)) for k in range(50)],
+    "Japanese": [JAPANESE],
+    "a space in ten thousand": [JAPANESE[:7000] + " " + JAPANESE],
+    "control pieces": ["<s> </s> <unk> <0x41> <0x20> <0xE2> \u2585 \u2047" * 20] * 20,
+    "spaces alone": [" " * 400, "\n \n  \n" * 90],
+    "marks alone": ["a\u2581b" * 90],
+}
+
+
+@pytest.fixture(scope="module", params=TRAINED_ON)
+def odd_tokenizer(request, tmp_path_factory):
+    texts = TRAINED_ON[request.param]
+    sizes = {"no space": 300, "spaces alone": 263, "control pieces": 263, "marks alone": 262}
+    path = tmp_path_factory.mktemp("odd") / "odd.model"
+    return train_tokenizer(texts, path, sizes.get(request.param, 420))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.lists(st.one_of(st.text(), st.sampled_from([*AWKWARD, " ", "the model", "a b"]))).map("".join))
+def test_round_trip_is_exact_whatever_it_was_trained_on(odd_tokenizer, text):
+    ids = odd_tokenizer.encode(text)
+    assert odd_tokenizer.decode(ids) == text
+    assert all(2 < token < odd_tokenizer.vocab_size for token in ids)
+
+
+def test_a_space_is_not_its_mark(odd_tokenizer):
+    assert odd_tokenizer.encode(" ") != odd_tokenizer.encode("\u2581")
+    assert odd_tokenizer.encode("a b") != odd_tokenizer.encode("a\u2581b")
+    assert [odd_tokenizer.decode(odd_tokenizer.encode(text)) for text in (" ", "\u2581")] == [" ", "\u2581"]
 
 
 def test_segments_end_with_lines(monkeypatch):
@@ -181,6 +215,14 @@ def test_model_without_eos(tmp_path, documents):
     path = _foreign(tmp_path / "noeos.model", documents, model_type="bpe", byte_fallback=True, eos_id=-1)
     with pytest.raises(InputError, match=r"noeos.model: the tokenizer has no end-of-sentence piece"):
         Tokenizer(path)
+
+
+def test_another_piece_may_end_documents(tmp_path, documents, tokenizer):
+    path = _foreign(tmp_path / "noeos.model", documents, model_type="bpe", byte_fallback=True, eos_id=-1)
+    assert Tokenizer(path, "<s>").eod == 1
+    assert load_tokenizer(tokenizer.path, "<s>").eod == 1
+    with pytest.raises(InputError, match=r"noeos.model: has no piece <eos> to end documents with; .* --eod"):
+        Tokenizer(path, "<eos>")
 
 
 def test_foreign_model_is_used_as_it_is(tmp_path, documents):

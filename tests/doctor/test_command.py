@@ -64,15 +64,21 @@ def test_every_layout_of_the_table_can_be_trained() -> None:
 
 
 def test_without_ranks_it_says_what_the_recipe_needs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", QWEN, TENSOR2, "parallel.pipeline=2"]) == 0
-    expected = capsys.readouterr().out
-    assert "a replica takes 4 ranks" in expected
-    assert "4, 8, 16, 32, 64, 128, 256, 512" in expected
-    assert "not there yet: data/corpus-train.bin" in expected
+    assert main(["doctor", QWEN, TENSOR2, "parallel.pipeline=2"]) == 2
+    said = capsys.readouterr()
+    assert "a replica takes 4 ranks" in said.out
+    assert "4, 8, 16, 32, 64, 128, 256, 512" in said.out
+    assert said.err == "sbn: data.train: data/corpus-train.idx: no such token shard; `sbn prepare` writes one\n"
+
+
+def test_what_is_compared_needs_no_data(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(command, "check_ranks", lambda *_: True)
+    assert main(["doctor", QWEN, "--ranks"]) == 0
+    assert "not there yet: data.train: data/corpus-train.idx: no such token shard" in capsys.readouterr().out
 
 
 def test_a_batch_of_any_size_is_looked_at_in_a_moment(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", QWEN, f"training.global_batch_size={2**52}", "training.micro_batch_size=1"]) == 0
+    assert main(["doctor", QWEN, f"training.global_batch_size={2**52}", "training.micro_batch_size=1"]) == 2
     assert f"its batch of {2**52} fills: 1, 2, 4, 8" in capsys.readouterr().out
 
 

@@ -3,9 +3,11 @@
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 
 from megatron_sbn.config import Recipe, load_recipe
+from megatron_sbn.data.shards import ShardWriter
 from megatron_sbn.parallel.state import Axis, ParallelState
 from megatron_sbn.runs.folder import RunFolder
 from megatron_sbn.training.run_summary import shutdown_summary, startup_summary
@@ -40,6 +42,14 @@ def test_it_says_what_the_recipe_says(tmp_path: Path) -> None:
     assert "16 micro-batches of 2 x 2048 tokens" in text
     assert "ternary 6:8, 8-bit activations, backward exact; bf16 between layers" in text
     assert "steps 41 to 100000, 104.86B tokens in all, 1.05M a step" in text
+
+
+def test_it_says_how_often_the_data_is_read(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "a.bin", tmp_path / "a.idx", 4096)
+    writer.add(np.zeros(128 * 10 + 1, dtype=np.int64))
+    writer.finish()
+    text = "\n".join(lines(load_recipe(RECIPES / "quickstart.yaml", [f"data.train={tmp_path}/a"]), 2, tmp_path))
+    assert f"  data       {tmp_path}/a: 1,281 tokens, 144 passes\n  data       warning: " in text
 
 
 def test_passwords_are_masked_at_both_ends(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.config.validation import validate_world_size
 from megatron_sbn.data import corpus
+from megatron_sbn.data.data_check import QUICKSTART_DATA
+from megatron_sbn.data.manifest import shard_facts
 from megatron_sbn.errors import InputError, NumericalError, RecipeError
 from megatron_sbn.launch import launch
 from megatron_sbn.runs.folder import METRICS, new_folder
@@ -25,7 +27,7 @@ from megatron_sbn.tracking.destination import destination
 RECIPES = Path("recipes")  # found by config/yaml_file.py
 MODELS = ("quickstart", "quickstart-dense")
 REQUIRED_GAIN = 3.0
-CORPUS = Path("runs/quickstart-data/stdlib")
+CORPUS = Path(QUICKSTART_DATA) / "stdlib"
 # The library's own tests are a third of its text and hold files that are not UTF-8 on purpose.
 NOT_CORPUS = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3")
 
@@ -82,7 +84,10 @@ def _gpus() -> int:
 
 
 def _prepare(recipe: Recipe) -> float:
-    """Writes the shards unless they are there; returns the unigram perplexity of the held-out text."""
+    """Writes the shards unless they are there; returns the unigram perplexity of the held-out text.
+
+    Shards of an earlier release have it in a file of its own.
+    """
     options = corpus.PrepareOptions(
         inputs=tuple(str(path) for path in _library_sources()),
         output=CORPUS,
@@ -91,16 +96,16 @@ def _prepare(recipe: Recipe) -> float:
         skip_bad=True,
     )
     cache = CORPUS.with_name("unigram.json")
-    if corpus.is_prepared(options) and cache.is_file():
-        return float(json.loads(cache.read_text())["perplexity"])
+    facts = shard_facts(f"{CORPUS}-validation")
+    if corpus.is_prepared(options) and facts is not None:
+        if facts.unigram_loss is not None:
+            return math.exp(facts.unigram_loss)
+        if cache.is_file():
+            return float(json.loads(cache.read_text())["perplexity"])
     print(f"preparing {len(options.inputs)} files of the Python standard library (once)", flush=True)
     report = corpus.prepare(options, workers=2)
-    # Reading shards imports Megatron-Core: only when they are new.
-    from megatron_sbn.data.unigram import unigram_perplexity
-
-    train, validation = f"{CORPUS}-train", f"{CORPUS}-validation"
-    perplexity = unigram_perplexity([train], [validation], recipe.model.vocab_size)
-    cache.write_text(json.dumps({"perplexity": perplexity}) + "\n")
+    assert report.unigram_loss is not None, "a split is asked for"
+    perplexity = math.exp(report.unigram_loss)
     print(f"{report.documents:,} documents, {report.tokens:,} tokens, unigram perplexity {perplexity:.1f}", flush=True)
     return perplexity
 
