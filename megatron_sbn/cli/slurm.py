@@ -27,5 +27,5 @@ def add_submit(commands: Commands) -> None:
     command.add_argument("--nproc-per-node", type=positive, metavar="G", help=ranks)
     add_job_options(command)
     command.epilog = (
-        "example: sbn submit recipes/quickstart.yaml --nodes 2 --nproc-per-node 8 --time 24:00:00 --dry-run"
+        "example: sbn submit recipes/quickstart.yaml --nodes 2 --nproc-per-node 2 --time 24:00:00 --dry-run"
     )

@@ -27,7 +27,7 @@ from pydantic import Field, ValidationError
 
 from megatron_sbn.config import Name, Recipe, Section, load_recipe
 from megatron_sbn.config.validation import min_world_size, validate_world_size
-from megatron_sbn.config.yaml_file import override_of, parse_yaml, read_recipe, read_text
+from megatron_sbn.config.yaml_file import find_recipe, override_of, parse_yaml, read_recipe, read_text
 from megatron_sbn.errors import RecipeError
 
 Values = dict[str, Any]
@@ -75,7 +75,7 @@ class Sweep:
 
 def load_sweep(path: str | Path) -> Sweep:
     """Reads and expands a sweep file; every recipe of it can be trained on its ranks. Raises RecipeError."""
-    path = Path(path)
+    path = find_recipe(Path(path))
     file = _read(path)
     base = path.parent / file.recipe
     axes = [_axis(path, name, values) for name, values in file.axes.items()]
@@ -101,6 +101,7 @@ def frozen(path: Path) -> dict[str, str]:
 
     `sweep.yaml` of that folder expands to what `path` does now, whatever becomes of the files that it was made of.
     """
+    path = find_recipe(path)
     file = _read(path)
     base = read_recipe(path.parent / file.recipe, (), str)
     texts = {"sweep.yaml": file.model_dump() | {"recipe": "base.yaml"}, "base.yaml": base}
