@@ -16,8 +16,14 @@ setup(
     + find_packages(where="kernels", include=["sbn_kernels", "sbn_kernels.*"]),
     package_dir={"sbn_kernels": "kernels/sbn_kernels"},
     package_data={"megatron_sbn": ["py.typed"], "sbn_kernels": ["py.typed"]},
-    # `sbn submit` outside a checkout takes them from there.
-    data_files=[("share/megatron_sbn/slurm", sorted(str(path) for path in Path("slurm").iterdir()))],
+    # Outside a checkout `sbn submit` takes the scripts from there, and any command the recipes.
+    data_files=[
+        ("share/megatron_sbn/slurm", sorted(str(path) for path in Path("slurm").iterdir())),
+        *(
+            (f"share/megatron_sbn/{folder}", sorted(str(path) for path in folder.iterdir() if path.is_file()))
+            for folder in (Path("recipes"), *sorted(path for path in Path("recipes").iterdir() if path.is_dir()))
+        ),
+    ],
     install_requires=[
         "torch>=2.11",
         "triton>=3.6",

@@ -4,9 +4,11 @@ The recipe is checked, against the number of ranks too, before torch is imported
 one line. The loop itself is training/loop.py. What takes time is imported after the rank listens for signals.
 """
 
+import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sbn import engines
@@ -73,6 +75,10 @@ def _report(error: SbnError) -> None:
     if error.on_every_rank and environment.rank() != 0:
         time.sleep(SECONDS_TO_SPEAK)  # a launcher ends all ranks when the first has failed
         return
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:  # what torchrun's summary shows, in place of "To enable traceback see ..."
+        message = {"message": f"sbn: {error}", "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
     where = "" if error.on_every_rank or environment.world_size() == 1 else f"rank {environment.rank()}: "
     print(f"sbn: {where}{error}", file=sys.stderr, flush=True)
 

@@ -15,10 +15,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data", "parallel", "plan"),
     ("layers", "runs"),
     ("model", "telemetry", "tracking"),
-    ("analysis", "checkpoint", "quickstart"),
+    ("analysis", "checkpoint"),
     ("training",),
     ("cluster", "doctor", "train"),
     ("cli",),
+    ("__main__",),
 )
 # Walls within a room that is imported: no engine is known to the layers, and the model knows ranks but not ZeRO.
 WITHIN = {("layers", "parallel"): {"shard"}, ("model", "parallel"): {"shard", "state"}}

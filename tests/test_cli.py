@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,19 @@ def test_a_documented_command_is_understood(line: str) -> None:
 
 def test_many_commands_are_documented() -> None:
     assert len(documented()) > 25
+
+
+@pytest.mark.parametrize(
+    ("word", "way_out"),
+    [("trian", "did you mean train?"), ("comapre", "did you mean compare?"), ("zzz", "the commands")],
+)
+def test_a_command_that_is_none_gets_the_nearest(word: str, way_out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([word])
+    assert end.value.code == 2
+    assert f"'{word}' is not a command; {way_out}" in capsys.readouterr().err
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "megatron_sbn", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "megatron_sbn")

@@ -20,7 +20,7 @@ _LIGHT = (
 )
 NO_TORCH = tuple(f"megatron_sbn/{room}" for room in _LIGHT.split())
 HEAVY = ("torch", "deepspeed", "megatron", "mlflow", "sbn_kernels")
-ONLY_IMPORTER = {"deepspeed": "megatron_sbn/parallel/zero/", "mlflow": "megatron_sbn/tracking/mlflow_delivery.py"}
+ONLY_IMPORTER = {"deepspeed": "megatron_sbn/parallel/zero/", "mlflow": "megatron_sbn/tracking/mlflow_"}
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,23 @@ from megatron_sbn.redaction import one_line
 from megatron_sbn.runs.finished_run import Run
 from megatron_sbn.text_table import aligned
 
+HEADER = ("run", "linear", "steps", "tokens", "loss", "perplexity", "zeros", "tokens/s")
 METRICS = ("loss", "validation_loss", "validation_perplexity", "grad_norm", "flip_rate", "zero_fraction")
 _OF_NO_INTEREST = ("name", "run_dir")
+
+
+def _row(run: Run) -> tuple[str, ...]:
+    """A run in one line; - for what it has not measured."""
+
+    def last(metric: str, form: str) -> str:
+        points = run.points(metric)
+        return format(points[-1][1], form) if points else "-"
+
+    steps = int(run.lines[-1]["step"]) if run.lines else 0
+    speeds = [value for _, value in run.points("tokens_per_second")]
+    measured = (last("loss", ".4f"), last("validation_perplexity", ".2f"), last("zero_fraction", ".1%"))
+    speed = f"{median(speeds):,.0f}" if speeds else "-"
+    return run.name, run.schedule or run.recipe.linear.label, f"{steps}", f"{run.tokens(steps):.4g}", *measured, speed
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -67,23 +82,21 @@ def _read_at(
 
 
 def report(runs: Sequence[Run]) -> str:
-    """The whole comparison as text."""
+    """The whole comparison as text, a row a run: results, the keys that differ, metrics at equal cost."""
     names = [run.name for run in runs]
-    lines = ["recipes differ in", *aligned(("key", *names), [(key, *values) for key, values in differences(runs)])]
+    changed = differences(runs)
+    keys = [(name, *(values[row] for _, values in changed)) for row, name in enumerate(names)]
+    lines = [*aligned(HEADER, [_row(run) for run in runs]), "", "recipes differ in"]
+    lines += aligned(("run", *(key for key, _ in changed)), keys)
     costs: tuple[tuple[str, Callable[[Run, int], float]], ...] = (
         ("tokens", lambda run, step: run.tokens(step)),
         ("dense-equivalent FLOPs", lambda run, step: run.flops(step, sparse=False)),
         ("sparse-effective FLOPs", lambda run, step: run.flops(step, sparse=True)),
     )
     for what, cost in costs:
-        rows = []
-        for metric in METRICS:
-            found = at_equal(runs, metric, cost)
-            if found is not None:
-                budget, readings = found
-                rows.append((metric, f"{budget:.4g}", *map(str, readings)))
-        lines += ["", f"at equal {what}", *aligned(("metric", what, *names), rows)]
-    speeds = [[value for _, value in run.points("tokens_per_second")] for run in runs]
-    cells = [f"{median(speed):,.0f}" if speed else "-" for speed in speeds]
-    lines += ["", *aligned(("median over steps", *names), [("tokens_per_second", *cells)])]
+        found = [(metric, at_equal(runs, metric, cost)) for metric in METRICS]
+        known = [(metric, *pair) for metric, pair in found if pair is not None]
+        header = ("run", *(f"{metric} at {budget:.4g}" for metric, budget, _ in known))
+        rows = [(name, *(str(readings[row]) for *_, readings in known)) for row, name in enumerate(names)]
+        lines += ["", f"at equal {what}", *aligned(header, rows)]
     return "\n".join(lines)

@@ -193,7 +193,7 @@ def write_report(name: str, runs: Sequence[Run], output: Path) -> list[Path]:
         page += ["", "## Speed over ranks", "", "![tokens per second over ranks](scaling.png)", ""]
         page += _scaling_table(layouts)
     page += ["", "Every run: [runs.csv](runs.csv). Metrics are defined in docs/metrics.md."]
-    write_atomically(output / "runs.csv", _csv(runs).encode())
+    write_atomically(output / "runs.csv", runs_csv(runs).encode())
     write_atomically(output / "index.md", ("\n".join(page) + "\n").encode())
     return written
 
@@ -245,7 +245,8 @@ def _scaling_table(layouts: Sequence[Scaling]) -> list[str]:
     return lines
 
 
-def _csv(runs: Sequence[Run]) -> str:
+def runs_csv(runs: Sequence[Run]) -> str:
+    """One line a run, with a header: COLUMNS."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)

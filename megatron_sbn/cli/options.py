@@ -1,6 +1,7 @@
 """What the options of several subcommands share: how a command is added, numbers, overrides, Slurm's time limits."""
 
 import argparse
+import difflib
 import re
 from typing import NoReturn, TypeAlias
 
@@ -11,7 +12,13 @@ class Parser(argparse.ArgumentParser):
     """What it complains about is shown as in every other message: no passwords, on one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Prints the message and leaves with status 2."""
+        """Prints the message, with the nearest word for one that is no command, and leaves with status 2."""
+        wrong = re.fullmatch(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if wrong is not None:
+            known = re.findall(r"[\w-]+", wrong[2])
+            near = difflib.get_close_matches(wrong[1], known, n=1)
+            way_out = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(known)}"
+            message = f"{excerpt(wrong[1])} is not a command; {way_out}"
         super().error(one_line(message))
 
 

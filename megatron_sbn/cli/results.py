@@ -20,7 +20,13 @@ def compare(options: argparse.Namespace) -> int:
     from megatron_sbn.analysis.compare import report
     from megatron_sbn.runs.finished_run import read_run
 
-    print(report([read_run(Path(folder)) for folder in options.run_folders]))
+    runs = [read_run(Path(folder)) for folder in options.run_folders]
+    if options.csv:
+        from megatron_sbn.analysis.report import runs_csv
+        from megatron_sbn.atomic_files import write_atomically
+
+        write_atomically(Path(options.csv), runs_csv(runs).encode())
+    print(report(runs))
     return 0
 
 
@@ -53,6 +59,7 @@ def add_compare(commands: Commands) -> None:
     """Its options."""
     command = add_command(commands, "compare", compare, "compare runs: recipes, metrics at equal tokens and FLOPs")
     command.add_argument("run_folders", nargs="+", metavar="RUN", help="run folder")
+    command.add_argument("--csv", metavar="FILE", help="also write a line a run, as sbn report does")
     command.epilog = "example: sbn compare runs/quickstart-ternary-6of8-* runs/quickstart-dense-bf16-*"
 
 

@@ -30,7 +30,7 @@ def train(options: argparse.Namespace) -> int:
 
 def quickstart(options: argparse.Namespace) -> int:
     """The main job of the README."""
-    from megatron_sbn import quickstart as job
+    from megatron_sbn.cli import quickstart as job
     from megatron_sbn.engines import check_installed
 
     check_installed()

@@ -49,7 +49,7 @@ def _fields(section: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _nearest(key: str) -> str:
-    match = difflib.get_close_matches(key, _fields(Recipe), n=1, cutoff=0.6)
+    match = difflib.get_close_matches(key, _fields(Recipe), n=1, cutoff=0.75)
     return f"; did you mean {match[0]}?" if match else f"; the sections are {', '.join(Recipe.model_fields)}"
 
 

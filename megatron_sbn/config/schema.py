@@ -24,6 +24,7 @@ from megatron_sbn.config.values import (
     Section,
     as_tuple,
     parse_shards,
+    short_dtype,
 )
 
 
@@ -185,8 +186,8 @@ class Optimizer(Section):
     """Added to the root of the second moment."""
     clip_grad: NonNegativeFloat = 1.0
     """Largest gradient norm; 0: no clipping."""
-    parameter_dtype: Literal["fp32"] = "fp32"
-    """Of parameters and masters."""
+    parameter_dtype: Annotated[Literal["fp32"], BeforeValidator(short_dtype)] = "fp32"
+    """Of parameters and masters; float32 is the same."""
     cpu_offload: bool = False
     """Masters, moments and the update in host memory."""
 

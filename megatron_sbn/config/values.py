@@ -58,6 +58,11 @@ ChunksPerRank = Annotated[Positive | None, AfterValidator(_none_if_one)]
 WeightFormat = Literal["ternary", "dense"]
 
 
+def short_dtype(value: object) -> object:
+    """PyTorch's name of a type as Megatron's: float32 -> fp32."""
+    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(str(value), value)
+
+
 class Section(BaseModel):
     """Base of every section: frozen, no unknown keys, no silent conversions."""
 

@@ -5,6 +5,7 @@ reading it ends, executes nothing, and takes no more memory than a recipe deserv
 """
 
 import re
+import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,18 @@ def read_recipe(path: Path, overrides: Sequence[str], nearest: Callable[[str], s
 
     Raises RecipeError: a file that cannot be read or is no recipe, a cycle of `extends`, an override without a key.
     """
-    values = _read_with_extends(path, seen=())
+    values = _read_with_extends(find_recipe(path), seen=())
     for override in overrides:
         _apply_override(values, override, nearest)
     return values
+
+
+def find_recipe(path: Path) -> Path:
+    """The file; for recipes/... that is not below the working folder the one that came with this package, if it did."""
+    if path.is_absolute() or path.parts[:1] != ("recipes",) or path.exists():
+        return path
+    places = (Path(__file__).parents[2], Path(sysconfig.get_path("data")) / "share" / "megatron_sbn")
+    return next((place / path for place in places if (place / path).is_file()), path)
 
 
 class _Loader(yaml.SafeLoader):

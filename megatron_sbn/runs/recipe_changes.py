@@ -53,7 +53,7 @@ def check_changes(was: Recipe, now: Recipe, done: int, run: Path) -> dict[str, t
     if now.training.steps < done:
         raise RecipeError(
             f"training.steps = {now.training.steps}: {run} has done {done} steps already; set {done} or more, or "
-            f"{way_out}@STEP"
+            f"{way_out}"
         )
     for key, (before, after) in changed.items():
         if (key.startswith("model.") and key != "model.bf16") or key == "data.train":

@@ -24,6 +24,16 @@ Time = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
+class DatasetRecord:
+    """A dataset that a run reads: its name, a digest of its content, its path; context: training or validation."""
+
+    name: str
+    digest: str
+    path: str
+    context: str
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """The content of tracking.json.
 
@@ -37,6 +47,7 @@ class RunRecord:
         run_id: MLflow's, of the run at `uri`; None until it is known.
         delivered_step: last step that MLflow confirmed.
         experiment_id: MLflow's, of the run at `uri`.
+        datasets: what it reads.
         folder: the run folder that this was written in, resolved: a copy of it is another run.
     """
 
@@ -54,9 +65,10 @@ class RunRecord:
     delivered_step: Annotated[int, Field(ge=0, le=2**53)] | None = None
     experiment_id: str | None = None
     folder: str | None = None
+    datasets: tuple[DatasetRecord, ...] = ()
 
 
-_SINCE = {"experiment_id", "folder"}  # fields that files of the first version lack
+_SINCE = {"experiment_id", "folder", "datasets"}  # fields that files of the first version lack
 _ADAPTER = TypeAdapter(RunRecord)
 
 

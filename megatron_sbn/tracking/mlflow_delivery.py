@@ -1,4 +1,4 @@
-"""All that is said to MLflow, and its failures in one line. The only importer of mlflow.
+"""All that is said to MLflow, and its failures in one line. mlflow is imported by tracking/mlflow_*.py alone.
 
 A metric line is sent when its step is above the last step that MLflow itself reports for that metric
 (pending_points.py). So a repeated batch, a resumed job that writes steps anew, or a run folder that is delivered a
@@ -19,6 +19,7 @@ from megatron_sbn.redaction import mask_secrets
 from megatron_sbn.runs.finished_run import Run
 from megatron_sbn.runs.folder import METRICS, SYSTEM_METRICS
 from megatron_sbn.runs.tracking_record import RunRecordFile, artifact_files
+from megatron_sbn.tracking.mlflow_assets import log_datasets, log_models
 from megatron_sbn.tracking.mlflow_settings import configure_mlflow
 from megatron_sbn.tracking.pending_points import PendingPoints
 from megatron_sbn.tracking.sqlite_file import artifact_location, database_file, ensure_tables
@@ -109,6 +110,7 @@ class Delivery:
         record = self._file.record
         with self._conversation():
             ended = _milliseconds(record.ended or time.time())
+            log_models(self._client, self._experiment, self._run_id, self._file.path.parent)
             self._client.set_terminated(self._run_id, record.status, ended)
             self._join_study()
 
@@ -211,6 +213,7 @@ class Delivery:
         }
         self._send_entries("params", Param, new, PARAM_LENGTHS)
         self._send_entries("tags", RunTag, record.tags | changed, TAG_LENGTHS)
+        log_datasets(self._client, run, record.datasets)
         if record.status == "RUNNING" != run.info.status:
             self._client.update_run(run.info.run_id, status="RUNNING")
 

@@ -17,7 +17,7 @@ from typing import Literal
 from megatron_sbn.errors import InputError, SbnError
 from megatron_sbn.redaction import mask_secrets
 from megatron_sbn.runs.folder import METRICS, TRACKING
-from megatron_sbn.runs.tracking_record import RunRecord, RunRecordFile, masked, new_key, read_record
+from megatron_sbn.runs.tracking_record import DatasetRecord, RunRecord, RunRecordFile, masked, new_key, read_record
 from megatron_sbn.tracking.mlflow_delivery import Delivery
 
 FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 2.0, 300.0
@@ -60,7 +60,7 @@ class Tracker:
         uri: MLflow tracking URI (sqlite:///..., http://...). Credentials in it stay in memory.
         params: logged once; MLflow keeps the first value, a later one becomes the tag `changed.NAME`.
         tags: set at every start.
-        artifacts: text files, such as the resolved recipe.
+        artifacts: text files, such as the resolved recipe. datasets: what the run reads.
         run_id: MLflow's id of this run as its checkpoint knows it, for a run folder without a tracking.json.
         poll_seconds: how often new lines are looked for.
     """
@@ -74,6 +74,7 @@ class Tracker:
         params: Mapping[str, str],
         tags: Mapping[str, str],
         artifacts: Sequence[Path],
+        datasets: Sequence[DatasetRecord] = (),
         *,
         run_id: str | None = None,
         poll_seconds: float = 2.0,
@@ -91,6 +92,7 @@ class Tracker:
             status="RUNNING",
             ended=None,
             folder=str(run_dir.resolve()),
+            datasets=tuple(datasets),
         )
         self._delivery = Delivery(run_dir, self._file, uri)
         self._thread = threading.Thread(target=self._follow, name="mlflow", daemon=True)

@@ -14,7 +14,6 @@ from typing import Literal
 
 import torch
 
-from megatron_sbn.atomic_files import write_atomically
 from megatron_sbn.checkpoint.directory import saved_step
 from megatron_sbn.config import Recipe
 from megatron_sbn.data.dataset import batch, build_dataset
@@ -29,11 +28,8 @@ from megatron_sbn.plan.flops import model_flops_per_token
 from megatron_sbn.plan.hardware import known_device
 from megatron_sbn.runs.folder import PROFILE, RunFolder
 from megatron_sbn.runs.metrics_file import MetricsFile
-from megatron_sbn.runs.provenance import batch_scripts, describe_environment, installed_packages
 from megatron_sbn.runs.system_metrics import sampled
 from megatron_sbn.telemetry.mask_statistics import Telemetry
-from megatron_sbn.tracking.destination import destination
-from megatron_sbn.tracking.tags import describe_recipe
 from megatron_sbn.tracking.tracker import Tracker
 from megatron_sbn.training import run_summary
 from megatron_sbn.training.bad_steps import BadStepError
@@ -43,6 +39,7 @@ from megatron_sbn.training.evaluate import Evaluator
 from megatron_sbn.training.heartbeat import Heartbeat, name_lost_rank
 from megatron_sbn.training.profiling import Profiler
 from megatron_sbn.training.run_folder import open_run_folder, recorded, tell
+from megatron_sbn.training.run_tracking import start_tracker
 from megatron_sbn.training.step import StepResult, Trainer
 from megatron_sbn.training.stop_request import Reason, StopRequest, check_before_first_step
 from megatron_sbn.training.stragglers import Stragglers
@@ -353,7 +350,7 @@ class Loop:
     @contextmanager
     def _tracked(self) -> Iterator["Ending"]:
         """MLflow on rank 0, which learns how the run ended: FINISHED unless the body says or raises otherwise."""
-        self.tracker = tracker = self._tracker()
+        self.tracker = tracker = start_tracker(self.recipe, self.parallel, self.folder, self.run_id)
         interval = self.recipe.tracking.system_metrics_interval if tracker is not None else 0.0
         ending = Ending()
         status: EndStatus = "FAILED"
@@ -364,29 +361,3 @@ class Loop:
         finally:
             if tracker is not None:
                 tracker.close(status)
-
-    def _tracker(self) -> Tracker | None:
-        recipe = self.recipe
-        if self.parallel.rank != 0 or not recipe.tracking.enabled:
-            return None
-        tags = (
-            describe_environment()
-            | describe_recipe(recipe, self.parallel.world_size)
-            | {
-                "layout": self.parallel.describe(),
-                "run_folder": str(self.folder.path.resolve()),
-            }
-            | ({"start_from": recipe.start_from} if recipe.start_from else {})
-        )
-        write_atomically(self.folder.environment, installed_packages().encode())
-        place = destination(recipe, self.folder.path)
-        return Tracker(
-            run_dir=self.folder.path,
-            name=self.folder.path.name,
-            experiment=place.experiment,
-            uri=place.uri,
-            params=recipe.flat(),
-            tags=tags,
-            run_id=self.run_id,
-            artifacts=[self.folder.recipe, self.folder.recipe_changes, self.folder.environment, *batch_scripts()],
-        )

@@ -1,5 +1,6 @@
 """Runs side by side: recipe keys that differ, metrics at equal tokens and FLOPs, from folders as runs write them."""
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -102,11 +103,24 @@ def test_the_report(folders: list[Path], capsys: pytest.CaptureFixture[str]) -> 
     assert main(["compare", *map(str, folders)]) == 0
     text = capsys.readouterr().out
     assert text.strip() == report([read_run(folder) for folder in folders])
-    rows = [line.split() for line in text.splitlines()]
-    assert ["linear.sparsity", "6:8", "4:8"] in rows
-    assert ["loss", "3.072e+04", "3.3333", "(step", "24)", "5", "(step", "12)"] in rows
-    assert ["tokens_per_second", "2,200", "750"] in rows
-    assert text.count("at equal") == 3
+    results, different, at_tokens, *rest = (block.splitlines() for block in text.split("\n\n"))
+    assert results[0].split() == ["run", "linear", "steps", "tokens", "loss", "perplexity", "zeros", "tokens/s"]
+    first, second = (line.split() for line in results[2:])
+    assert (first[:3], first[-1]) == (["a", "ternary", "6:8"], "2,200")
+    assert (second[:3], second[-1]) == (["b", "ternary", "4:8"], "750")
+    column = different[1].split().index("linear.sparsity")
+    assert [line.split()[column] for line in different[3:]] == ["6:8", "4:8"]
+    assert at_tokens[0] == "at equal tokens"
+    assert "loss at 3.072e+04" in at_tokens[1]
+    assert "3.3333 (step 24)" in at_tokens[3]
+    assert "5 (step 12)" in at_tokens[4]
+    assert [block[0] for block in rest] == ["at equal dense-equivalent FLOPs", "at equal sparse-effective FLOPs"]
+
+
+def test_a_line_a_run_for_a_spreadsheet(folders: list[Path], tmp_path: Path) -> None:
+    assert main(["compare", *map(str, folders), "--csv", str(tmp_path / "runs.csv")]) == 0
+    with (tmp_path / "runs.csv").open() as file:
+        assert [(row["run"], row["sparsity"]) for row in csv.DictReader(file)] == [("a", "6:8"), ("b", "4:8")]
 
 
 def test_what_is_no_run_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -327,3 +327,21 @@ def test_the_recipe_knows_every_backend_and_form_of_the_kernels() -> None:
     fields = Linear.model_fields
     assert set(typing.get_args(fields["backend"].annotation)) == set(sbn_kernels.BACKENDS)
     assert set(typing.get_args(fields["forward_form"].annotation)) == set(sbn_kernels.FORMS)
+
+
+def test_recipes_of_the_package_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("recipes/tiny/ternary-6of8.yaml").name == "tiny-ternary-6of8"
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "own.yaml").write_text("name: x\n")
+    with pytest.raises(RecipeError, match="model is missing"):
+        load_recipe("recipes/own.yaml")
+    with pytest.raises(RecipeError, match="recipes/nowhere.yaml: "):
+        load_recipe("recipes/nowhere.yaml")
+
+
+def test_pytorchs_names_of_types(tmp_path: Path) -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+    assert load_recipe(recipe, ["optimizer.parameter_dtype=float32"]) == load_recipe(recipe)
+    with pytest.raises(RecipeError, match="optimizer.parameter_dtype = 'bf16'"):
+        load_recipe(recipe, ["optimizer.parameter_dtype=bfloat16"])

@@ -238,11 +238,12 @@ def biases_added() -> tuple[bool, bool]:
         recipe = small_recipe(("model.add_bias_linear=true",))
         parallel = parallel_state.initialize(recipe)
         make = {"config": transformer_config(recipe), "tp_group": parallel.tensor.group, "bias": True}
-        make |= {"input_is_parallel": True, "skip_bias_add": True}  # as Megatron-Core asks of its own
+        make |= {"skip_bias_add": True}  # as Megatron-Core asks of its own
+        row = make | {"input_is_parallel": True}
         x, w, _ = logical_tensors(ROWS)
         results = []
-        for kind in (ExpertDown, RowParallelLinear, ColumnParallelLinear):
-            layer = kind(WIDTH, ROWS, **make)
+        for kind, given in ((ExpertDown, row), (RowParallelLinear, row), (ColumnParallelLinear, make)):
+            layer = kind(WIDTH, ROWS, **given)
             layer.weight.data.copy_(w)
             layer.bias.data.fill_(0.5)
             WeightQuantizer({"layer": layer}, recipe.linear, parallel.tensor.group).prepare(0)

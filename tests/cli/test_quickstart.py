@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sbn import quickstart
+from megatron_sbn.cli import quickstart
 from megatron_sbn.config import load_recipe
 from megatron_sbn.errors import NumericalError
 from megatron_sbn.runs.metrics_file import MetricsFile

@@ -24,7 +24,7 @@ from megatron_sbn.runs.folder import METRICS, new_folder
 from megatron_sbn.text_table import aligned
 from megatron_sbn.tracking.destination import destination
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path("recipes")  # found by config/yaml_file.py
 MODELS = ("quickstart", "quickstart-dense")
 REQUIRED_GAIN = 3.0
 CORPUS = Path(QUICKSTART_DATA) / "stdlib"
