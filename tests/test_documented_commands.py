@@ -18,7 +18,7 @@ NOT_RUN = {"--engines": "tests/engines compares environments", "hiden_size": "an
 SHORTER = "training.steps=2 training.validation_samples=16 training.validation_interval=2 checkpoint.interval=1"
 # What a command of a reader's own project is here.
 HERE = (
-    (r"training\.steps=300", "training.steps=60"),  # still 3x better than token frequencies, as it has to be
+    (r"training\.steps=300", "training.steps=80"),  # still 3x better than token frequencies, as it has to be
     (r"^(sbn train .*)$", rf"\1 {SHORTER}"),
     (r"training\.steps=20 ", ""),
     (r"(sbn sweep run) recipes/sweeps/n-of-8-tiny\.yaml", r"\1 small.yaml"),

@@ -21,7 +21,6 @@ TESTED_BY = {
     "megatron_sbn/config/values.py": "config/test_load.py",
     "megatron_sbn/data/fingerprint.py": "tracking/test_mlflow_delivery.py",
     "megatron_sbn/data/index_header.py": "data/test_data_check.py",
-    "megatron_sbn/data/manifest.py": "data/test_data_check.py",
     "megatron_sbn/data/zstd_reader.py": "data/test_readers.py",
     "megatron_sbn/doctor/logical_tensors.py": "doctor/test_command.py",
     "megatron_sbn/doctor/rank.py": "doctor/test_command.py",

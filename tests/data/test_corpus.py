@@ -4,7 +4,6 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import math
 import resource
 import signal
 import subprocess
@@ -24,9 +23,7 @@ from time_limit import LIMIT_SECONDS
 from megatron_sbn.atomic_files import exclusive, partial_path
 from megatron_sbn.data.corpus import PrepareOptions, is_prepared, prepare
 from megatron_sbn.data.encoding import is_held_out
-from megatron_sbn.data.manifest import shard_facts
 from megatron_sbn.data.tokenizer import Tokenizer, train_model
-from megatron_sbn.data.unigram import unigram_perplexity
 from megatron_sbn.errors import InputError, SbnError
 
 
@@ -125,34 +122,6 @@ def test_manifest_and_is_prepared(inputs, tmp_path, tokenizer):
     assert not is_prepared(options)
     prepare(options)
     assert is_prepared(options)
-
-
-def test_the_manifest_knows_bytes_and_the_baseline_of_each_split(inputs, tmp_path, documents, tokenizer):
-    prepare(PrepareOptions(inputs, tmp_path / "c", tokenizer=tokenizer.path, validation_fraction=0.2))
-    for split, side in (("train", False), ("validation", True)):
-        texts = [text for text in documents if is_held_out(text, 0.2, 0) == side]
-        facts = shard_facts(tmp_path / f"c-{split}")
-        assert facts.text_bytes == sum(len(text.encode()) for text in texts)
-        assert facts.tokens == sum(len(tokenizer.encode(text)) + 1 for text in texts)
-        assert facts.bytes_per_token == facts.text_bytes / facts.tokens
-    assert shard_facts(tmp_path / "c-train").unigram_loss is None
-    perplexity = unigram_perplexity([tmp_path / "c-train"], [tmp_path / "c-validation"], tokenizer.vocab_size)
-    assert math.exp(facts.unigram_loss) == pytest.approx(perplexity, rel=1e-12)
-    prepare(PrepareOptions(inputs, tmp_path / "whole", tokenizer=tokenizer.path))
-    assert shard_facts(tmp_path / "whole").text_bytes == sum(len(text.encode()) for text in documents)
-    assert shard_facts(tmp_path / "whole").unigram_loss is None
-
-
-@pytest.mark.parametrize(("text", "lost"), [("a\tb\tc\n" * 90, True), ("a b c\n" * 90, False)])
-def test_shards_in_which_an_earlier_release_lost_the_spaces_are_made_anew(tmp_path, text, lost):
-    (tmp_path / "a.txt").write_text(text)
-    options = PrepareOptions((str(tmp_path / "a.txt"),), tmp_path / "c", vocab_size=264)
-    prepare(options)
-    assert is_prepared(options)
-    manifest = json.loads((tmp_path / "c.json").read_text())
-    del manifest["round_trip"]
-    (tmp_path / "c.json").write_text(json.dumps(manifest))
-    assert is_prepared(options) != lost
 
 
 @pytest.mark.parametrize("suffix", ["-train.bin", "-train.idx", "-validation.bin", ".json"])

@@ -89,11 +89,13 @@ def test_a_run_leaves_what_its_folder_promises(uninterrupted: tuple[Path, str]) 
     said = (run / "logs" / "rank-0.log").read_text().splitlines()
     opening = said[: next(index for index, line in enumerate(said) if line.startswith("step 0"))]
     assert len(opening) <= 20
-    rows = ("model", "layout", "batch", "linear", "tokens", "lr", "memory", "saving", "mlflow")
+    rows = ("model", "layout", "batch", "linear", "tokens", "data", "lr", "memory", "saving", "mlflow")
     named = [line.split()[0] for line in opening if line.startswith("  ")]
     assert [name for name in named if name != "kernels"] == list(rows)
     assert named.count("kernels") == 4
-    assert said[-4] == f"done: {STEPS} steps; run folder {run}"
+    assert said[-5] == f"done: {STEPS} steps; run folder {run}"
+    assert said[-4].startswith("  validation perplexity ")
+    assert "token frequencies alone: perplexity " in said[-4]
     assert str(run / "checkpoints" / f"step-{STEPS:08d}") in said[-2]
     assert said[0] in printed
     again = sbn("train", str(run / "recipe.yaml"), "checkpoint.resume=never")
