@@ -52,7 +52,7 @@ def add_sync(commands: Commands) -> None:
     command = add_command(commands, "sync", sync, "deliver a run folder's metrics to MLflow, each once")
     command.add_argument("run_folders", nargs="+", metavar="RUN", help="run folder")
     command.add_argument("--uri", help="MLflow server (default: the one of the run's recipe)")
-    command.epilog = "example: sbn sync runs/quickstart-* --uri http://mlflow.example:5000"
+    command.epilog = "example: sbn sync runs/quickstart-ternary-* --uri http://mlflow.example:5000"
 
 
 def add_compare(commands: Commands) -> None:

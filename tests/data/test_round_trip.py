@@ -39,14 +39,8 @@ def test_the_line(normalizing: Tokenizer) -> None:
     line = what_is_lost("t.model", RoundTrip(1000, 30, 10_000, 25, "'a' -> 'b'"), 7, 1000)
     assert line == (
         "t.model: loses text: 7 unknown tokens (0.7%); 30 of 1,000 documents tried do not come back as they were "
-<<<<<<< HEAD
-        "(3.0%), "
-        "0.25% of their characters are lost, such as 'a' -> 'b'; --vocab-size in place of --tokenizer trains one that "
-        "does not"
-=======
         "(3.0%), 0.25% of their characters are lost, such as 'a' -> 'b'; --vocab-size in place of --tokenizer trains "
         "one that does not"
->>>>>>> data
     )
 
 
