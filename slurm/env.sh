@@ -9,9 +9,10 @@ SBN_SBATCH_OPTIONS=(
     # --cpus-per-gpu=16
 )
 
-# The Python of the nodes, with megatron_sbn's dependencies (`make setup`), and what its command is put behind
-# (a container; srun and scontrol stay outside).
-: "${SBN_PYTHON:=python3}"
+# The Python of the nodes, with megatron_sbn's dependencies (`make setup`): by default the one that ran `sbn submit`;
+# of a job by hand, and in a container, python3. And what its command is put behind (a container; srun and scontrol stay
+# outside).
+# SBN_PYTHON=/shared/megatron_sbn/.venv/bin/python
 SBN_CONTAINER=(
     # apptainer exec --nv /shared/images/megatron_sbn.sif
 )

@@ -1,4 +1,4 @@
-"""What the batch scripts in slurm/ ask: `python -m megatron_sbn.cluster.job ACTION TARGET [section.key=value ...]`.
+"""What the batch scripts in slurm/ ask: `python -m megatron_sbn.cluster ACTION TARGET [section.key=value ...]`.
 
     begin    on the batch host, before srun: 0 start the ranks, 10 there is nothing to do
     node     one task a node, under srun: starts this node's ranks and waits for them
@@ -25,6 +25,7 @@ from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.config.sweep import load_sweep
 from megatron_sbn.config.validation import min_world_size, validate_world_size
 from megatron_sbn.config.yaml_file import override_of
+from megatron_sbn.engines import check_installed
 from megatron_sbn.errors import STOPPED, InputError, RecipeError, SbnError
 from megatron_sbn.launch import Machines, environment, launch
 from megatron_sbn.launch.stop_signals import SIGNALS
@@ -82,6 +83,7 @@ def begin(task: Task) -> int:
     if switched_off(task.folder):
         print(f"{task.folder}: there is a STOP file; remove it to go on")
         return NOTHING_TO_DO
+    _check_engines()
     make_folder(task.folder / LOGS)
     write_status(task.folder, "RUNNING", None, saved_step(task.folder))
     return 0
@@ -139,6 +141,13 @@ def sizes(path: str, per_node: int | None) -> int:
     return 0
 
 
+def _check_engines() -> None:
+    try:
+        check_installed()
+    except RecipeError as error:
+        raise RecipeError(f"{sys.executable} on {socket.gethostname()}: {error}, or set SBN_PYTHON") from None
+
+
 def _final(status: int) -> int:
     """75 is the script's word for "again"; a run that stopped for good ends with 1, so that nothing waits on it."""
     return 1 if status == STOPPED else status
@@ -180,7 +189,7 @@ def _setting(name: str, otherwise: int) -> int:
 
 def main(arguments: list[str]) -> int:
     """Runs an action; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_sbn.cluster.job", description="for slurm/*.sbatch")
+    parser = argparse.ArgumentParser(prog="python -m megatron_sbn.cluster", description="for slurm/*.sbatch")
     parser.add_argument("action", choices=("begin", "node", "end", "sizes"))
     parser.add_argument("--number", type=int, help="of a sweep's recipe")
     parser.add_argument("--folder", default="runs", help="where STUDY/NAME goes (default: runs)")

@@ -12,12 +12,11 @@ import re
 import shlex
 import subprocess
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree, which
-from typing import Literal
 
 from megatron_sbn.atomic_files import exclusive, write_atomically
+from megatron_sbn.cluster.batch_script import Job, Submission, batch_script, recipe_file
 from megatron_sbn.cluster.slurm_queue import queued
 from megatron_sbn.cluster.snapshot import Snapshot, find_code
 from megatron_sbn.config import Recipe, check_no_password, load_recipe
@@ -27,52 +26,6 @@ from megatron_sbn.errors import InputError, RecipeError
 from megatron_sbn.runs.folder import LOGS, RUNS, new_folder
 from megatron_sbn.runs.status import read_status
 from megatron_sbn.training.preflight import check_start
-
-SETTINGS_LINE = "SBN_CODE=${SBN_CODE:-$SLURM_SUBMIT_DIR}\n"  # of a batch script: replaced by what is known here
-TEMPLATES = {"run": "train.sbatch", "array": "train.sbatch", "series": "scaling.sbatch"}
-
-
-@dataclass(frozen=True)
-class Job:
-    """One sbatch: a run, an array of runs that need as many ranks, or a series of runs on the same nodes.
-
-    Attributes:
-        nodes, per_node: nodes, and ranks on each; of a series, those of its largest run.
-        recipes: by task number, run_dir absolute.
-        sweep: of a series, the file.
-    """
-
-    name: str
-    nodes: int
-    per_node: int
-    recipes: dict[int, Recipe]
-    form: Literal["run", "array", "series"]
-    sweep: Path | None = None
-
-    @property
-    def folders(self) -> list[Path]:
-        """Of its runs."""
-        return [Path(str(recipe.run_dir)) for recipe in self.recipes.values()]
-
-
-@dataclass(frozen=True)
-class Submission:
-    """Jobs, and the folder whose submissions/ they go into; `options` are sbatch's, for all of them."""
-
-    folder: Path
-    jobs: tuple[Job, ...]
-    options: tuple[str, ...] = ()
-    at_most: int | None = None
-
-    @property
-    def runs(self) -> list[Path]:
-        """Folders of all runs."""
-        return [run for job in self.jobs for run in job.folders]
-
-    @property
-    def submissions(self) -> Path:
-        """Where one folder a submission is."""
-        return self.folder / "submissions"
 
 
 def plan_run(
@@ -138,7 +91,7 @@ def submit(submission: Submission, *, dry_run: bool) -> None:
     if dry_run:
         _refuse(submission)
         place = submission.submissions / str(_next_number(submission))
-        scripts = [_script(submission, job, place, code, environment) for job in submission.jobs]
+        scripts = [batch_script(submission, job, place, code, environment) for job in submission.jobs]
         _explain(submission, place, code, environment, scripts)
         return
     folders = [*submission.runs, submission.folder]
@@ -213,80 +166,16 @@ def _refuse(submission: Submission) -> None:
         raise InputError(f"{submission.folder}: {job} is still in the queue; wait for it, or scancel it first")
 
 
-def _recipe_file(place: Path, recipe: Recipe) -> Path:
-    return place / "recipes" / f"{recipe.name}.yaml"
-
-
-def _script(submission: Submission, job: Job, place: Path, code: Snapshot, environment: Path) -> str:
-    """The batch script of the job's form, with its options and paths; SBN_LOGS begins one of srun's file patterns."""
-    options = [*_site_options(environment, job), f"--job-name={job.name}", f"--chdir={Path.cwd()}"]
-    options += [f"--nodes={job.nodes}", "--ntasks-per-node=1", *submission.options]
-    settings = [f"SBN_CODE={shlex.quote(str(place / 'code'))}", f"SBN_ENV={shlex.quote(str(place / 'env.sh'))}"]
-    if job.form == "run":
-        (recipe,) = job.recipes.values()
-        options.append(f"--output={_literal(submission.folder / 'logs')}/slurm-%j.out")
-        logs, target = shlex.quote(_literal(submission.folder)), shlex.quote(str(_recipe_file(place, recipe)))
-        settings += [f"SBN_LOGS={logs}/logs", f"set -- --nproc-per-node {job.per_node} {target}"]
-    elif job.form == "array":
-        limit = f"%{submission.at_most}" if submission.at_most else ""
-        options += [f"--output={_literal(place)}/slurm-%A-%a.out", f"--array={ranges(list(job.recipes))}{limit}"]
-        settings += ["names=(", *(f"    [{number}]={recipe.name}" for number, recipe in job.recipes.items()), ")"]
-        settings += ['name="${names[$SLURM_ARRAY_TASK_ID]}"']
-        logs, target = (
-            f'{shlex.quote(_literal(submission.folder))}/"$name"',
-            f'{shlex.quote(str(place))}/recipes/"$name".yaml',
-        )
-        settings += [f"SBN_LOGS={logs}/logs", f"set -- --nproc-per-node {job.per_node} {target}"]
-    else:
-        options.append(f"--output={_literal(place)}/slurm-%j.out")
-        runs, target = shlex.quote(str(submission.folder.parent)), shlex.quote(str(place / "sweep.yaml"))
-        settings += [f"SBN_LOGS={shlex.quote(_literal(place))}"]
-        settings += [f"set -- --nproc-per-node {job.per_node} --folder {runs} {target}"]
-    template = code.scripts / TEMPLATES[job.form]
-    text = template.read_text(encoding="utf-8")
-    if text.count(SETTINGS_LINE) != 1:
-        raise InputError(f"{template}: has no line {SETTINGS_LINE.strip()!r}; take it from the project")
-    lines = [f"#SBATCH {shlex.quote(option)}" for option in options]
-    return text.replace(SETTINGS_LINE, "\n".join([*lines, *settings, ""]))
-
-
-def _literal(folder: Path) -> str:
-    """A path in Slurm's file patterns, where % is special."""
-    return str(folder).replace("%", "%%")
-
-
-def ranges(numbers: list[int]) -> str:
-    """As sbatch --array takes them: [0, 1, 2, 5] -> 0-2,5."""
-    found: list[list[int]] = []
-    for number in sorted(numbers):
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
-
-
-def _site_options(environment: Path, job: Job) -> list[str]:
-    """SBN_SBATCH_OPTIONS of env.sh, which may use SBN_NODES and SBN_NPROC_PER_NODE."""
-    script = 'source "$1" >&2 && printf "%s\\0" "${SBN_SBATCH_OPTIONS[@]}"'
-    sizes = {"SBN_NODES": str(job.nodes), "SBN_NPROC_PER_NODE": str(job.per_node)}
-    done = subprocess.run(
-        ["bash", "-c", script, "bash", str(environment)],
-        env=os.environ | sizes, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise InputError(f"{environment}: bash cannot read it ({_one_line(done.stderr)}); mend it or set SBN_ENV")
-    return [option for option in done.stdout.split("\0") if option]
-
-
 def _write(submission: Submission, place: Path, code: Snapshot, environment: Path) -> None:
     (place / "recipes").mkdir(parents=True)
     code.write(place / "code")
     (place / "env.sh").write_bytes(environment.read_bytes())
     for job in submission.jobs:
-        (place / f"{job.name}.sbatch").write_text(_script(submission, job, place, code, environment), encoding="utf-8")
+        (place / f"{job.name}.sbatch").write_text(
+            batch_script(submission, job, place, code, environment), encoding="utf-8"
+        )
         for recipe in job.recipes.values():
-            _recipe_file(place, recipe).write_text(recipe.to_yaml(), encoding="utf-8")
+            recipe_file(place, recipe).write_text(recipe.to_yaml(), encoding="utf-8")
         for run in job.folders:
             (run / LOGS).mkdir(parents=True, exist_ok=True)
         if job.sweep is not None:

@@ -21,13 +21,20 @@ STEPS = 30
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("a study 50%n #2"))  # special in YAML and in Slurm's patterns
+    folder = tmp_path_factory.mktemp("a study 50%n #2")  # special in YAML and in Slurm's patterns
+    # The Python that submits is not that of PATH, which has none of the packages.
+    (folder / "bin").mkdir()
+    for name in ("python", "python3"):
+        (folder / "bin" / name).write_text("#!/bin/bash\necho the Python of PATH was started >&2; exit 1\n")
+        (folder / "bin" / name).chmod(0o755)
+    return write_recipe(folder, python="")
 
 
 def sbn(cluster: Cluster, recipe: Path, *words: str) -> "subprocess.CompletedProcess[str]":
     """The command as on a login node, from the folder of the recipe."""
     # Bytecode is written, so that the code that ran can be identified.
     site = {"SBN_ENV": f"{recipe.parent}/env.sh", "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": ""}
+    site["PATH"] = os.pathsep.join([f"{recipe.parent}/bin", cluster.environment["PATH"]])
     return subprocess.run(
         [sys.executable, "-m", "megatron_sbn.cli", *words],
         cwd=recipe.parent, env=os.environ | cluster.environment | site,
