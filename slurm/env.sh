@@ -1,13 +1,18 @@
 # The one file that a site edits. Sourced on the login node by `sbn submit`, and by every job.
 # shellcheck shell=bash disable=SC2034
 
-# Options of every job, as sbatch takes them. `sbn submit` gives SBN_NODES and SBN_NPROC_PER_NODE.
+# Options of every job, as sbatch takes them. `sbn submit` gives SBN_NODES and SBN_NPROC_PER_NODE. It asks for GPUs
+# (--gpus-per-node) and CPUs (--cpus-per-task) by itself, unless they are named here.
 SBN_SBATCH_OPTIONS=(
     # --partition=gpu
     # --account=PROJECT
-    # --gpus-per-node="$SBN_NPROC_PER_NODE"
-    # --cpus-per-gpu=16
+    # --gres=gpu:h100:"$SBN_NPROC_PER_NODE"
 )
+
+# What a node has; by default what sinfo says of the partition. GPUs: `sbn submit` starts a rank on each. CPUs of a
+# rank: by default 8 with a GPU and 4 without, if the node has them.
+# SBN_GPUS_PER_NODE=8
+# SBN_CPUS_PER_RANK=16
 
 # The Python of the nodes, with megatron_sbn's dependencies (`make setup`): by default the one that ran `sbn submit`;
 # of a job by hand, and in a container, python3. And what its command is put behind (a container; srun and scontrol stay

@@ -37,6 +37,8 @@ fi
 export SBN_NPROC_PER_NODE SBN_MAX_RESTARTS SBN_MAX_FAILURES MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED=1
 # The code of this job, whatever is in the working folder or installed.
 export PYTHONSAFEPATH=1 PYTHONPATH="$SBN_CODE:$SBN_CODE/kernels${PYTHONPATH:+:$PYTHONPATH}"
+# Since Slurm 22.05 srun does not take the job's --cpus-per-task over by itself.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 # A job that was submitted from within a step inherits that step's variables.
 unset "${!SLURM_STEP_@}" SLURM_STEPID
 

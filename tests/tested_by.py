@@ -16,6 +16,7 @@ TESTED_BY = {
     "megatron_sbn/cli/train.py": "training/test_run.py",
     "megatron_sbn/cluster/batch_script.py": "cluster/test_submission.py",
     "megatron_sbn/cluster/job.py": "cluster/test_job_script.py",
+    "megatron_sbn/cluster/site.py": "cluster/test_resources.py",
     "megatron_sbn/cluster/slurm_queue.py": "cluster/test_submission.py",
     "megatron_sbn/cluster/snapshot.py": "cluster/test_submission.py",
     "megatron_sbn/config/schema.py": "config/test_load.py",

@@ -3,15 +3,13 @@
 Imports no torch.
 """
 
-import os
-import re
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_sbn.cluster.site import read_site
 from megatron_sbn.cluster.snapshot import Snapshot
 from megatron_sbn.config import Recipe
 from megatron_sbn.errors import InputError
@@ -27,6 +25,7 @@ class Job:
     Attributes:
         nodes, per_node: nodes, and ranks on each; of a series, those of its largest run.
         recipes: by task number, run_dir absolute.
+        asked: sbatch's options for GPUs and CPUs.
         sweep: of a series, the file.
     """
 
@@ -35,6 +34,7 @@ class Job:
     per_node: int
     recipes: dict[int, Recipe]
     form: Literal["run", "array", "series"]
+    asked: tuple[str, ...] = ()
     sweep: Path | None = None
 
     @property
@@ -45,12 +45,20 @@ class Job:
 
 @dataclass(frozen=True)
 class Submission:
-    """Jobs, and the folder whose submissions/ they go into; `options` are sbatch's, for all of them."""
+    """Jobs, and the folder whose submissions/ they go into.
+
+    Attributes:
+        site: the env.sh that goes with them.
+        options: sbatch's, for all of them. at_most: tasks of an array at a time.
+        notes: lines about what was chosen.
+    """
 
     folder: Path
     jobs: tuple[Job, ...]
+    site: Path
     options: tuple[str, ...] = ()
     at_most: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def runs(self) -> list[Path]:
@@ -71,8 +79,9 @@ def recipe_file(place: Path, recipe: Recipe) -> Path:
 def batch_script(submission: Submission, job: Job, place: Path, code: Snapshot, environment: Path) -> str:
     """The batch script of the job's form, with its options and paths; SBN_LOGS begins one of srun's file patterns."""
     folder = submission.folder
-    options = [*_site_options(environment, job), f"--job-name={job.name}", f"--chdir={Path.cwd()}"]
-    options += [f"--nodes={job.nodes}", "--ntasks-per-node=1", *submission.options]
+    site = read_site(environment, job.nodes, job.per_node)
+    options = [*site.options, f"--job-name={job.name}", f"--chdir={Path.cwd()}"]
+    options += [f"--nodes={job.nodes}", "--ntasks-per-node=1", *job.asked, *submission.options]
     settings = [f"SBN_CODE={shlex.quote(str(place / 'code'))}", f"SBN_ENV={shlex.quote(str(place / 'env.sh'))}"]
     settings += [f"SBN_SUBMITTED_BY={shlex.quote(sys.executable)}"]
     if job.form == "run":
@@ -117,20 +126,3 @@ def ranges(numbers: list[int]) -> str:
         else:
             found.append([number, number])
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
-
-
-def _site_options(environment: Path, job: Job) -> list[str]:
-    """SBN_SBATCH_OPTIONS of env.sh, which may use SBN_NODES and SBN_NPROC_PER_NODE."""
-    script = 'source "$1" >&2 && printf "%s\\0" "${SBN_SBATCH_OPTIONS[@]}"'
-    sizes = {"SBN_NODES": str(job.nodes), "SBN_NPROC_PER_NODE": str(job.per_node)}
-    done = subprocess.run(
-        ["bash", "-c", script, "bash", str(environment)],
-        env=os.environ | sizes, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise InputError(f"{environment}: bash cannot read it ({_one_line(done.stderr)}); mend it or set SBN_ENV")
-    return [option for option in done.stdout.split("\0") if option]
-
-
-def _one_line(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip() or "no message"

@@ -14,6 +14,7 @@ import argparse
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,7 +131,7 @@ def sizes(path: str, per_node: int | None) -> int:
     """What scaling.sbatch runs, one after another; what is too large for the job's nodes is named and left out."""
     variants = load_sweep(path).variants
     available = _setting("SLURM_JOB_NUM_NODES", 1)
-    per_node = per_node or _setting("SBN_NPROC_PER_NODE", 0) or _setting("SLURM_GPUS_ON_NODE", 0)
+    per_node = per_node or _ranks_of_node([variant.recipe for variant in variants])
     per_node = per_node or -(-max(variant.ranks for variant in variants) // available)
     for number, variant in sorted(enumerate(variants), key=lambda item: item[1].ranks):
         nodes = -(-variant.ranks // per_node)
@@ -154,12 +155,18 @@ def _final(status: int) -> int:
 
 
 def _ranks_per_node(task: Task, nodes: int) -> int:
-    per_node = task.per_node or _setting("SBN_NPROC_PER_NODE", 0) or _setting("SLURM_GPUS_ON_NODE", 0)
+    per_node = task.per_node or _ranks_of_node([task.recipe])
     if task.ranks is None:
         return per_node or max(1, min_world_size(task.recipe) // nodes)
     if task.ranks % nodes:
         raise RecipeError(f"{task.recipe.name}: its {task.ranks} ranks cannot be spread evenly over {nodes} nodes")
     return task.ranks // nodes
+
+
+def _ranks_of_node(recipes: Sequence[Recipe]) -> int:
+    """By SBN_NPROC_PER_NODE, else one a GPU that Slurm gave; 0 where neither says, or the recipes are for CPUs."""
+    gpus = 0 if all(recipe.device == "cpu" for recipe in recipes) else _setting("SLURM_GPUS_ON_NODE", 0)
+    return _setting("SBN_NPROC_PER_NODE", 0) or gpus
 
 
 def _job_name() -> str:

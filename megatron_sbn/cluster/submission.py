@@ -12,29 +12,46 @@ import re
 import shlex
 import subprocess
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree, which
 
 from megatron_sbn.atomic_files import exclusive, write_atomically
 from megatron_sbn.cluster.batch_script import Job, Submission, batch_script, recipe_file
+from megatron_sbn.cluster.resources import Place, asked_of_slurm, choose_ranks, on_gpus
+from megatron_sbn.cluster.site import nodes_of, read_site, site_file
 from megatron_sbn.cluster.slurm_queue import queued
 from megatron_sbn.cluster.snapshot import Snapshot, find_code
 from megatron_sbn.config import Recipe, check_no_password, load_recipe
 from megatron_sbn.config.sweep import Variant, frozen, load_sweep
-from megatron_sbn.config.validation import min_world_size, validate_world_size
 from megatron_sbn.errors import InputError, RecipeError
 from megatron_sbn.runs.folder import LOGS, RUNS, new_folder
 from megatron_sbn.runs.status import read_status
 from megatron_sbn.training.preflight import check_start
 
+RANKS_PER_NODE = 8  # of a sweep, at most, where nothing else is known
 
-def plan_run(
-    recipe_path: str, overrides: list[str], nodes: int, per_node: int | None, limit: str | None, *, dry_run: bool
-) -> Submission:
+
+@dataclass(frozen=True)
+class Request:
+    """What the command was told of a job.
+
+    Attributes:
+        per_node: ranks of a node, at most so many of a sweep; None: chosen here.
+        limit: --time.
+        sbatch: options that are sbatch's, passed on as they are.
+    """
+
+    per_node: int | None = None
+    limit: str | None = None
+    sbatch: tuple[str, ...] = ()
+
+
+def plan_run(recipe_path: str, overrides: list[str], nodes: int, request: Request, *, dry_run: bool) -> Submission:
     """One run; without a run_dir its folder is made here. Raises SbnError where it cannot start, or is finished."""
     recipe = load_recipe(recipe_path, overrides)
-    per_node = per_node or max(1, min_world_size(recipe) // nodes)
-    validate_world_size(recipe, nodes * per_node)
+    place = _place(nodes, request)
+    per_node, chosen = choose_ranks(recipe, nodes, request.per_node, place)
     check_start(recipe)
     own = RUNS / f"{recipe.name}-TIME" if dry_run else None
     folder = (Path(recipe.run_dir) if recipe.run_dir else own or new_folder(recipe.name)).absolute()
@@ -43,29 +60,38 @@ def plan_run(
         raise RecipeError(
             f"run_dir = {folder}: finished already, {status.step} steps; name another, or raise training.steps"
         )
-    job = Job(recipe.name, nodes, per_node, {0: _placed(recipe, folder)}, "run")
-    return Submission(folder, (job,), _time_option(limit))
+    asked = asked_of_slurm([recipe], per_node, place)
+    job = Job(recipe.name, nodes, per_node, {0: _placed(recipe, folder)}, "run", asked)
+    return Submission(folder, (job,), place.site.file, _options(request), notes=(f"ranks: {chosen}",))
 
 
-def plan_sweep(
-    path: str, runs: str, per_node: int, limit: str | None, at_most: int | None, one_job: bool
-) -> Submission:
-    """A study: an array for each number of ranks, or one job; at most `per_node` ranks a node. Raises RecipeError."""
+def plan_sweep(path: str, runs: str, request: Request, at_most: int | None, one_job: bool) -> Submission:
+    """A study: an array for each number of ranks, or one job. Raises RecipeError."""
     sweep = load_sweep(path)
     folder = (Path(runs) / sweep.name).absolute()
     recipes = {number: _placed(v.recipe, folder / v.name) for number, v in enumerate(sweep.variants)}
+    place = _place(1, request)
+    gpus = any(on_gpus(recipe, place) for recipe in recipes.values())
+    most = request.per_node or (place.gpus if gpus else 0) or RANKS_PER_NODE
     if one_job:
-        nodes, per_node = _spread(path, max(sweep.variants, key=lambda variant: variant.ranks), per_node)
+        nodes, each = _spread(path, max(sweep.variants, key=lambda variant: variant.ranks), most)
         for variant in sweep.variants:
-            _spread(path, variant, per_node)
-        job = Job(sweep.name, nodes, per_node, recipes, "series", Path(path))
-        return Submission(folder, (job,), _time_option(limit))
+            _spread(path, variant, most)
+        asked = asked_of_slurm(list(recipes.values()), each, place)
+        job = Job(sweep.name, nodes, each, recipes, "series", asked, Path(path))
+        return Submission(folder, (job,), place.site.file, _options(request))
     jobs = []
     for ranks in sorted({variant.ranks for variant in sweep.variants}):
         own = {number: recipes[number] for number, v in enumerate(sweep.variants) if v.ranks == ranks}
-        nodes, each = _spread(path, sweep.variants[min(own)], per_node)
-        jobs.append(Job(f"{sweep.name}-{ranks}-ranks", nodes, each, own, "array"))
-    return Submission(folder, tuple(jobs), _time_option(limit), at_most)
+        nodes, each = _spread(path, sweep.variants[min(own)], most)
+        asked = asked_of_slurm(list(own.values()), each, place)
+        jobs.append(Job(f"{sweep.name}-{ranks}-ranks", nodes, each, own, "array", asked))
+    return Submission(folder, tuple(jobs), place.site.file, _options(request), at_most)
+
+
+def _place(nodes: int, request: Request) -> Place:
+    site = read_site(site_file(), nodes, request.per_node)
+    return Place(site, nodes_of([*site.options, *request.sbatch]), request.sbatch)
 
 
 def _spread(path: str, variant: Variant, per_node: int) -> tuple[int, int]:
@@ -87,7 +113,7 @@ def submit(submission: Submission, *, dry_run: bool) -> None:
             f"{os.pathsep!r}; name another folder"
         )
     code = find_code()
-    environment = Path(os.environ.get("SBN_ENV") or code.scripts / "env.sh").absolute()
+    environment = submission.site
     if dry_run:
         _refuse(submission)
         place = submission.submissions / str(_next_number(submission))
@@ -136,8 +162,8 @@ def _placed(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update={"run_dir": str(folder)})
 
 
-def _time_option(limit: str | None) -> tuple[str, ...]:
-    return () if limit is None else (f"--time={limit}",)
+def _options(request: Request) -> tuple[str, ...]:
+    return () if request.limit is None else (f"--time={request.limit}",)
 
 
 def _next_number(submission: Submission) -> int:
@@ -187,6 +213,7 @@ def _write(submission: Submission, place: Path, code: Snapshot, environment: Pat
 
 def _start(submission: Submission, place: Path, taken: list[str]) -> None:
     """Adds the jobs that sbatch took to `taken`. Raises InputError where it takes one no more."""
+    print("".join(f"{note}\n" for note in submission.notes), end="")
     for job in submission.jobs:
         command = _command(place, job)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -227,6 +254,7 @@ def _explain(submission: Submission, place: Path, code: Snapshot, environment: P
     print(f"site        {environment}")
     logs = {"run": "logs/sbn-JOB", "array": "NAME/logs/sbn-JOB", "series": f"submissions/{place.name}/sbn-JOB-NUMBER"}
     print(f"node logs   {submission.folder}/{logs[form]}-node-N.log")
+    print("".join(f"{note}\n" for note in submission.notes), end="")
     for job, script in zip(submission.jobs, scripts, strict=True):
         print(f"\n{_size(job)}\n$ {shlex.join(_command(place, job))}\n")
         print("\n".join(f"    {line}".rstrip() for line in script.splitlines()))
