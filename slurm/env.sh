@@ -22,6 +22,14 @@ SBN_CONTAINER=(
     # apptainer exec --nv /shared/images/megatron_sbn.sif
 )
 
+# Options of every srun. A container of Pyxis is named here: the Python in it then decides for the job, too, and is
+# python3 unless SBN_PYTHON says otherwise. It has to see the run folder, the data and the copy of the code.
+SBN_SRUN_OPTIONS=(
+    # --container-image=/shared/images/megatron_sbn.sqsh
+    # --container-mounts=/shared:/shared
+    # --mpi=none
+)
+
 # A job starts again at its time limit at most so often, and after so many failures in a row not at all.
 : "${SBN_MAX_RESTARTS:=50}"
 : "${SBN_MAX_FAILURES:=3}"

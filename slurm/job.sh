@@ -32,7 +32,7 @@ set +E
 # Without a Python of the site's: the one that submitted, outside containers, which have their own.
 if [ -z "${SBN_PYTHON:-}" ]; then
     SBN_PYTHON=python3
-    [ ${#SBN_CONTAINER[@]} != 0 ] || SBN_PYTHON=${SBN_SUBMITTED_BY:-python3}
+    [ ${#SBN_CONTAINER[@]} != 0 ] || [[ " ${SBN_SRUN_OPTIONS[*]}" = *" --container-"* ]] || SBN_PYTHON=${SBN_SUBMITTED_BY:-python3}
 fi
 export SBN_NPROC_PER_NODE SBN_MAX_RESTARTS SBN_MAX_FAILURES MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED=1
 # The code of this job, whatever is in the working folder or installed.
@@ -42,8 +42,14 @@ export PYTHONSAFEPATH=1 PYTHONPATH="$SBN_CODE:$SBN_CODE/kernels${PYTHONPATH:+:$P
 # A job that was submitted from within a step inherits that step's variables.
 unset "${!SLURM_STEP_@}" SLURM_STEPID
 
+# Options of every srun, the site's; a container that srun starts (Pyxis) has the Python that decides, too.
+sbn_options=("${SBN_SRUN_OPTIONS[@]}") sbn_step=()
+case " ${sbn_options[*]} " in
+*" --container-"*) sbn_step=(srun --nodes=1 --ntasks=1 --quiet "${sbn_options[@]}") ;;
+esac
+
 sbn_job() {
-    local command=("${SBN_CONTAINER[@]}" "$SBN_PYTHON") status=0
+    local command=("${sbn_step[@]}" "${SBN_CONTAINER[@]}" "$SBN_PYTHON") status=0
     "${command[@]}" -m megatron_sbn.cluster "$@" || status=$?
     if [ "$status" = 126 ] || [ "$status" = 127 ]; then
         echo "sbn: ${command[*]} cannot be started on ${HOSTNAME:-this machine};" \
@@ -54,7 +60,7 @@ sbn_job() {
 }
 
 # sbn_run LOG TARGET ARGUMENT...: one run, begun or gone on with; returns 75 if the job is to start again.
-# SBN_SRUN_OPTIONS: of a run on a part of the job's nodes.
+# sbn_part: srun's options of a run on a part of the job's nodes.
 sbn_run() {
     local log=$1 status=0
     shift
@@ -63,7 +69,8 @@ sbn_run() {
         status=$((128 + $(kill -l "$sbn_asked"))) # as srun would have ended
     else
         # In the background: a shell runs its traps only while it waits, not while a command of its own runs.
-        srun --ntasks-per-node=1 --kill-on-bad-exit=1 --open-mode=append --output="$log" "${SBN_SRUN_OPTIONS[@]}" \
+        srun --ntasks-per-node=1 --kill-on-bad-exit=1 --open-mode=append --output="$log" "${sbn_options[@]}" \
+            "${sbn_part[@]}" \
             "${SBN_CONTAINER[@]}" "$SBN_PYTHON" -m megatron_sbn.cluster node "$@" &
         sbn_srun=$!
         [ -z "$sbn_asked" ] || kill -"$sbn_asked" "$sbn_srun"

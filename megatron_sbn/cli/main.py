@@ -19,7 +19,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a subcommand; returns its exit status (errors.py)."""
     show_anything()
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    words, sbatch = _split(sys.argv[1:] if arguments is None else arguments)
+    options, rest = parser.parse_known_args(words)
+    if "sbatch" in options:
+        rest, options.sbatch = options.sbatch + rest, sbatch
     # argparse takes no positional arguments after an option: `train R --nproc-per-node 2 training.steps=20`.
     if rest and "overrides" in options and all("=" in word and not word.startswith("-") for word in rest):
         options.overrides += rest
@@ -37,6 +40,15 @@ def main(arguments: list[str] | None = None) -> int:
         print("sbn: interrupted", file=sys.stderr)
         return 130
     return status
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What is said to `sbn`, and what to sbatch: the words after --."""
+    submits = arguments[:1] == ["submit"] or arguments[:2] == ["sweep", "submit"]
+    if not submits or "--" not in arguments:
+        return arguments, []
+    end = arguments.index("--")
+    return arguments[:end], arguments[end + 1 :]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ def submit(options: argparse.Namespace) -> int:
     """Hands a run to Slurm."""
     from megatron_sbn.cluster import submission
 
-    request = submission.Request(options.nproc_per_node, options.time)
+    request = submission.Request(options.nproc_per_node, options.time, tuple(options.sbatch))
     planned = submission.plan_run(options.recipe, options.overrides, options.nodes, request, dry_run=options.dry_run)
     submission.submit(planned, dry_run=options.dry_run)
     return 0
@@ -25,5 +25,6 @@ def add_submit(commands: Commands) -> None:
     command.add_argument("--nproc-per-node", type=positive, metavar="G", help=ranks)
     add_job_options(command)
     command.epilog = (
-        "example: sbn submit recipes/quickstart.yaml --nodes 2 --nproc-per-node 8 --time 24:00:00 --dry-run"
+        "example: sbn submit recipes/quickstart.yaml --nodes 2 --nproc-per-node 8 --time 24:00:00 --dry-run\n"
+        "         sbn submit recipes/quickstart.yaml training.steps=100 -- --partition=cpu --mem=8G"
     )

@@ -88,7 +88,7 @@ def submit(options: argparse.Namespace) -> int:
 
     if options.one_job and options.at_most:
         raise RecipeError("--at-most is of arrays, and --one-job runs one recipe at a time; leave one of them out")
-    request = submission.Request(options.nproc_per_node, options.time)
+    request = submission.Request(options.nproc_per_node, options.time, tuple(options.sbatch))
     planned = submission.plan_sweep(options.sweep, options.folder, request, options.at_most, options.one_job)
     submission.submit(planned, dry_run=options.dry_run)
     return 0

@@ -49,7 +49,7 @@ class Submission:
 
     Attributes:
         site: the env.sh that goes with them.
-        options: sbatch's, for all of them. at_most: tasks of an array at a time.
+        options: sbatch's, for all of them. sbatch: the user's, after all others. at_most: tasks of an array at a time.
         notes: lines about what was chosen.
     """
 
@@ -57,6 +57,7 @@ class Submission:
     jobs: tuple[Job, ...]
     site: Path
     options: tuple[str, ...] = ()
+    sbatch: tuple[str, ...] = ()
     at_most: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -109,6 +110,7 @@ def batch_script(submission: Submission, job: Job, place: Path, code: Snapshot, 
     if text.count(SETTINGS_LINE) != 1:
         raise InputError(f"{template}: has no line {SETTINGS_LINE.strip()!r}; take it from the project")
     lines = [f"#SBATCH {shlex.quote(option)}" for option in options]
+    lines += [f"#SBATCH {shlex.join(submission.sbatch)}"] if submission.sbatch else []  # an option may be two words
     return text.replace(SETTINGS_LINE, "\n".join([*lines, *settings, ""]))
 
 

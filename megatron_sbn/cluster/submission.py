@@ -29,6 +29,7 @@ from megatron_sbn.runs.folder import LOGS, RUNS, new_folder
 from megatron_sbn.runs.status import read_status
 from megatron_sbn.training.preflight import check_start
 
+_DECIDED = re.compile(r"--(nodes|ntasks|ntasks-per-node|array|wrap)(=|$)|-[Nna]")
 RANKS_PER_NODE = 8  # of a sweep, at most, where nothing else is known
 
 
@@ -46,6 +47,17 @@ class Request:
     limit: str | None = None
     sbatch: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Raises RecipeError for an option that is decided here."""
+        for word in self.sbatch:
+            if _DECIDED.match(word):
+                raise RecipeError(f"-- {word}: is not passed on to sbatch; give --nodes before the --")
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Of all its jobs."""
+        return () if self.limit is None else (f"--time={self.limit}",)
+
 
 def plan_run(recipe_path: str, overrides: list[str], nodes: int, request: Request, *, dry_run: bool) -> Submission:
     """One run; without a run_dir its folder is made here. Raises SbnError where it cannot start, or is finished."""
@@ -62,7 +74,7 @@ def plan_run(recipe_path: str, overrides: list[str], nodes: int, request: Reques
         )
     asked = asked_of_slurm([recipe], per_node, place)
     job = Job(recipe.name, nodes, per_node, {0: _placed(recipe, folder)}, "run", asked)
-    return Submission(folder, (job,), place.site.file, _options(request), notes=(f"ranks: {chosen}",))
+    return Submission(folder, (job,), place.site.file, request.options, request.sbatch, notes=(f"ranks: {chosen}",))
 
 
 def plan_sweep(path: str, runs: str, request: Request, at_most: int | None, one_job: bool) -> Submission:
@@ -79,14 +91,14 @@ def plan_sweep(path: str, runs: str, request: Request, at_most: int | None, one_
             _spread(path, variant, most)
         asked = asked_of_slurm(list(recipes.values()), each, place)
         job = Job(sweep.name, nodes, each, recipes, "series", asked, Path(path))
-        return Submission(folder, (job,), place.site.file, _options(request))
+        return Submission(folder, (job,), place.site.file, request.options, request.sbatch)
     jobs = []
     for ranks in sorted({variant.ranks for variant in sweep.variants}):
         own = {number: recipes[number] for number, v in enumerate(sweep.variants) if v.ranks == ranks}
         nodes, each = _spread(path, sweep.variants[min(own)], most)
         asked = asked_of_slurm(list(own.values()), each, place)
         jobs.append(Job(f"{sweep.name}-{ranks}-ranks", nodes, each, own, "array", asked))
-    return Submission(folder, tuple(jobs), place.site.file, _options(request), at_most)
+    return Submission(folder, tuple(jobs), place.site.file, request.options, request.sbatch, at_most)
 
 
 def _place(nodes: int, request: Request) -> Place:
@@ -160,10 +172,6 @@ def _placed(recipe: Recipe, folder: Path) -> Recipe:
     """With its run folder as an absolute path. Raises RecipeError where the file would hold a password."""
     check_no_password(recipe, "the run folder")
     return recipe.model_copy(update={"run_dir": str(folder)})
-
-
-def _options(request: Request) -> tuple[str, ...]:
-    return () if request.limit is None else (f"--time={request.limit}",)
 
 
 def _next_number(submission: Submission) -> int:

@@ -155,3 +155,25 @@ def test_an_interpreter_that_cannot_do_it_is_named_and_nothing_starts(tmp_path: 
     assert bare.stderr.count("\n") == 1
     assert bare.stderr.startswith(f"sbn: {sys.executable} on ")
     assert "cannot import megatron_sbn (No module named " in bare.stderr
+
+
+@pytest.mark.parametrize("container", [False, True])
+def test_options_of_srun(container: bool, tmp_path: Path) -> None:
+    (tmp_path / "python3").write_text("#!/bin/bash\nexit 0\n")
+    (tmp_path / "python3").chmod(0o755)
+    option = "--container-image=/an/image" if container else "--mpi=none"
+    site = f"SBN_SRUN_OPTIONS=('{option}' '--two words')\nsbn_node_environment() {{ :; }}\n"
+    script = f'srun() {{ printf "%s|" "$@" >>{tmp_path}/said; echo >>{tmp_path}/said; }}; '
+    (tmp_path / "env.sh").write_text(site + script)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SBN_ENV": f"{tmp_path}/env.sh", "SBN_SUBMITTED_BY": "own"}
+    if not container:
+        environment["SBN_PYTHON"] = "python3"
+    text = SCRIPT.format(code=ROOT, folder=tmp_path)
+    subprocess.run(["bash", "-c", text], env=environment, capture_output=True, timeout=LIMIT_SECONDS, check=True)
+    said = (tmp_path / "said").read_text().splitlines()
+    begin, node, end = said if container else ["", *said, ""]
+    assert f"|{option}|--two words|python3|-m|megatron_sbn.cluster|node|recipe.yaml|" in node
+    if container:  # what decides is in it too
+        words = f"--ntasks=1|--quiet|{option}|--two words|python3|-m|megatron_sbn.cluster"
+        assert f"{words}|begin|" in begin
+        assert f"{words}|end|" in end

@@ -123,3 +123,25 @@ def test_a_job_by_hand_starts_a_rank_a_gpu_unless_it_is_for_cpus(
     monkeypatch.setattr(job, "launch", start)
     assert job.main(["node", QUICKSTART, f"run_dir={tmp_path}", f"device={device}"]) == 0
     assert started == [expected]
+
+
+def test_options_after_two_dashes_are_those_of_sbatch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["submit", QUICKSTART, "--time", "1:00:00", "training.steps=9", "--dry-run", "--"]
+    assert main([*words, "-p", "big", "--comment=two words", "--gres=gpu:4", "--time=2:00:00"]) == 0
+    script = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    last = [line for line in script if line.startswith("#SBATCH")][-1]
+    assert last == "#SBATCH -p big '--comment=two words' --gres=gpu:4 --time=2:00:00"
+    assert script.index("#SBATCH --time=1:00:00") < script.index(last)
+    assert not any("--gpus-per-node" in line for line in script)
+    sweep = str(ROOT / "recipes" / "sweeps" / "n-of-8-tiny.yaml")
+    assert main(["sweep", "submit", sweep, "--dry-run", "--", "--exclusive"]) == 0
+    assert "    #SBATCH --exclusive\n" in capsys.readouterr().out
+    for option in ("--nodes=3", "-N3", "--array=1-2"):
+        assert main([*words, option]) == 2
+        assert f"-- {option}: is not passed on to sbatch; give --nodes" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["submit", QUICKSTART, "nonsense", "--exclusive"])
+    assert "unknown: --exclusive" in capsys.readouterr().err
