@@ -34,9 +34,17 @@ SBN_SRUN_OPTIONS=(
 : "${SBN_MAX_RESTARTS:=50}"
 : "${SBN_MAX_FAILURES:=3}"
 
-# On the nodes, before Python: modules, network.
+# On the nodes, before Python: modules, network. A command here that fails ends the job. `sbn doctor --machine` on a
+# node names its interfaces and adapters; the head of each node's log does, too. What is set already stays.
 sbn_node_environment() {
     # module load cuda
-    # export NCCL_SOCKET_IFNAME=ib0
-    :
+    # NCCL says in one line why a connection failed; its own default is silence, INFO is thousands of lines.
+    export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+    # A switch of a large fabric may take tens of seconds to find another way. NCCL's own default (20 or less, by
+    # release) gives a transfer about 4 s between retries, 22 about 17 s; a rank that is gone is found otherwise.
+    export NCCL_IB_TIMEOUT="${NCCL_IB_TIMEOUT:-22}"
+    # Where nodes have several networks, the one that reaches all of them: NCCL's start and, on CPUs, Gloo go over it.
+    # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+    # Adapters for data, where some are for storage.
+    # export NCCL_IB_HCA=mlx5_0,mlx5_1
 }

@@ -21,6 +21,7 @@ from pathlib import Path
 from megatron_sbn.atomic_files import make_folder
 from megatron_sbn.checkpoint.directory import saved_step
 from megatron_sbn.cluster.attempts import Limits, decide, failures_in_a_row, read_attempts, record_attempt
+from megatron_sbn.cluster.machine import describe
 from megatron_sbn.cluster.slurm_queue import queued
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.config.sweep import load_sweep
@@ -98,6 +99,7 @@ def node(task: Task) -> int:
     machines = Machines() if alone else Machines(nodes, own, environment.master_address(), environment.master_port())
     job, restart = slurm_attempt()
     print(f"job {job} restart {restart} node {machines.number} ({socket.gethostname()})", flush=True)
+    print("\n".join(describe(task.folder)), flush=True)
     ranks = _ranks_per_node(task, machines.count)
     validate_world_size(task.recipe, ranks * machines.count)
     status = launch(task.words, ranks, machines=machines)
