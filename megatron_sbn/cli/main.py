@@ -9,7 +9,7 @@ import os
 import sys
 
 from megatron_sbn import __version__
-from megatron_sbn.cli import check, keys, prepare, results, slurm, sweep, train
+from megatron_sbn.cli import check, keys, prepare, results, runs, slurm, sweep, train
 from megatron_sbn.cli.options import Parser
 from megatron_sbn.errors import SbnError
 from megatron_sbn.redaction import show_anything
@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     for add in (
         *(train.add_quickstart, prepare.add_prepare, train.add_train),
         *(sweep.add_sweep, slurm.add_submit, keys.add_keys),
+        *(runs.add_status, runs.add_logs, runs.add_cancel),
         *(check.add_plan, check.add_doctor, check.add_checkpoint),
         *(results.add_compare, results.add_report, results.add_sync),
     ):

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,34 @@ def test_a_scaling_study_in_one_job_runs_all_sizes_on_the_same_nodes(cluster: Cl
         assert f"on {ranks} cpu rank" in (study / name / "logs" / "rank-0.log").read_text()
     said = (study / "submissions" / "1" / f"slurm-{job}.out").read_text()
     assert said.index("scaling-one: ends") < said.index("scaling-two: ends")
+
+
+def test_a_run_is_shown_and_cancelled(cluster: Cluster, recipe: Path) -> None:
+    words = ["submit", str(recipe), "run_dir=runs/long", "training.steps=100000", "parallel.tensor=1"]
+    job = submitted(sbn(cluster, recipe, *words, "--", "--time", "10:00", "--comment=an option"))
+    waiting = submitted(sbn(cluster, recipe, *words[:2], "run_dir=runs/held", "parallel.tensor=1", "--", "--hold"))
+    deadline = time.monotonic() + LIMIT_SECONDS
+    running = re.compile(r"^runs/long +RUNNING +[1-9][\d,]* / 100,000 .*", re.MULTILINE)
+    while not (row := running.search(status(cluster, recipe))):
+        assert time.monotonic() < deadline, logs(recipe)
+        time.sleep(0.5)
+    assert row[0].endswith(f"  {job} RUNNING")
+    held = rf"^runs/held +WAITING .* {waiting} PENDING \(JobHeldUser\)$"
+    assert re.search(held, status(cluster, recipe), re.MULTILINE)
+    assert "step" in sbn(cluster, recipe, "logs", "runs/long").stdout
+    cancelled = sbn(cluster, recipe, "cancel", "runs/long", "runs/held")
+    assert cancelled.stdout.splitlines() == [
+        f"runs/long: job {job} was told to end (SIGTERM): it saves a checkpoint and is not started again",
+        f"runs/held: job {waiting} was PENDING (JobHeldUser) and is out of the queue",
+    ]
+    assert cluster.await_end(job, LIMIT_SECONDS)["JobState"] == "CANCELLED"
+    assert "runs/long  STOPPED (SIGTERM)" in status(cluster, recipe)
+    head = (recipe.parent / "runs" / "long" / "logs" / f"sbn-{job}-node-0.log").read_text().splitlines()
+    assert [line.split()[0] for line in head[1:6]] == ["host", "CPUs", "memory", "GPUs", "driver"]
+
+
+def status(cluster: Cluster, recipe: Path) -> str:
+    return sbn(cluster, recipe, "status").stdout
 
 
 def logs(recipe: Path) -> str:
