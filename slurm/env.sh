@@ -12,6 +12,7 @@ SBN_SBATCH_OPTIONS=(
 # What a node has; by default what sinfo says of the partition. GPUs: `sbn submit` starts a rank on each. CPUs of a
 # rank: by default 8 with a GPU and 4 without, if the node has them.
 # SBN_GPUS_PER_NODE=8
+# SBN_GPU=h100               as `sbn plan --device` calls them: `sbn submit` then says how long a run may take
 # SBN_CPUS_PER_RANK=16
 
 # The Python of the nodes, with megatron_sbn's dependencies (`make setup`): by default the one that ran `sbn submit`;

@@ -22,6 +22,7 @@ from megatron_sbn.cluster.resources import Place, asked_of_slurm, choose_ranks, 
 from megatron_sbn.cluster.site import nodes_of, read_site, site_file
 from megatron_sbn.cluster.slurm_queue import queued
 from megatron_sbn.cluster.snapshot import Snapshot, find_code
+from megatron_sbn.cluster.time_limit import time_note
 from megatron_sbn.config import Recipe, check_no_password, load_recipe
 from megatron_sbn.config.sweep import Variant, frozen, load_sweep
 from megatron_sbn.errors import InputError, RecipeError
@@ -74,7 +75,8 @@ def plan_run(recipe_path: str, overrides: list[str], nodes: int, request: Reques
         )
     asked = asked_of_slurm([recipe], per_node, place)
     job = Job(recipe.name, nodes, per_node, {0: _placed(recipe, folder)}, "run", asked)
-    return Submission(folder, (job,), place.site.file, request.options, request.sbatch, notes=(f"ranks: {chosen}",))
+    notes = (f"ranks: {chosen}", time_note([job], request.limit, place))
+    return Submission(folder, (job,), place.site.file, request.options, request.sbatch, notes=notes)
 
 
 def plan_sweep(path: str, runs: str, request: Request, at_most: int | None, one_job: bool) -> Submission:
@@ -91,14 +93,16 @@ def plan_sweep(path: str, runs: str, request: Request, at_most: int | None, one_
             _spread(path, variant, most)
         asked = asked_of_slurm(list(recipes.values()), each, place)
         job = Job(sweep.name, nodes, each, recipes, "series", asked, Path(path))
-        return Submission(folder, (job,), place.site.file, request.options, request.sbatch)
+        notes = (time_note([job], request.limit, place),)
+        return Submission(folder, (job,), place.site.file, request.options, request.sbatch, notes=notes)
     jobs = []
     for ranks in sorted({variant.ranks for variant in sweep.variants}):
         own = {number: recipes[number] for number, v in enumerate(sweep.variants) if v.ranks == ranks}
         nodes, each = _spread(path, sweep.variants[min(own)], most)
         asked = asked_of_slurm(list(own.values()), each, place)
         jobs.append(Job(f"{sweep.name}-{ranks}-ranks", nodes, each, own, "array", asked))
-    return Submission(folder, tuple(jobs), place.site.file, request.options, request.sbatch, at_most)
+    notes = (time_note(jobs, request.limit, place),)
+    return Submission(folder, tuple(jobs), place.site.file, request.options, request.sbatch, at_most, notes)
 
 
 def _place(nodes: int, request: Request) -> Place:
@@ -221,7 +225,7 @@ def _write(submission: Submission, place: Path, code: Snapshot, environment: Pat
 
 def _start(submission: Submission, place: Path, taken: list[str]) -> None:
     """Adds the jobs that sbatch took to `taken`. Raises InputError where it takes one no more."""
-    print("".join(f"{note}\n" for note in submission.notes), end="")
+    print("".join(f"{note}\n" for note in submission.notes if note), end="")
     for job in submission.jobs:
         command = _command(place, job)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -262,7 +266,7 @@ def _explain(submission: Submission, place: Path, code: Snapshot, environment: P
     print(f"site        {environment}")
     logs = {"run": "logs/sbn-JOB", "array": "NAME/logs/sbn-JOB", "series": f"submissions/{place.name}/sbn-JOB-NUMBER"}
     print(f"node logs   {submission.folder}/{logs[form]}-node-N.log")
-    print("".join(f"{note}\n" for note in submission.notes), end="")
+    print("".join(f"{note}\n" for note in submission.notes if note), end="")
     for job, script in zip(submission.jobs, scripts, strict=True):
         print(f"\n{_size(job)}\n$ {shlex.join(_command(place, job))}\n")
         print("\n".join(f"    {line}".rstrip() for line in script.splitlines()))
