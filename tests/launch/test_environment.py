@@ -77,6 +77,10 @@ def test_address_and_port_are_the_same_on_every_node_and_others_for_another_job(
     monkeypatch.setenv("SLURM_JOB_ID", "13")
     assert 15000 <= port < 30000
     assert environment.master_port() != port
+    # A job that starts again, for its port may be what was taken.
+    monkeypatch.setenv("SLURM_JOB_ID", TASK["SLURM_JOB_ID"])
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert environment.master_port() != port
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     assert (environment.master_address(), environment.master_port()) == ("10.0.0.1", 29500)
