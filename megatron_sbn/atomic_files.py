@@ -115,6 +115,25 @@ def exclusive(prefix: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_held(prefix: Path) -> bool | None:
+    """Whether a process holds the lock of the output `prefix`; None where that cannot be known."""
+    try:
+        descriptor = os.open(prefix.with_name(f".{prefix.name}.lock"), os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _acquired(descriptor: int, lock: Path) -> bool:
     """Take the lock now, if it is free; one whose file is gone was another's until a moment ago."""
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sbn import engines
-from megatron_sbn.errors import RecipeError, SbnError
+from megatron_sbn.errors import InputError, RecipeError, SbnError
 from megatron_sbn.launch import environment
 from megatron_sbn.launch.output import outlive_reader
 from megatron_sbn.launch.stop_signals import StopSignals
@@ -65,7 +65,10 @@ def _train(recipe: "Recipe", signals: StopSignals) -> int:
         environment.hide_gpus()
     configure_mlflow()
     # Importing the engines takes seconds: after the checks.
-    from megatron_sbn.training.loop import run
+    try:
+        from megatron_sbn.training.loop import run
+    except ImportError as error:
+        raise InputError(f"{sys.executable} cannot import the engines ({error}); install them again") from error
 
     return run(recipe, signals)
 

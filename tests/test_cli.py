@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sbn.cli import main
-from megatron_sbn.cli.main import _parser
+from megatron_sbn.cli.main import _parser, _split
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,7 +49,7 @@ def documented() -> list[str]:
 
 @pytest.mark.parametrize("line", documented())
 def test_a_documented_command_is_understood(line: str) -> None:
-    options, rest = _parser().parse_known_args(shlex.split(line)[1:])
+    options, rest = _parser().parse_known_args(_split(shlex.split(line)[1:])[0])
     assert callable(options.run)
     assert all("=" in word for word in rest)
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from megatron_sbn.cli.options import Commands, add_command, add_overrides, positive
-from megatron_sbn.errors import InputError
+from megatron_sbn.errors import InputError, RecipeError
 
 
 def checkpoint(options: argparse.Namespace) -> int:
@@ -25,7 +25,15 @@ def checkpoint(options: argparse.Namespace) -> int:
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """Checks a recipe, and what its layout computes."""
+    """Checks a recipe, and what its layout computes; or says what this machine has."""
+    if options.machine:
+        from megatron_sbn.cluster.machine import describe
+        from megatron_sbn.runs.folder import RUNS
+
+        print("\n".join(describe(RUNS.absolute())))
+        return 0
+    if options.recipe is None:
+        raise RecipeError("sbn doctor: give a RECIPE to check, or --machine to see what this machine has")
     from megatron_sbn.doctor import command
 
     json_file = Path(options.json) if options.json else None
@@ -66,8 +74,10 @@ def add_checkpoint(commands: Commands) -> None:
 def add_doctor(commands: Commands) -> None:
     """Its options."""
     command = add_command(commands, "doctor", doctor, "check a recipe and its layout before a job is paid for")
-    command.add_argument("recipe", metavar="RECIPE", help="path of a recipe")
+    command.add_argument("recipe", nargs="?", metavar="RECIPE", help="path of a recipe")
     add_overrides(command)
+    machine = "say what this machine has and check no recipe: GPUs, driver, NCCL, network, CPUs, memory, disk"
+    command.add_argument("--machine", action="store_true", help=machine)
     trial = "run one step of a tiny model on N local ranks (default: one replica) and compare it with a single rank"
     command.add_argument("--ranks", type=positive, nargs="?", const=0, metavar="N", help=trial)
     command.add_argument("--layouts", action="store_true", help="do so for every layout of up to four ranks: a table")
@@ -76,7 +86,8 @@ def add_doctor(commands: Commands) -> None:
     command.add_argument("--steps", type=positive, metavar="N", help="steps of --layouts (50) or --engines (4)")
     command.add_argument("--json", metavar="FILE", help="write the comparison for programs")
     command.epilog = (
-        "example: sbn doctor recipes/quickstart.yaml parallel.pipeline=2 --ranks\n"
+        "example: sbn doctor --machine\n"
+        "         sbn doctor recipes/quickstart.yaml parallel.pipeline=2 --ranks\n"
         "         sbn doctor recipes/quickstart.yaml --engines /opt/newer/bin/python\n"
         "exit status: 0 equal, 1 different, 2 a bad recipe"
     )

@@ -9,7 +9,7 @@ import os
 import sys
 
 from megatron_sbn import __version__
-from megatron_sbn.cli import check, keys, prepare, results, slurm, sweep, train
+from megatron_sbn.cli import check, keys, prepare, results, runs, slurm, sweep, train
 from megatron_sbn.cli.options import Parser
 from megatron_sbn.errors import SbnError
 from megatron_sbn.redaction import show_anything
@@ -19,7 +19,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a subcommand; returns its exit status (errors.py)."""
     show_anything()
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    words, sbatch = _split(sys.argv[1:] if arguments is None else arguments)
+    options, rest = parser.parse_known_args(words)
+    if "sbatch" in options:
+        rest, options.sbatch = options.sbatch + rest, sbatch
     # argparse takes no positional arguments after an option: `train R --nproc-per-node 2 training.steps=20`.
     if rest and "overrides" in options and all("=" in word and not word.startswith("-") for word in rest):
         options.overrides += rest
@@ -39,6 +42,15 @@ def main(arguments: list[str] | None = None) -> int:
     return status
 
 
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What is said to `sbn`, and what to sbatch: the words after --."""
+    submits = arguments[:1] == ["submit"] or arguments[:2] == ["sweep", "submit"]
+    if not submits or "--" not in arguments:
+        return arguments, []
+    end = arguments.index("--")
+    return arguments[:end], arguments[end + 1 :]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="sbn", description="Pretraining of Sparse-BitNet language models.")
     parser.add_argument("--version", action="version", version=f"megatron_sbn {__version__}")
@@ -46,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     for add in (
         *(train.add_quickstart, prepare.add_prepare, train.add_train),
         *(sweep.add_sweep, slurm.add_submit, keys.add_keys),
+        *(runs.add_status, runs.add_logs, runs.add_cancel),
         *(check.add_plan, check.add_doctor, check.add_checkpoint),
         *(results.add_compare, results.add_report, results.add_sync),
     ):

@@ -53,6 +53,8 @@ def time_limit(text: str) -> str:
 
 
 def add_job_options(command: argparse.ArgumentParser) -> None:
-    """--time and --dry-run of what goes to Slurm."""
+    """--time, --dry-run and sbatch's own options, after a --, of what goes to Slurm."""
+    own = "sbatch's options, as they are, after all others: -- --partition=gpu --exclusive"
+    command.add_argument("sbatch", nargs="*", metavar="-- OPTION", help=own)
     command.add_argument("--time", type=time_limit, metavar="HH:MM:SS", help="limit of a job (default: the site's)")
     command.add_argument("--dry-run", action="store_true", help="show what would be written and submitted, do nothing")

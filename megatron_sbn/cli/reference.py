@@ -57,7 +57,8 @@ def _commands(name: str, text: str, parser: argparse.ArgumentParser) -> Iterator
 def _arguments(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """Positional arguments first, as they are best written: an option with several values would take them."""
     own = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
-    return [a for a in own if not a.option_strings] + [a for a in own if a.option_strings]
+    last = [a for a in own if str(a.metavar).startswith("-- ")]  # for another program
+    return [a for a in own if not a.option_strings and a not in last] + [a for a in own if a.option_strings] + last
 
 
 def _usage(name: str, parser: argparse.ArgumentParser) -> list[str]:

@@ -9,10 +9,8 @@ def submit(options: argparse.Namespace) -> int:
     """Hands a run to Slurm."""
     from megatron_sbn.cluster import submission
 
-    planned = submission.plan_run(
-        *(options.recipe, options.overrides, options.nodes, options.nproc_per_node, options.time),
-        dry_run=options.dry_run,
-    )
+    request = submission.Request(options.nproc_per_node, options.time, tuple(options.sbatch))
+    planned = submission.plan_run(options.recipe, options.overrides, options.nodes, request, dry_run=options.dry_run)
     submission.submit(planned, dry_run=options.dry_run)
     return 0
 
@@ -23,9 +21,10 @@ def add_submit(commands: Commands) -> None:
     command.add_argument("recipe", metavar="RECIPE", help="path of a recipe, such as recipes/quickstart.yaml")
     add_overrides(command)
     command.add_argument("--nodes", type=positive, default=1, metavar="N", help="default: 1")
-    ranks = "ranks of a node (default: one replica over the nodes)"
+    ranks = "ranks of a node (default: one a GPU, on CPUs one replica over the nodes)"
     command.add_argument("--nproc-per-node", type=positive, metavar="G", help=ranks)
     add_job_options(command)
     command.epilog = (
-        "example: sbn submit recipes/quickstart.yaml --nodes 2 --nproc-per-node 2 --time 24:00:00 --dry-run"
+        "example: sbn submit recipes/quickstart.yaml --nodes 2 --nproc-per-node 2 --time 24:00:00 --dry-run\n"
+        "         sbn submit recipes/quickstart.yaml training.steps=100 -- --partition=cpu --mem=8G"
     )

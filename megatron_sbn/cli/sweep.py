@@ -90,9 +90,8 @@ def submit(options: argparse.Namespace) -> int:
 
     if options.one_job and options.at_most:
         raise RecipeError("--at-most is of arrays, and --one-job runs one recipe at a time; leave one of them out")
-    planned = submission.plan_sweep(
-        options.sweep, options.folder, options.nproc_per_node, options.time, options.at_most, options.one_job
-    )
+    request = submission.Request(options.nproc_per_node, options.time, tuple(options.sbatch))
+    planned = submission.plan_sweep(options.sweep, options.folder, request, options.at_most, options.one_job)
     submission.submit(planned, dry_run=options.dry_run)
     return 0
 
@@ -117,8 +116,8 @@ def add_sweep(commands: Commands) -> None:
     verb = add_command(verbs, "submit", submit, "submit one Slurm array per world size of a sweep")
     _add_file(verb)
     _add_folder(verb)
-    ranks = "most ranks a node (default: 8)"
-    verb.add_argument("--nproc-per-node", type=positive, default=8, metavar="G", help=ranks)
+    ranks = "most ranks a node (default: its GPUs, else 8)"
+    verb.add_argument("--nproc-per-node", type=positive, metavar="G", help=ranks)
     verb.add_argument("--at-most", type=positive, metavar="P", help="so many of an array at a time")
     verb.add_argument("--one-job", action="store_true", help="one job, all sizes in turn on the same nodes (scaling)")
     add_job_options(verb)

@@ -1,4 +1,4 @@
-"""What the batch scripts in slurm/ ask: `python -m megatron_sbn.cluster.job ACTION TARGET [section.key=value ...]`.
+"""What the batch scripts in slurm/ ask: `python -m megatron_sbn.cluster ACTION TARGET [section.key=value ...]`.
 
     begin    on the batch host, before srun: 0 start the ranks, 10 there is nothing to do
     node     one task a node, under srun: starts this node's ranks and waits for them
@@ -14,17 +14,20 @@ import argparse
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_sbn.atomic_files import make_folder
 from megatron_sbn.checkpoint.directory import saved_step
 from megatron_sbn.cluster.attempts import Limits, decide, failures_in_a_row, read_attempts, record_attempt
+from megatron_sbn.cluster.machine import describe
 from megatron_sbn.cluster.slurm_queue import queued
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.config.sweep import load_sweep
 from megatron_sbn.config.validation import min_world_size, validate_world_size
 from megatron_sbn.config.yaml_file import override_of
+from megatron_sbn.engines import check_installed
 from megatron_sbn.errors import STOPPED, InputError, RecipeError, SbnError
 from megatron_sbn.launch import Machines, environment, launch
 from megatron_sbn.launch.stop_signals import SIGNALS
@@ -82,6 +85,7 @@ def begin(task: Task) -> int:
     if switched_off(task.folder):
         print(f"{task.folder}: there is a STOP file; remove it to go on")
         return NOTHING_TO_DO
+    _check_engines()
     make_folder(task.folder / LOGS)
     write_status(task.folder, "RUNNING", None, saved_step(task.folder))
     return 0
@@ -95,6 +99,7 @@ def node(task: Task) -> int:
     machines = Machines() if alone else Machines(nodes, own, environment.master_address(), environment.master_port())
     job, restart = slurm_attempt()
     print(f"job {job} restart {restart} node {machines.number} ({socket.gethostname()})", flush=True)
+    print("\n".join(describe(task.folder)), flush=True)
     ranks = _ranks_per_node(task, machines.count)
     validate_world_size(task.recipe, ranks * machines.count)
     status = launch(task.words, ranks, machines=machines)
@@ -128,7 +133,7 @@ def sizes(path: str, per_node: int | None) -> int:
     """What scaling.sbatch runs, one after another; what is too large for the job's nodes is named and left out."""
     variants = load_sweep(path).variants
     available = _setting("SLURM_JOB_NUM_NODES", 1)
-    per_node = per_node or _setting("SBN_NPROC_PER_NODE", 0) or _setting("SLURM_GPUS_ON_NODE", 0)
+    per_node = per_node or _ranks_of_node([variant.recipe for variant in variants])
     per_node = per_node or -(-max(variant.ranks for variant in variants) // available)
     for number, variant in sorted(enumerate(variants), key=lambda item: item[1].ranks):
         nodes = -(-variant.ranks // per_node)
@@ -139,18 +144,31 @@ def sizes(path: str, per_node: int | None) -> int:
     return 0
 
 
+def _check_engines() -> None:
+    try:
+        check_installed()
+    except RecipeError as error:
+        raise RecipeError(f"{sys.executable} on {socket.gethostname()}: {error}, or set SBN_PYTHON") from None
+
+
 def _final(status: int) -> int:
     """75 is the script's word for "again"; a run that stopped for good ends with 1, so that nothing waits on it."""
     return 1 if status == STOPPED else status
 
 
 def _ranks_per_node(task: Task, nodes: int) -> int:
-    per_node = task.per_node or _setting("SBN_NPROC_PER_NODE", 0) or _setting("SLURM_GPUS_ON_NODE", 0)
+    per_node = task.per_node or _ranks_of_node([task.recipe])
     if task.ranks is None:
         return per_node or max(1, min_world_size(task.recipe) // nodes)
     if task.ranks % nodes:
         raise RecipeError(f"{task.recipe.name}: its {task.ranks} ranks cannot be spread evenly over {nodes} nodes")
     return task.ranks // nodes
+
+
+def _ranks_of_node(recipes: Sequence[Recipe]) -> int:
+    """By SBN_NPROC_PER_NODE, else one a GPU that Slurm gave; 0 where neither says, or the recipes are for CPUs."""
+    gpus = 0 if all(recipe.device == "cpu" for recipe in recipes) else _setting("SLURM_GPUS_ON_NODE", 0)
+    return _setting("SBN_NPROC_PER_NODE", 0) or gpus
 
 
 def _job_name() -> str:
@@ -180,7 +198,7 @@ def _setting(name: str, otherwise: int) -> int:
 
 def main(arguments: list[str]) -> int:
     """Runs an action; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_sbn.cluster.job", description="for slurm/*.sbatch")
+    parser = argparse.ArgumentParser(prog="python -m megatron_sbn.cluster", description="for slurm/*.sbatch")
     parser.add_argument("action", choices=("begin", "node", "end", "sizes"))
     parser.add_argument("--number", type=int, help="of a sweep's recipe")
     parser.add_argument("--folder", default="runs", help="where STUDY/NAME goes (default: runs)")

@@ -15,74 +15,57 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree, which
-from typing import Literal
 
 from megatron_sbn.atomic_files import exclusive, write_atomically
+from megatron_sbn.cluster.batch_script import Job, Submission, batch_script, recipe_file
+from megatron_sbn.cluster.resources import Place, asked_of_slurm, choose_ranks, on_gpus
+from megatron_sbn.cluster.site import nodes_of, read_site, site_file
 from megatron_sbn.cluster.slurm_queue import queued
 from megatron_sbn.cluster.snapshot import Snapshot, find_code
+from megatron_sbn.cluster.time_limit import time_note
 from megatron_sbn.config import Recipe, check_no_password, load_recipe
 from megatron_sbn.config.sweep import Variant, frozen, load_sweep
-from megatron_sbn.config.validation import min_world_size, validate_world_size
 from megatron_sbn.data.data_check import missing_files, warn_of_data
 from megatron_sbn.errors import InputError, RecipeError
 from megatron_sbn.runs.folder import LOGS, RUNS, new_folder
 from megatron_sbn.runs.status import read_status
 from megatron_sbn.training.preflight import check_start
 
-SETTINGS_LINE = "SBN_CODE=${SBN_CODE:-$SLURM_SUBMIT_DIR}\n"  # of a batch script: replaced by what is known here
-TEMPLATES = {"run": "train.sbatch", "array": "train.sbatch", "series": "scaling.sbatch"}
+_DECIDED = re.compile(r"--(nodes|ntasks|ntasks-per-node|array|wrap)(=|$)|-[Nna]")
+RANKS_PER_NODE = 8  # of a sweep, at most, where nothing else is known
 
 
 @dataclass(frozen=True)
-class Job:
-    """One sbatch: a run, an array of runs that need as many ranks, or a series of runs on the same nodes.
+class Request:
+    """What the command was told of a job.
 
     Attributes:
-        nodes, per_node: nodes, and ranks on each; of a series, those of its largest run.
-        recipes: by task number, run_dir absolute.
-        sweep: of a series, the file.
+        per_node: ranks of a node, at most so many of a sweep; None: chosen here.
+        limit: --time.
+        sbatch: options that are sbatch's, passed on as they are.
     """
 
-    name: str
-    nodes: int
-    per_node: int
-    recipes: dict[int, Recipe]
-    form: Literal["run", "array", "series"]
-    sweep: Path | None = None
+    per_node: int | None = None
+    limit: str | None = None
+    sbatch: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises RecipeError for an option that is decided here."""
+        for word in self.sbatch:
+            if _DECIDED.match(word):
+                raise RecipeError(f"-- {word}: is not passed on to sbatch; give --nodes before the --")
 
     @property
-    def folders(self) -> list[Path]:
-        """Of its runs."""
-        return [Path(str(recipe.run_dir)) for recipe in self.recipes.values()]
+    def options(self) -> tuple[str, ...]:
+        """Of all its jobs."""
+        return () if self.limit is None else (f"--time={self.limit}",)
 
 
-@dataclass(frozen=True)
-class Submission:
-    """Jobs, and the folder whose submissions/ they go into; `options` are sbatch's, for all of them."""
-
-    folder: Path
-    jobs: tuple[Job, ...]
-    options: tuple[str, ...] = ()
-    at_most: int | None = None
-
-    @property
-    def runs(self) -> list[Path]:
-        """Folders of all runs."""
-        return [run for job in self.jobs for run in job.folders]
-
-    @property
-    def submissions(self) -> Path:
-        """Where one folder a submission is."""
-        return self.folder / "submissions"
-
-
-def plan_run(
-    recipe_path: str, overrides: list[str], nodes: int, per_node: int | None, limit: str | None, *, dry_run: bool
-) -> Submission:
+def plan_run(recipe_path: str, overrides: list[str], nodes: int, request: Request, *, dry_run: bool) -> Submission:
     """One run; without a run_dir its folder is made here. Raises SbnError where it cannot start, or is finished."""
     recipe = load_recipe(recipe_path, overrides)
-    per_node = per_node or max(1, min_world_size(recipe) // nodes)
-    validate_world_size(recipe, nodes * per_node)
+    place = _place(nodes, request)
+    per_node, chosen = choose_ranks(recipe, nodes, request.per_node, place)
     check_start(recipe)
     own = RUNS / f"{recipe.name}-TIME" if dry_run else None
     folder = (Path(recipe.run_dir) if recipe.run_dir else own or new_folder(recipe.name)).absolute()
@@ -91,29 +74,41 @@ def plan_run(
         raise RecipeError(
             f"run_dir = {folder}: finished already, {status.step} steps; name another, or raise training.steps"
         )
-    job = Job(recipe.name, nodes, per_node, {0: _placed(recipe, folder)}, "run")
-    return Submission(folder, (job,), _time_option(limit))
+    asked = asked_of_slurm([recipe], per_node, place)
+    job = Job(recipe.name, nodes, per_node, {0: _placed(recipe, folder)}, "run", asked)
+    notes = (f"ranks: {chosen}", time_note([job], request.limit, place))
+    return Submission(folder, (job,), place.site.file, request.options, request.sbatch, notes=notes)
 
 
-def plan_sweep(
-    path: str, runs: str, per_node: int, limit: str | None, at_most: int | None, one_job: bool
-) -> Submission:
-    """A study: an array for each number of ranks, or one job; at most `per_node` ranks a node. Raises RecipeError."""
+def plan_sweep(path: str, runs: str, request: Request, at_most: int | None, one_job: bool) -> Submission:
+    """A study: an array for each number of ranks, or one job. Raises RecipeError."""
     sweep = load_sweep(path)
     folder = (Path(runs) / sweep.name).absolute()
     recipes = {number: _placed(v.recipe, folder / v.name) for number, v in enumerate(sweep.variants)}
+    place = _place(1, request)
+    gpus = any(on_gpus(recipe, place) for recipe in recipes.values())
+    most = request.per_node or (place.gpus if gpus else 0) or RANKS_PER_NODE
     if one_job:
-        nodes, per_node = _spread(path, max(sweep.variants, key=lambda variant: variant.ranks), per_node)
+        nodes, each = _spread(path, max(sweep.variants, key=lambda variant: variant.ranks), most)
         for variant in sweep.variants:
-            _spread(path, variant, per_node)
-        job = Job(sweep.name, nodes, per_node, recipes, "series", Path(path))
-        return Submission(folder, (job,), _time_option(limit))
+            _spread(path, variant, most)
+        asked = asked_of_slurm(list(recipes.values()), each, place)
+        job = Job(sweep.name, nodes, each, recipes, "series", asked, Path(path))
+        notes = (time_note([job], request.limit, place),)
+        return Submission(folder, (job,), place.site.file, request.options, request.sbatch, notes=notes)
     jobs = []
     for ranks in sorted({variant.ranks for variant in sweep.variants}):
         own = {number: recipes[number] for number, v in enumerate(sweep.variants) if v.ranks == ranks}
-        nodes, each = _spread(path, sweep.variants[min(own)], per_node)
-        jobs.append(Job(f"{sweep.name}-{ranks}-ranks", nodes, each, own, "array"))
-    return Submission(folder, tuple(jobs), _time_option(limit), at_most)
+        nodes, each = _spread(path, sweep.variants[min(own)], most)
+        asked = asked_of_slurm(list(own.values()), each, place)
+        jobs.append(Job(f"{sweep.name}-{ranks}-ranks", nodes, each, own, "array", asked))
+    notes = (time_note(jobs, request.limit, place),)
+    return Submission(folder, tuple(jobs), place.site.file, request.options, request.sbatch, at_most, notes)
+
+
+def _place(nodes: int, request: Request) -> Place:
+    site = read_site(site_file(), nodes, request.per_node)
+    return Place(site, nodes_of([*site.options, *request.sbatch]), request.sbatch)
 
 
 def _spread(path: str, variant: Variant, per_node: int) -> tuple[int, int]:
@@ -135,12 +130,12 @@ def submit(submission: Submission, *, dry_run: bool) -> None:
             f"{os.pathsep!r}; name another folder"
         )
     code = find_code()
-    environment = Path(os.environ.get("SBN_ENV") or code.scripts / "env.sh").absolute()
+    environment = submission.site
     if dry_run:
         _refuse(submission)
         missing = _check_data(submission)
         place = submission.submissions / str(_next_number(submission))
-        scripts = [_script(submission, job, place, code, environment) for job in submission.jobs]
+        scripts = [batch_script(submission, job, place, code, environment) for job in submission.jobs]
         _explain(submission, place, code, environment, scripts)
         for line in missing:
             print(f"not there yet: {line}")
@@ -201,10 +196,6 @@ def _placed(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update={"run_dir": str(folder)})
 
 
-def _time_option(limit: str | None) -> tuple[str, ...]:
-    return () if limit is None else (f"--time={limit}",)
-
-
 def _next_number(submission: Submission) -> int:
     numbers = [int(path.name) for path in submission.submissions.glob("*") if re.fullmatch(r"[0-9]{1,9}", path.name)]
     return max(numbers, default=0) + 1
@@ -231,80 +222,16 @@ def _refuse(submission: Submission) -> None:
         raise InputError(f"{submission.folder}: {job} is still in the queue; wait for it, or scancel it first")
 
 
-def _recipe_file(place: Path, recipe: Recipe) -> Path:
-    return place / "recipes" / f"{recipe.name}.yaml"
-
-
-def _script(submission: Submission, job: Job, place: Path, code: Snapshot, environment: Path) -> str:
-    """The batch script of the job's form, with its options and paths; SBN_LOGS begins one of srun's file patterns."""
-    options = [*_site_options(environment, job), f"--job-name={job.name}", f"--chdir={Path.cwd()}"]
-    options += [f"--nodes={job.nodes}", "--ntasks-per-node=1", *submission.options]
-    settings = [f"SBN_CODE={shlex.quote(str(place / 'code'))}", f"SBN_ENV={shlex.quote(str(place / 'env.sh'))}"]
-    if job.form == "run":
-        (recipe,) = job.recipes.values()
-        options.append(f"--output={_literal(submission.folder / 'logs')}/slurm-%j.out")
-        logs, target = shlex.quote(_literal(submission.folder)), shlex.quote(str(_recipe_file(place, recipe)))
-        settings += [f"SBN_LOGS={logs}/logs", f"set -- --nproc-per-node {job.per_node} {target}"]
-    elif job.form == "array":
-        limit = f"%{submission.at_most}" if submission.at_most else ""
-        options += [f"--output={_literal(place)}/slurm-%A-%a.out", f"--array={ranges(list(job.recipes))}{limit}"]
-        settings += ["names=(", *(f"    [{number}]={recipe.name}" for number, recipe in job.recipes.items()), ")"]
-        settings += ['name="${names[$SLURM_ARRAY_TASK_ID]}"']
-        logs, target = (
-            f'{shlex.quote(_literal(submission.folder))}/"$name"',
-            f'{shlex.quote(str(place))}/recipes/"$name".yaml',
-        )
-        settings += [f"SBN_LOGS={logs}/logs", f"set -- --nproc-per-node {job.per_node} {target}"]
-    else:
-        options.append(f"--output={_literal(place)}/slurm-%j.out")
-        runs, target = shlex.quote(str(submission.folder.parent)), shlex.quote(str(place / "sweep.yaml"))
-        settings += [f"SBN_LOGS={shlex.quote(_literal(place))}"]
-        settings += [f"set -- --nproc-per-node {job.per_node} --folder {runs} {target}"]
-    template = code.scripts / TEMPLATES[job.form]
-    text = template.read_text(encoding="utf-8")
-    if text.count(SETTINGS_LINE) != 1:
-        raise InputError(f"{template}: has no line {SETTINGS_LINE.strip()!r}; take it from the project")
-    lines = [f"#SBATCH {shlex.quote(option)}" for option in options]
-    return text.replace(SETTINGS_LINE, "\n".join([*lines, *settings, ""]))
-
-
-def _literal(folder: Path) -> str:
-    """A path in Slurm's file patterns, where % is special."""
-    return str(folder).replace("%", "%%")
-
-
-def ranges(numbers: list[int]) -> str:
-    """As sbatch --array takes them: [0, 1, 2, 5] -> 0-2,5."""
-    found: list[list[int]] = []
-    for number in sorted(numbers):
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
-
-
-def _site_options(environment: Path, job: Job) -> list[str]:
-    """SBN_SBATCH_OPTIONS of env.sh, which may use SBN_NODES and SBN_NPROC_PER_NODE."""
-    script = 'source "$1" >&2 && printf "%s\\0" "${SBN_SBATCH_OPTIONS[@]}"'
-    sizes = {"SBN_NODES": str(job.nodes), "SBN_NPROC_PER_NODE": str(job.per_node)}
-    done = subprocess.run(
-        ["bash", "-c", script, "bash", str(environment)],
-        env=os.environ | sizes, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise InputError(f"{environment}: bash cannot read it ({_one_line(done.stderr)}); mend it or set SBN_ENV")
-    return [option for option in done.stdout.split("\0") if option]
-
-
 def _write(submission: Submission, place: Path, code: Snapshot, environment: Path) -> None:
     (place / "recipes").mkdir(parents=True)
     code.write(place / "code")
     (place / "env.sh").write_bytes(environment.read_bytes())
     for job in submission.jobs:
-        (place / f"{job.name}.sbatch").write_text(_script(submission, job, place, code, environment), encoding="utf-8")
+        (place / f"{job.name}.sbatch").write_text(
+            batch_script(submission, job, place, code, environment), encoding="utf-8"
+        )
         for recipe in job.recipes.values():
-            _recipe_file(place, recipe).write_text(recipe.to_yaml(), encoding="utf-8")
+            recipe_file(place, recipe).write_text(recipe.to_yaml(), encoding="utf-8")
         for run in job.folders:
             (run / LOGS).mkdir(parents=True, exist_ok=True)
         if job.sweep is not None:
@@ -316,6 +243,7 @@ def _write(submission: Submission, place: Path, code: Snapshot, environment: Pat
 
 def _start(submission: Submission, place: Path, taken: list[str]) -> None:
     """Adds the jobs that sbatch took to `taken`. Raises InputError where it takes one no more."""
+    print("".join(f"{note}\n" for note in submission.notes if note), end="")
     for job in submission.jobs:
         command = _command(place, job)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -356,6 +284,7 @@ def _explain(submission: Submission, place: Path, code: Snapshot, environment: P
     print(f"site        {environment}")
     logs = {"run": "logs/sbn-JOB", "array": "NAME/logs/sbn-JOB", "series": f"submissions/{place.name}/sbn-JOB-NUMBER"}
     print(f"node logs   {submission.folder}/{logs[form]}-node-N.log")
+    print("".join(f"{note}\n" for note in submission.notes if note), end="")
     for job, script in zip(submission.jobs, scripts, strict=True):
         print(f"\n{_size(job)}\n$ {shlex.join(_command(place, job))}\n")
         print("\n".join(f"    {line}".rstrip() for line in script.splitlines()))

@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_sbn.errors import RecipeError
 
 LAUNCHED = "SBN_LAUNCHED"
+SLURM_CPUS = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE")  # not all sites bind a task to its CPUs
 _PR_SET_PDEATHSIG = 1
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0  # slurm.h: interactive, batch and extern steps
 
@@ -110,6 +111,13 @@ def ensure_caches() -> None:
     place = Path(tempfile.gettempdir()) / f"megatron_sbn-caches-{os.getuid()}"
     for name in ("TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "MPLCONFIGDIR"):
         os.environ.setdefault(name, str(place / name.lower()))
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: those it is bound to, and no more than Slurm gave to its task or job."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    given = next((os.environ[name] for name in SLURM_CPUS if os.environ.get(name, "").isdecimal()), "0")
+    return max(1, min(bound, int(given) or bound))
 
 
 def hide_gpus() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_sbn.errors import STOPPED
-from megatron_sbn.launch.environment import LAUNCHED
+from megatron_sbn.launch.environment import LAUNCHED, usable_cpus
 from megatron_sbn.launch.stop_signals import blocked, heeded, unblock
 
 GRACE_SECONDS = 15.0
@@ -79,7 +79,7 @@ def launch(
 def _start(
     command: list[str], rank: int, ranks: int, machines: Machines, more: Mapping[str, str]
 ) -> "subprocess.Popen[bytes]":
-    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    threads = str(max(1, usable_cpus() // ranks))
     environment = {"OMP_NUM_THREADS": threads, **os.environ, **same_code(), **more}
     environment |= {
         "RANK": str(machines.number * ranks + rank),

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import IO
 
 from megatron_sbn.errors import STOPPED
-from megatron_sbn.launch.environment import LAUNCHED
+from megatron_sbn.launch.environment import LAUNCHED, usable_cpus
 from megatron_sbn.launch.local import STOPPED_SECONDS, same_code
 from megatron_sbn.launch.stop_signals import blocked
 
@@ -101,7 +101,7 @@ def run_all(commands: Mapping[str, Command], at_most: int) -> dict[str, Outcome]
 
 def _start(command: Command, at_most: int) -> _Running:
     """A process in a session of its own, so that a terminal's Ctrl-C reaches it through this one alone."""
-    threads = max(1, (os.cpu_count() or 1) // (at_most * command.ranks))
+    threads = max(1, usable_cpus() // (at_most * command.ranks))
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **same_code(), LAUNCHED: "1"}
     errors = tempfile.TemporaryFile() if at_most > 1 else None  # noqa: SIM115 - closed when the run has ended
     output = subprocess.DEVNULL if errors is not None else None

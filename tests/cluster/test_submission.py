@@ -14,7 +14,7 @@ from time_limit import LIMIT_SECONDS
 from megatron_sbn.atomic_files import exclusive
 from megatron_sbn.cli import main
 from megatron_sbn.cluster import job, snapshot, submission
-from megatron_sbn.cluster.submission import ranges
+from megatron_sbn.cluster.batch_script import ranges
 from megatron_sbn.config import load_recipe
 from megatron_sbn.config.sweep import load_sweep
 from megatron_sbn.data.data_check import QUICKSTART_DATA

@@ -77,6 +77,10 @@ def test_address_and_port_are_the_same_on_every_node_and_others_for_another_job(
     monkeypatch.setenv("SLURM_JOB_ID", "13")
     assert 15000 <= port < 30000
     assert environment.master_port() != port
+    # A job that starts again, for its port may be what was taken.
+    monkeypatch.setenv("SLURM_JOB_ID", TASK["SLURM_JOB_ID"])
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert environment.master_port() != port
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     assert (environment.master_address(), environment.master_port()) == ("10.0.0.1", 29500)
@@ -126,3 +130,32 @@ def test_without_a_home_the_engines_get_caches_elsewhere(monkeypatch: pytest.Mon
     assert all(os.environ[name] for name in names)
     for name in names[1:]:
         os.environ.pop(name)
+
+
+def test_usable_cpus_are_those_of_the_process_and_of_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(16)), raising=False)
+    for name in environment.SLURM_CPUS:
+        monkeypatch.delenv(name, raising=False)
+    assert environment.usable_cpus() == 16
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "6")
+    assert environment.usable_cpus() == 6
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
+    assert environment.usable_cpus() == 4
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "64")
+    assert environment.usable_cpus() == 16
+
+
+def test_threads_of_ranks_are_those_of_the_cpus_that_may_be_used(tmp_path: Path) -> None:
+    (tmp_path / "said.py").write_text(
+        "import os\nfrom megatron_sbn.launch.stop_signals import unblock\nunblock()\n"
+        f"open(f'{tmp_path}/{{os.environ[\"RANK\"]}}', 'w').write(os.environ['OMP_NUM_THREADS'])\n"
+    )
+    code = "import sys; from megatron_sbn.launch import launch; sys.exit(launch([], 2, module='said'))"
+    variables = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PYTHONSAFEPATH")}
+    variables["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sys.path])
+    first = min(os.sched_getaffinity(0))
+    bound = f"import os; os.sched_setaffinity(0, {{{first}}}); os.cpu_count = lambda: 64; {code}"
+    done = subprocess.run([sys.executable, "-c", bound], env=variables, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / rank).read_text() for rank in ("0", "1")] == ["1", "1"]

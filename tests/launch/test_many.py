@@ -69,7 +69,7 @@ def test_threads_are_shared_out_unless_they_are_set(
     given = commands(tmp_path, **{f"a{i}": "log(os.environ['OMP_NUM_THREADS'])" for i in range(runs)})
     given = {name: Command(command.words, ranks) for name, command in given.items()}
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 9)
+    monkeypatch.setattr(many, "usable_cpus", lambda: 9)
     run_all(given, at_most)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     run_all(given, at_most)

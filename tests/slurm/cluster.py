@@ -27,6 +27,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sque
 NODES = ("n1", "n2")
 # Seconds. CRED_EXPIRE is also what a requeued job waits before it may start again (slurm.conf(5), AuthInfo).
 CRED_EXPIRE, KILL_WAIT = 5, 20
+DEVICES = ("null", "zero", "full", "random")
 MOST_CRASHES = 2  # of a slurmd; Debian's 22.05 was seen to
 
 CONFIGURATION = """\
@@ -76,10 +77,13 @@ def missing() -> str:
 
 
 class Cluster:
-    """Starts with the context and ends with it; `log` tells what the daemons said."""
+    """Starts with the context and ends with it; `log` tells what the daemons said.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    `gpus`: of a node, at most four, by name only.
+    """
+
+    def __init__(self, folder: Path, gpus: int = 0) -> None:
+        self.folder, self.gpus = folder, gpus
         self.environment = os.environ | {"PATH": _path(), "SLURM_CONF": str(folder / "slurm.conf")}
         self._daemons: list[subprocess.Popen[bytes]] = []
         self._crashes = 0
@@ -151,6 +155,11 @@ class Cluster:
             host=socket.gethostname(), folder=self.folder, cred_expire=CRED_EXPIRE, kill_wait=KILL_WAIT,
             controller=controller, first=first, second=second, first_job=random.randrange(1, 100_000),
         )  # fmt: skip
+        if self.gpus:
+            text = f"GresTypes=gpu\n{text.replace('State=UNKNOWN', f'State=UNKNOWN Gres=gpu:h100:{self.gpus}')}"
+            # Each has a device file, and these are there on every machine.
+            lines = [f"NodeName=n[1-2] Name=gpu Type=h100 File=/dev/{name}" for name in DEVICES[: self.gpus]]
+            (self.folder / "gres.conf").write_text("\n".join(["AutoDetect=off", *lines, ""]))
         (self.folder / "slurm.conf").write_text(text)
         self._spawn("slurmctld", "-D")
         for node in NODES:

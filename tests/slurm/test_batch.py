@@ -143,3 +143,19 @@ def test_a_job_that_fails_again_and_again_ends_after_its_budget(
     assert [attempt.state for attempt in read_attempts(recipe.parent / "failing")] == ["FAILED"] * 2
     assert f"{recipe.parent / 'failing'}: starts again: failure 1 of at most 2 in a row: " in said
     assert f"{recipe.parent / 'failing'}: ends: 2 failures in a row (SBN_MAX_FAILURES); the last: " in said
+
+
+def test_what_would_fail_again_is_not_started_again(cluster: Cluster, recipe: Path) -> None:
+    broken = at_import(recipe.parent / "broken", 'raise ImportError("libcudart is not there")', ("0",))
+    bad = {"import": (f"PYTHONPATH={broken}", ""), "shards": ("", "data.train=/nowhere/tokens")}
+    jobs = {}
+    for name, (variable, word) in bad.items():
+        words = [f"run_dir={recipe.parent / name}", "parallel.tensor=1", *filter(None, [word])]
+        variables = dict([variable.split("=", 1)]) if variable else {}
+        jobs[name] = submit(cluster, recipe, *words, nodes=1, **variables)
+    reasons = {"import": "cannot import the engines (libcudart is not there)", "shards": "/nowhere/tokens"}
+    for name, job in jobs.items():
+        fields = cluster.await_end(job, LIMIT_SECONDS)
+        assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "2:0", "0"), printed(recipe)
+        assert f"{recipe.parent / name}: ends: status 2 would come again: " in printed(recipe)
+        assert reasons[name] in printed(recipe)

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,20 @@ STEPS = 30
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("a study 50%n #2"))  # special in YAML and in Slurm's patterns
+    folder = tmp_path_factory.mktemp("a study 50%n #2")  # special in YAML and in Slurm's patterns
+    # The Python that submits is not that of PATH, which has none of the packages.
+    (folder / "bin").mkdir()
+    for name in ("python", "python3"):
+        (folder / "bin" / name).write_text("#!/bin/bash\necho the Python of PATH was started >&2; exit 1\n")
+        (folder / "bin" / name).chmod(0o755)
+    return write_recipe(folder, python="")
 
 
 def sbn(cluster: Cluster, recipe: Path, *words: str) -> "subprocess.CompletedProcess[str]":
     """The command as on a login node, from the folder of the recipe."""
     # Bytecode is written, so that the code that ran can be identified.
     site = {"SBN_ENV": f"{recipe.parent}/env.sh", "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": ""}
+    site["PATH"] = os.pathsep.join([f"{recipe.parent}/bin", cluster.environment["PATH"]])
     return subprocess.run(
         [sys.executable, "-m", "megatron_sbn.cli", *words],
         cwd=recipe.parent, env=os.environ | cluster.environment | site,
@@ -107,6 +115,34 @@ def test_a_scaling_study_in_one_job_runs_all_sizes_on_the_same_nodes(cluster: Cl
         assert f"on {ranks} cpu rank" in (study / name / "logs" / "rank-0.log").read_text()
     said = (study / "submissions" / "1" / f"slurm-{job}.out").read_text()
     assert said.index("scaling-one: ends") < said.index("scaling-two: ends")
+
+
+def test_a_run_is_shown_and_cancelled(cluster: Cluster, recipe: Path) -> None:
+    words = ["submit", str(recipe), "run_dir=runs/long", "training.steps=100000", "parallel.tensor=1"]
+    job = submitted(sbn(cluster, recipe, *words, "--", "--time", "10:00", "--comment=an option"))
+    waiting = submitted(sbn(cluster, recipe, *words[:2], "run_dir=runs/held", "parallel.tensor=1", "--", "--hold"))
+    deadline = time.monotonic() + LIMIT_SECONDS
+    running = re.compile(r"^runs/long +RUNNING +[1-9][\d,]* / 100,000 .*", re.MULTILINE)
+    while not (row := running.search(status(cluster, recipe))):
+        assert time.monotonic() < deadline, logs(recipe)
+        time.sleep(0.5)
+    assert row[0].endswith(f"  {job} RUNNING")
+    held = rf"^runs/held +WAITING .* {waiting} PENDING \(JobHeldUser\)$"
+    assert re.search(held, status(cluster, recipe), re.MULTILINE)
+    assert "step" in sbn(cluster, recipe, "logs", "runs/long").stdout
+    cancelled = sbn(cluster, recipe, "cancel", "runs/long", "runs/held")
+    assert cancelled.stdout.splitlines() == [
+        f"runs/long: job {job} was told to end (SIGTERM): it saves a checkpoint and is not started again",
+        f"runs/held: job {waiting} was PENDING (JobHeldUser) and is out of the queue",
+    ]
+    assert cluster.await_end(job, LIMIT_SECONDS)["JobState"] == "CANCELLED"
+    assert "runs/long  STOPPED (SIGTERM)" in status(cluster, recipe)
+    head = (recipe.parent / "runs" / "long" / "logs" / f"sbn-{job}-node-0.log").read_text().splitlines()
+    assert [line.split()[0] for line in head[1:6]] == ["host", "CPUs", "memory", "GPUs", "driver"]
+
+
+def status(cluster: Cluster, recipe: Path) -> str:
+    return sbn(cluster, recipe, "status").stdout
 
 
 def logs(recipe: Path) -> str:
