@@ -18,7 +18,8 @@ sbn_site_failed() { # STATUS LINE
     trap - ERR
     local line
     line=$(sed -n "${2}s/^ *//p" "$sbn_site" 2>/dev/null)
-    echo "sbn: $sbn_site:$2: \`${line:-source}\` failed with status $1 on ${HOSTNAME:-this machine}; mend it, or set SBN_ENV" >&2
+    echo "sbn: $sbn_site:$2: \`${line:-source}\` failed with status $1 on ${HOSTNAME:-this machine};" \
+        "mend it, or set SBN_ENV" >&2
     exit 2
 }
 [ -r "$sbn_site" ] || sbn_site_failed 1 0
@@ -29,11 +30,6 @@ source "$sbn_site"
 sbn_node_environment
 trap - ERR
 set +E
-# Without a Python of the site's: the one that submitted, outside containers, which have their own.
-if [ -z "${SBN_PYTHON:-}" ]; then
-    SBN_PYTHON=python3
-    [ ${#SBN_CONTAINER[@]} != 0 ] || [[ " ${SBN_SRUN_OPTIONS[*]}" = *" --container-"* ]] || SBN_PYTHON=${SBN_SUBMITTED_BY:-python3}
-fi
 export SBN_NPROC_PER_NODE SBN_MAX_RESTARTS SBN_MAX_FAILURES MASTER_ADDR MASTER_PORT PYTHONUNBUFFERED=1
 # The code of this job, whatever is in the working folder or installed.
 export PYTHONSAFEPATH=1 PYTHONPATH="$SBN_CODE:$SBN_CODE/kernels${PYTHONPATH:+:$PYTHONPATH}"
@@ -47,6 +43,9 @@ sbn_options=("${SBN_SRUN_OPTIONS[@]}") sbn_step=()
 case " ${sbn_options[*]} " in
 *" --container-"*) sbn_step=(srun --nodes=1 --ntasks=1 --quiet "${sbn_options[@]}") ;;
 esac
+# Without a Python of the site's: the one that submitted, outside containers, which have their own.
+[ ${#SBN_CONTAINER[@]} = 0 ] && [ ${#sbn_step[@]} = 0 ] || SBN_SUBMITTED_BY=""
+: "${SBN_PYTHON:=${SBN_SUBMITTED_BY:-python3}}"
 
 sbn_job() {
     local command=("${sbn_step[@]}" "${SBN_CONTAINER[@]}" "$SBN_PYTHON") status=0
@@ -70,8 +69,7 @@ sbn_run() {
     else
         # In the background: a shell runs its traps only while it waits, not while a command of its own runs.
         srun --ntasks-per-node=1 --kill-on-bad-exit=1 --open-mode=append --output="$log" "${sbn_options[@]}" \
-            "${sbn_part[@]}" \
-            "${SBN_CONTAINER[@]}" "$SBN_PYTHON" -m megatron_sbn.cluster node "$@" &
+            "${sbn_part[@]}" "${SBN_CONTAINER[@]}" "$SBN_PYTHON" -m megatron_sbn.cluster node "$@" &
         sbn_srun=$!
         [ -z "$sbn_asked" ] || kill -"$sbn_asked" "$sbn_srun"
         # `wait` returns early when a trap has run.

@@ -2,7 +2,6 @@
 
 import subprocess
 from pathlib import Path
-from shutil import which
 
 from megatron_sbn.atomic_files import is_held
 from megatron_sbn.cluster.run_states import job_in_queue, submissions
@@ -17,7 +16,8 @@ _AGAIN = "remove that file before it may go on"
 def cancel(folder: Path) -> str:
     """Asks; returns a line about what happened. Raises InputError where Slurm or the folder refuses."""
     status, jobs = read_status(folder), submissions(folder)
-    known = states({job.whole for job in jobs} | ({status.job} if status is not None else set()))
+    queue = states({job.whole for job in jobs} | ({status.job} if status is not None else set()))
+    known = queue or {}
     job = job_in_queue(status, jobs, known)
     if job is not None and not job.shared:
         return f"{folder}: {_scancel(folder, job.job, known[job.job])}"
@@ -25,7 +25,7 @@ def cancel(folder: Path) -> str:
         return f"{folder}: job {job.job} runs other recipes too, and goes on with them; {_stop(folder)}"
     if status is None or status.state != "RUNNING":
         return f"{folder}: nothing to cancel, {'it never began' if status is None else f'it is {status.state}'}"
-    if status.job and which("squeue") is not None:
+    if status.job and queue is not None:
         return f"{folder}: nothing to cancel, its job {status.job} is not in the queue"
     if not status.job and is_held(folder / "run") is False:
         return f"{folder}: nothing to cancel, no process has this run any more"

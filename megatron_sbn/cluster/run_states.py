@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,8 @@ def table(folders: Sequence[Path]) -> list[str]:
     submitted = {folder: submissions(folder) for folder in folders}
     statuses = {folder: read_status(folder) for folder in folders}
     jobs = {job.whole for jobs in submitted.values() for job in jobs}
-    known = states(jobs | {status.job for status in statuses.values() if status is not None})
-    rows = [_row(folder, statuses[folder], submitted[folder], known) for folder in folders]
+    queue = states(jobs | {status.job for status in statuses.values() if status is not None})
+    rows = [_row(folder, statuses[folder], submitted[folder], queue) for folder in folders]
     return aligned(HEADER, rows)
 
 
@@ -80,7 +80,7 @@ def submissions(folder: Path) -> list[Submitted]:
     return [job for _, job in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 
-def job_in_queue(status: RunStatus | None, jobs: Sequence[Submitted], known: dict[str, str]) -> Submitted | None:
+def job_in_queue(status: RunStatus | None, jobs: Sequence[Submitted], known: Mapping[str, str]) -> Submitted | None:
     """The job of the run that is in the queue, if any."""
     waiting = next((job for job in jobs if job.job in known), None)
     if status is None or status.state != "RUNNING" or status.job not in known:
@@ -103,14 +103,17 @@ def _is_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in (STATUS, METRICS, RECIPE)) or (folder / LOGS).is_dir()
 
 
-def _row(folder: Path, status: RunStatus | None, jobs: Sequence[Submitted], known: dict[str, str]) -> list[str]:
+def _row(
+    folder: Path, status: RunStatus | None, jobs: Sequence[Submitted], queue: Mapping[str, str] | None
+) -> list[str]:
+    known = queue or {}
     job = job_in_queue(status, jobs, known)
     last = _last_values(folder / METRICS)
     step = int(last.get("step", status.step if status is not None else 0))
     when = last.get("time", status.time if status is not None else None)
     return [
         str(folder),
-        _state(folder, status, job),
+        _state(folder, status, job, queue is not None),
         f"{step:,} / {_steps(folder)}",
         _shown(last.get("loss"), 4),
         _shown(last.get("validation_perplexity"), 2),
@@ -119,15 +122,14 @@ def _row(folder: Path, status: RunStatus | None, jobs: Sequence[Submitted], know
     ]
 
 
-def _state(folder: Path, status: RunStatus | None, job: Submitted | None) -> str:
+def _state(folder: Path, status: RunStatus | None, job: Submitted | None, answered: bool) -> str:
     if status is None:
         return "WAITING" if job is not None else "-"
     if status.state != "RUNNING":
         reason = f" ({status.reason})" if status.state == "STOPPED" and status.reason else ""
         return f"{status.state}{reason}"
-    there = is_held(folder / "run") if not status.job else None
-    # Without squeue nothing is known of a job.
-    return DEAD if job is None and there is False else status.state
+    dead = job is None and (answered if status.job else is_held(folder / "run") is False)
+    return DEAD if dead else status.state
 
 
 def _steps(folder: Path) -> str:

@@ -154,6 +154,20 @@ def test_a_run_of_this_machine_gets_a_stop_file(here: Path, capsys: pytest.Captu
     assert "runs/nothing: is not there; name the folder of a run" in capsys.readouterr().err
 
 
+def test_a_job_that_is_gone_is_told_from_a_slurm_that_does_not_answer(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = add_run("x", "RUNNING", job="40")
+    stand_in(here, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert rows(capsys)["runs/x"][0] == "RUNNING?"
+    assert main(["cancel", str(folder)]) == 0
+    assert capsys.readouterr().out == "runs/x: nothing to cancel, its job 40 is not in the queue\n"
+    stand_in(here, "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    assert rows(capsys)["runs/x"][0] == "RUNNING"
+    assert main(["cancel", str(folder)]) == 0
+    assert capsys.readouterr().out.startswith("runs/x: made runs/x/STOP: ")
+
+
 def test_logs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = add_run("x", "FINISHED")
     (folder / "logs" / "sbn-1-node-0.log").touch()

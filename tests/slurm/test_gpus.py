@@ -1,5 +1,6 @@
 """What a job of a recipe for GPUs gets of a Slurm whose nodes have some: by name, for this machine has none."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,6 @@ def test_a_rank_a_gpu_with_its_cpus(tmp_path: Path) -> None:
         assert (fields["NumNodes"], fields["NumCPUs"], fields["CPUs/Task"]) == ("2", "8", "4"), fields
         # There is no GPU here: the ranks end at once, and are not started again.
         assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "2:0", "0"), said
-        assert (
-            "device = cuda: PyTorch finds no GPU here"
-            in (tmp_path / "run" / "logs" / f"sbn-{job}-node-0.log").read_text()
-        )
+        log = (tmp_path / "run" / "logs" / f"sbn-{job}-node-0.log").read_text()
+        assert re.search(r"^variables .*CUDA_VISIBLE_DEVICES=0,1( |$)", log, re.MULTILINE), log
+        assert "device = cuda: PyTorch finds no GPU here" in log
