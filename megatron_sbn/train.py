@@ -46,6 +46,7 @@ def main(arguments: list[str]) -> int:
 def _checked(arguments: list[str]) -> "Recipe":
     from megatron_sbn.config import load_recipe
     from megatron_sbn.config.validation import validate_world_size
+    from megatron_sbn.data.data_check import check_data
     from megatron_sbn.training.preflight import check_start
 
     recipe = load_recipe(arguments[0], arguments[1:])
@@ -53,6 +54,7 @@ def _checked(arguments: list[str]) -> "Recipe":
     engines.check_installed()
     if environment.rank() == 0:
         check_start(recipe)
+        check_data(recipe)
     return recipe
 
 

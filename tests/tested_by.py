@@ -23,7 +23,6 @@ TESTED_BY = {
     "megatron_sbn/cluster/snapshot.py": "cluster/test_submission.py",
     "megatron_sbn/config/schema.py": "config/test_load.py",
     "megatron_sbn/config/values.py": "config/test_load.py",
-    "megatron_sbn/data/fingerprint.py": "tracking/test_mlflow_delivery.py",
     "megatron_sbn/data/index_header.py": "data/test_data_check.py",
     "megatron_sbn/data/zstd_reader.py": "data/test_readers.py",
     "megatron_sbn/doctor/logical_tensors.py": "doctor/test_command.py",

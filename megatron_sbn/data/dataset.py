@@ -25,9 +25,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from megatron_sbn.data.open_files import allow_open_files
 from megatron_sbn.data.shards import Shard, blending_pattern
 from megatron_sbn.errors import InputError
+from megatron_sbn.launch.open_files import allow_open_files
 
 BLEND_PERIOD = 1 << 20
 _DOCUMENTS, _SAMPLES = 0, 1

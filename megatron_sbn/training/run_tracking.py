@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_sbn.atomic_files import write_atomically
 from megatron_sbn.config import Recipe
-from megatron_sbn.data.fingerprint import shard_digest
+from megatron_sbn.data.index_header import shard_digest
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.runs.folder import RunFolder
 from megatron_sbn.runs.provenance import batch_scripts, describe_environment, installed_packages

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from megatron_sbn.data.fingerprint import shard_digest
+from megatron_sbn.data.index_header import shard_digest
 from megatron_sbn.runs.metrics_file import MetricsFile
 from megatron_sbn.runs.tracking_record import DatasetRecord, read_record
 from megatron_sbn.tracking.mlflow_delivery import short_reason

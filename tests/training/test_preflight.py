@@ -1,5 +1,9 @@
 """What the launcher knows before ranks start."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,3 +51,18 @@ def test_a_finished_run_is_said_and_starts_no_rank(
     assert f"finished already, {steps} steps; raise training.steps" in capsys.readouterr().out
     for overrides in ([f"training.steps={2 * steps}"], ["checkpoint.resume=never"]):
         assert finished_already(recipe(f"run_dir={tmp_path}", *overrides)) is None
+
+
+@pytest.mark.parametrize(
+    ("word", "message"), [("model.hiden_size=3", "is not a recipe key"), ("data.train=nowhere", "nowhere")]
+)
+def test_torchrun_gets_the_line_in_its_error_file(word: str, message: str, tmp_path: Path) -> None:
+    """Its summary shows that file's message instead of "To enable traceback see"; ranks look at the data too."""
+    file = tmp_path / "error.json"
+    environment = os.environ | {"TORCHELASTIC_ERROR_FILE": str(file)}
+    command = [sys.executable, "-m", "megatron_sbn.train", str(QUICK), "parallel.tensor=1", word]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    line = done.stderr.strip()
+    assert message in line
+    assert json.loads(file.read_text())["message"]["message"] == line

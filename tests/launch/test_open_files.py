@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sbn.data import open_files
 from megatron_sbn.data.shards import ShardWriter
 from megatron_sbn.errors import InputError
+from megatron_sbn.launch import open_files
 
 MANY = """
 import resource, sys
