@@ -34,6 +34,8 @@ SILENT_SECONDS = 30.0
 _SECONDS_A_RANK = 0.005  # of many ranks each speaks more seldom: at most 200 files a second in all
 FOLDER = "ranks"
 _PACKAGE = f"{os.sep}megatron_sbn{os.sep}"
+_SHIM = os.path.join("parallel", "cuda_shim.py")  # noqa: PTH118 - the end of a path
+_ASYNC = os.path.join("layers", "collectives.py")  # noqa: PTH118 - whose handles wait without a frame of torch's
 _COLLECTIVES = f"torch{os.sep}distributed{os.sep}"
 
 
@@ -253,7 +255,9 @@ def locate(frame: FrameType | None) -> tuple[str, bool]:
     waits = False
     while frame is not None:
         path = frame.f_code.co_filename
-        if _PACKAGE in path:
+        # A frame around torch's own functions on CPU says nothing of where in the model it is.
+        if _PACKAGE in path and not path.endswith(_SHIM):
+            waits = waits or (path.endswith(_ASYNC) and frame.f_code.co_name == "__call__")
             inside = path[path.rindex(_PACKAGE) + 1 :].replace(os.sep, "/")
             return f"{inside}:{frame.f_lineno} {frame.f_code.co_name}", waits
         waits = waits or _COLLECTIVES in path

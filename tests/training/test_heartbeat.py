@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_signals import recipe  # noqa: F401 - a fixture
@@ -186,3 +187,23 @@ def test_a_slow_rank_is_named_and_clocks_may_jump(recipe: Path) -> None:  # noqa
     assert [line["loss"] for line in read_metrics(jumps / "metrics.jsonl") if "loss" in line] == whole
     assert json.loads((jumps / "tracking.json").read_text())["status"] == "FINISHED"
     assert "MLflow lacks" not in done.stderr
+
+
+def frame_in(path: str, function: str, inner: object = None) -> object:
+    """A frame of a function in a file, innermost or around another."""
+    code = SimpleNamespace(co_filename=path, co_name=function)
+    own = SimpleNamespace(f_code=code, f_lineno=7, f_back=None)
+    if inner is None:
+        return own
+    inner.f_back = own
+    return inner
+
+
+def test_the_shim_is_no_place_and_a_handle_that_is_waited_for_is_a_wait() -> None:
+    shim = frame_in("/x/megatron_sbn/parallel/cuda_shim.py", "__torch_function__")
+    within = frame_in("/x/megatron_sbn/layers/attention.py", "forward", shim)
+    assert locate(within) == ("megatron_sbn/layers/attention.py:7 forward", False)
+    assert locate(frame_in("/x/megatron_sbn/layers/collectives.py", "__call__")) == (
+        "megatron_sbn/layers/collectives.py:7 __call__",
+        True,
+    )
