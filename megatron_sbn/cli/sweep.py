@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_sbn.atomic_files import make_folder, write_atomically
 from megatron_sbn.cli.options import Commands, add_command, add_job_options, positive
 from megatron_sbn.errors import RecipeError
-from megatron_sbn.runs.folder import LOGS
+from megatron_sbn.runs.folder import LOGS, STOP
 
 
 def list_recipes(options: argparse.Namespace) -> int:
@@ -73,7 +73,8 @@ def _run_all(options: argparse.Namespace) -> int:
             continue
         words = ["sweep", "run", options.sweep, "--number", str(number), "--folder", options.folder]
         commands[variant.name] = Command([sys.executable, "-m", "megatron_sbn.cli", *words], variant.ranks)
-    outcomes = run_all(commands, options.at_most or 1)
+    study_folder = Path(options.folder) / study.name
+    outcomes = run_all(commands, options.at_most or 1, lambda: (study_folder / STOP).exists())
     failed = {name: outcome for name, outcome in outcomes.items() if outcome.status}
     print(f"{len(study.variants)} recipes: {len(study.variants) - len(failed)} finished, {len(failed)} not")
     for name, outcome in failed.items():

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -65,12 +65,15 @@ class _Signals:
                 signal.signal(number, handler)
 
 
-def run_all(commands: Mapping[str, Command], at_most: int) -> dict[str, Outcome]:
+def run_all(
+    commands: Mapping[str, Command], at_most: int, stopped: Callable[[], bool] = lambda: False
+) -> dict[str, Outcome]:
     """Runs the commands in their order, at most `at_most` at once; returns the outcome of each by name.
 
     One at a time they share this console; otherwise each is silent but for a line when it begins and ends (a run's log
     is in its folder). A first SIGINT, SIGTERM or SIGHUP asks all to stop (SIGTERM: they save a checkpoint) and nothing
-    new begins; a second one kills them. SIGUSR1 is passed on. None outlives this process.
+    new begins; a second one kills them. SIGUSR1 is passed on. Nothing new begins either once `stopped` is true; what runs
+    looks for that by itself. None outlives this process.
     """
     at_most = min(at_most, max(1, len(commands)))
     left = list(commands)
@@ -80,13 +83,15 @@ def run_all(commands: Mapping[str, Command], at_most: int) -> dict[str, Outcome]
     with signals.noted():
         try:
             while left or running:
-                while left and len(running) < at_most and not signals.seen:
+                off = bool(signals.seen) or stopped()
+                while left and len(running) < at_most and not off:
                     name = left.pop(0)
                     print(f"begins: {name}", flush=True)
                     running[name] = _start(commands[name], at_most)
-                if signals.seen:
+                if off:
                     outcomes |= dict.fromkeys(left, Outcome(STOPPED, begun=False))
                     left.clear()
+                if signals.seen:
                     _pass_on(signals, running)
                 for name, own in list(running.items()):
                     if own.process.poll() is not None:

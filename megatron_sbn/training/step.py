@@ -167,7 +167,9 @@ class Trainer:
         bad[self.parallel.rank] = int(any(not torch.isfinite(loss) for loss in losses))
         dist.all_reduce(bad)
         ranks = [str(rank) for rank in bad.nonzero().flatten().tolist()]
-        return f" on rank {', '.join(ranks)}" if ranks else " on no single rank: the sum over ranks"
+        if ranks:
+            return f" on rank {', '.join(ranks)}"
+        return " on no single rank: the sum over ranks" if self.parallel.world_size > 1 else ""
 
 
 def _forward_step(

@@ -217,7 +217,7 @@ def test_all_that_are_not_finished_are_run(
         write_status(folder, "FINISHED", 0, step)
     given = {}
 
-    def run_all(commands: dict[str, many.Command], at_most: int) -> dict[str, many.Outcome]:
+    def run_all(commands: dict[str, many.Command], at_most: int, _: object) -> dict[str, many.Outcome]:
         given.update(commands)
         assert at_most == 3
         return dict.fromkeys(commands, many.Outcome(0)) | {

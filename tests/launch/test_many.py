@@ -119,3 +119,11 @@ def test_a_closed_console_ends_what_runs(tmp_path: Path) -> None:
     assert b"BrokenPipeError" in errors
     left = subprocess.run(["pgrep", "-f", str(tmp_path / "log")], capture_output=True, text=True, check=False)
     assert left.stdout == ""
+
+
+def test_nothing_new_begins_once_a_study_is_switched_off(tmp_path: Path) -> None:
+    """What runs ends by itself: it looks for the file too."""
+    codes = {"a": "log('a'); time.sleep(0.5)", "b": "log('b')", "c": "log('c')"}
+    outcomes = run_all(commands(tmp_path, **codes), 1, lambda: "a" in logged(tmp_path))
+    assert outcomes == {"a": Outcome(0), "b": Outcome(75, begun=False), "c": Outcome(75, begun=False)}
+    assert logged(tmp_path) == ["a"]
