@@ -72,8 +72,8 @@ def run_all(
 
     One at a time they share this console; otherwise each is silent but for a line when it begins and ends (a run's log
     is in its folder). A first SIGINT, SIGTERM or SIGHUP asks all to stop (SIGTERM: they save a checkpoint) and nothing
-    new begins; a second one kills them. SIGUSR1 is passed on. Nothing new begins either once `stopped` is true; what runs
-    looks for that by itself. None outlives this process.
+    new begins; a second one kills them. SIGUSR1 is passed on. Nothing new begins either once `stopped` is true; what
+    runs looks for that by itself. None outlives this process.
     """
     at_most = min(at_most, max(1, len(commands)))
     left = list(commands)

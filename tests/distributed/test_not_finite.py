@@ -64,7 +64,7 @@ def poisoned_step(overrides: tuple[str, ...], poison: str, bad_rank: int) -> tup
         (2, (PIPELINE2,), "weight", 1, "step 2: loss is nan on rank 1;"),
         # Both ranks of the last stage compute one loss: their vocabulary shards are summed.
         (4, (TENSOR2, PIPELINE2), "weight", 3, "step 2: loss is nan on rank 2, 3;"),
-        (1, (), "gradient", 0, "step 2: gradient norm is inf on no single rank"),
+        (1, (), "gradient", 0, "step 2: gradient norm is inf;"),
         (2, (), "gradient", 1, "step 2: gradient norm is inf on no single rank"),
         (2, ("parallel.zero_stage=2",), "gradient", 0, "step 2: gradient norm is inf on no single rank"),
         (4, (TENSOR2, PIPELINE2), "gradient", 2, "step 2: gradient norm is inf on no single rank"),
