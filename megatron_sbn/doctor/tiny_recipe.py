@@ -34,6 +34,8 @@ def tiny_recipe(recipe: Recipe, data_size: int = 1) -> Recipe:
     values["optimizer"] |= {"lr_warmup_steps": 0, "lr_decay_steps": None, "min_lr": 0.0, "stages": ()}
     values["data"] = {"train": "unused"}
     values["run_dir"] = None
+    if recipe.device == "cuda":  # a layout for GPUs can be compared before there are any
+        values["device"] = "auto"
     tiny = Recipe.model_validate(values)
     validate_recipe(tiny)
     return tiny
