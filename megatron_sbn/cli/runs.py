@@ -25,12 +25,15 @@ def status(options: argparse.Namespace) -> int:
 
 def logs(options: argparse.Namespace) -> int:
     """Prints what rank 0 said."""
+    from megatron_sbn.cluster.run_states import is_there
     from megatron_sbn.runs.folder import LOGS
 
     folder = Path(options.folder)
+    if not is_there(folder):
+        raise InputError(f"{folder}: is not there; name the folder of a run")
     log = folder / LOGS / "rank-0.log"
     others = sorted(path for path in (folder / LOGS).glob("*") if path != log)
-    if not options.follow and not log.is_file():
+    if not options.follow and not is_there(log):
         written = f"; see {', '.join(map(str, others))}" if others else ", and no other log"
         raise InputError(f"{log}: is not there{written}")
     if others:

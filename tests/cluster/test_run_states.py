@@ -154,6 +154,19 @@ def test_a_run_of_this_machine_gets_a_stop_file(here: Path, capsys: pytest.Captu
     assert "runs/nothing: is not there; name the folder of a run" in capsys.readouterr().err
 
 
+def test_files_that_hold_anything_else_are_no_error(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = add_run("x", "STOPPED", losses=3)
+    nested = "[" * 100_000
+    for text in ("[1]", '"training"', "training: 3", "training: {steps: [1]}", "training: {steps: many}", "{", nested):
+        (folder / "recipe.yaml").write_text(text)
+        assert rows(capsys)["runs/x"][1] == "3 / ?"
+    lines = ['{"step": Infinity}', '{"step": 1e999}', "[]", nested, '{"step": 5, "loss": "NaN"}', '{"loss": [1]}', "{"]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(f"{line}\n" for line in lines)
+    (folder / "status.json").write_text("{")
+    assert rows(capsys)["runs/x"][:3] == ["-", "5 / ?", "nan"]
+
+
 def test_a_job_that_is_gone_is_told_from_a_slurm_that_does_not_answer(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

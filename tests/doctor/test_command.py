@@ -38,6 +38,7 @@ def test_the_tiny_model_keeps_the_layout(overrides: tuple[str, ...]) -> None:
     tiny = tiny_recipe(recipe, ranks // (recipe.parallel.tensor * recipe.parallel.pipeline))
     validate_world_size(tiny, ranks)
     assert tiny.linear == recipe.linear
+    assert (recipe.device, tiny.device) == ("cuda", "auto")
     kept = ("tensor", "pipeline", "virtual_pipeline", "expert", "sequence", "zero_stage")
     assert [getattr(tiny.parallel, k) for k in kept] == [getattr(recipe.parallel, k) for k in kept]
     same = ("share_embeddings_and_output_weights", "add_qkv_bias", "bf16", "num_moe_experts", "rotary_base")

@@ -34,7 +34,15 @@ MEMORY = 4 << 30  # beyond what the process has when it starts
 STATUSES = (0, 1, 2, 3, 4, 75)
 TRACEBACK_STATUS = 70
 NOTHING_TO_DO = 10  # an exit status for batch scripts
-PROGRAMS = ("git", "bash", "squeue", "uname", "ldconfig", "gcc")  # gcc: DeepSpeed looks which libraries there are
+PROGRAMS = (
+    "git",
+    "bash",
+    "squeue",
+    "sinfo",
+    "uname",
+    "ldconfig",
+    "gcc",
+)  # gcc: DeepSpeed looks which libraries there are
 LONGEST_LINE = 2000
 ENVIRONMENT = {
     "MLFLOW_TRACKING_USERNAME": "someone",
