@@ -72,8 +72,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Its partial file is this thread's own: of several writers at once, such as a run and `sbn sync`, the last one wins.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.partial")
     try:
+        partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.partial")
         with staged([path], partials=[partial]):
             partial.write_bytes(content)
     except ValueError as error:  # a path that no file can have

@@ -139,3 +139,10 @@ def test_writers_of_one_file_at_the_same_time_do_not_fail_each_other(tmp_path):
         list(pool.map(write, contents))
     assert path.read_bytes() in contents
     assert _names(tmp_path) == ["record.json"]
+
+
+@pytest.mark.parametrize("name", [".", "/", "a\0b"])
+def test_a_name_that_no_file_has_is_one_line(name: str) -> None:
+    with pytest.raises(InputError, match="cannot be written") as error:
+        write_atomically(Path(name), b"x")
+    assert len(str(error.value).splitlines()) == 1
