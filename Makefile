@@ -71,12 +71,15 @@ format: $(SETUP)
 
 setup: $(SETUP)
 
-# torch goes first and alone, so that its pinned version decides which build is taken.
+# torch goes first and alone, so that its pinned version decides which build is taken. On a terminal pip shows how far
+# it is; in a log it would be hundreds of lines.
+QUIET := $(shell test -t 2 || echo --quiet)
 $(SETUP): setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "megatron_sbn needs Python 3.11 or newer; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@echo "installing into $(VENV): PyTorch first (0.2 to 2.8 GB), then the rest; two to four minutes"
+	$(BIN)/python -m pip install $(QUIET) -c constraints.txt torch
+	$(BIN)/python -m pip install $(QUIET) -c constraints.txt -e '.[dev]'
 	touch $(SETUP)
 
 clean:
