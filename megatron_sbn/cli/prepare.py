@@ -1,11 +1,11 @@
 """`sbn prepare`: text to token shards."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from megatron_sbn.cli.options import Commands, add_command, positive
+from megatron_sbn.launch.environment import usable_cpus
 
 
 def prepare(options: argparse.Namespace) -> int:
@@ -58,7 +58,8 @@ def add_prepare(commands: Commands) -> None:
     command.add_argument("--eod", metavar="TOKEN", help=eod)
     command.add_argument("--text-field", default="text", help="field or column that holds the text (default: text)")
     command.add_argument("--validation-fraction", type=float, default=0.0, metavar="F", help="documents held out")
-    command.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes (default: cores)")
+    workers = "processes (default: the CPUs that this process or its Slurm job may use)"
+    command.add_argument("--workers", type=positive, default=usable_cpus(), help=workers)
     command.add_argument("--skip-bad", action="store_true", help="skip and count bad documents instead of stopping")
     command.add_argument("--seed", type=int, default=0, help="of the split and the tokenizer's sample")
     command.epilog = (
