@@ -100,7 +100,7 @@ def add_plan(commands: Commands) -> None:
     add_overrides(command)
     command.add_argument("--nodes", type=positive, required=True, metavar="N", help="nodes of the job")
     command.add_argument("--device", required=True, metavar="NAME", help="a100, h100, h200 or b200")
-    command.add_argument("--gpus-per-node", type=positive, default=8, metavar="N", help="default: 8")
+    command.add_argument("--gpus-per-node", type=positive, default=8, metavar="N", help="GPUs of a node (default: 8)")
     command.add_argument("--assume", action="append", default=[], metavar="NAME=SHARE", help="change an efficiency")
     command.add_argument("--json", metavar="FILE", help="write the plan for scripts: bytes, seconds, counts")
     command.epilog = (

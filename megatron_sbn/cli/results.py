@@ -68,7 +68,8 @@ def add_report(commands: Commands) -> None:
     command = add_command(commands, "report", report, "write a study's report: Markdown, CSV and figures")
     command.add_argument("study", metavar="STUDY", help="folder of run folders, or with --uri a study's name")
     command.add_argument("--uri", help="read the study's runs from this MLflow instead")
-    command.add_argument("--output", metavar="FOLDER", help="default: STUDY/report, with --uri STUDY-report")
+    place = "where the report goes (default: STUDY/report, with --uri STUDY-report)"
+    command.add_argument("--output", metavar="FOLDER", help=place)
     command.add_argument("--attach", action="store_true", help="make all of it artifacts of the study's run in MLflow")
     command.epilog = (
         "example: sbn report runs/n-of-8-tiny\n"

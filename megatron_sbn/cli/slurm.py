@@ -20,7 +20,7 @@ def add_submit(commands: Commands) -> None:
     command = add_command(commands, "submit", submit, "train a recipe on Slurm, from a copy of the code")
     command.add_argument("recipe", metavar="RECIPE", help="path of a recipe, such as recipes/quickstart.yaml")
     add_overrides(command)
-    command.add_argument("--nodes", type=positive, default=1, metavar="N", help="default: 1")
+    command.add_argument("--nodes", type=positive, default=1, metavar="N", help="nodes of the job (default: 1)")
     ranks = "ranks of a node (default: one a GPU, on CPUs one replica over the nodes)"
     command.add_argument("--nproc-per-node", type=positive, metavar="G", help=ranks)
     add_job_options(command)
