@@ -77,13 +77,13 @@ def _train(recipe: "Recipe", signals: StopSignals) -> int:
 
 def _report(error: SbnError) -> None:
     """One line; what is the same on every rank is said by rank 0 alone."""
-    if error.on_every_rank and environment.rank() != 0:
-        time.sleep(SECONDS_TO_SPEAK)  # a launcher ends all ranks when the first has failed
-        return
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:  # what torchrun's summary shows, in place of "To enable traceback see ..."
         message = {"message": f"sbn: {error}", "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
+    if error.on_every_rank and environment.rank() != 0:
+        time.sleep(SECONDS_TO_SPEAK)  # a launcher ends all ranks when the first has failed
+        return
     where = "" if error.on_every_rank or environment.world_size() == 1 else f"rank {environment.rank()}: "
     print(f"sbn: {where}{error}", file=sys.stderr, flush=True)
 
