@@ -60,7 +60,8 @@ def staged(
         for folder in {path.parent for path in paths}:
             flush_to_disk(folder)
     except OSError as error:
-        raise InputError(f"{error.filename or paths[0]}: cannot be written: {error.strerror or error}") from error
+        name = paths[0] if error.filename in map(str, partials) else error.filename or paths[0]
+        raise InputError(f"{name}: cannot be written: {error.strerror or error}") from error
     finally:
         for partial in partials:
             with contextlib.suppress(OSError):

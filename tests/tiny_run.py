@@ -21,12 +21,13 @@ if os.environ.get("RANK") in {ranks}:
 
 
 def write_tiny_recipe(folder: Path, steps: int, tracking: str = "enabled: false") -> Path:
-    """FOLDER/tiny.yaml and its tokens: one layer on two tensor-parallel ranks; it never checkpoints of itself."""
-    writer = ShardWriter(folder / "tokens.bin", folder / "tokens.idx", VOCABULARY)
+    """FOLDER/tiny.yaml, its tokens and held-out ones: one layer on two tensor-parallel ranks; it saves at its end."""
     generator = np.random.default_rng(0)
-    for _ in range(50):
-        writer.add(generator.integers(0, VOCABULARY, 100))
-    writer.finish()
+    for name in ("tokens", "held-out"):
+        writer = ShardWriter(folder / f"{name}.bin", folder / f"{name}.idx", VOCABULARY)
+        for _ in range(50):
+            writer.add(generator.integers(0, VOCABULARY, 100))
+        writer.finish()
     path = folder / "tiny.yaml"
     path.write_text(
         f"""name: tiny

@@ -44,7 +44,7 @@ LONGEST_SETTING = 60  # characters of a legend's entry
 _OF_SPEED = re.compile(r"(model|linear)\..+|parallel\.(virtual_pipeline|sequence)")
 _OF_PERPLEXITY = re.compile(
     r"(model|data|optimizer)\..+|linear\.(?!sparsity|backend|forward_form).+"
-    r"|training\.(steps|global_batch_size|validation_samples)"
+    r"|training\.(steps|global_batch_size|validation_samples)|start_from|start_with"
 )
 
 

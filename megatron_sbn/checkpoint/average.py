@@ -16,6 +16,7 @@ from megatron_sbn.checkpoint.regions import FlatRange, Region
 from megatron_sbn.checkpoint.run_state import parameter_names
 from megatron_sbn.checkpoint.shards import Chunk, Reader, Written, describe, merge, write_chunks
 from megatron_sbn.errors import CheckpointError, InputError
+from megatron_sbn.runs.folder import CHECKPOINTS
 
 
 def average(sources: Sequence[str], output: Path) -> Path:
@@ -27,9 +28,13 @@ def average(sources: Sequence[str], output: Path) -> Path:
     """
     if len(sources) < 2:
         raise InputError(f"{' '.join(sources)}: an average takes two checkpoints or more")
+    if output.absolute().parent.name == CHECKPOINTS:
+        raise InputError(f"--output {output}: is among a run's own checkpoints; name a folder elsewhere")
     if output.exists():
         raise InputError(f"--output {output}: exists already; name another")
     paths = [directory.resolve(source) for source in sources]
+    if len(set(paths)) < len(paths):
+        raise InputError(f"{' '.join(sources)}: one checkpoint is named twice; name different ones")
     manifests = [directory.verify(path) for path in paths]
     names = sorted(parameter_names(list(manifests[0].tensors)))
     for path, manifest in zip(paths, manifests, strict=True):

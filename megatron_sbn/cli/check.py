@@ -12,10 +12,13 @@ def checkpoint(options: argparse.Namespace) -> int:
     from megatron_sbn.checkpoint import command
 
     if options.action == "average":
-        from megatron_sbn.checkpoint.average import average
+        from megatron_sbn.engines import quiet_engines
 
         if options.output is None:
             raise InputError("sbn checkpoint average: give --output FOLDER, where the new checkpoint goes")
+        quiet_engines()
+        from megatron_sbn.checkpoint.average import average
+
         print(f"saved {average(options.path, Path(options.output))}; start with it: start_from, start_with=weights")
         return 0
     if len(options.path) > 1:

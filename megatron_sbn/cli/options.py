@@ -13,7 +13,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints the message, with the nearest word for one that is no command, and leaves with status 2."""
-        wrong = re.fullmatch(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)", message)
+        wrong = re.fullmatch(r"argument (?:COMMAND|VERB|action): invalid choice: '(.*)' \(choose from (.*)\)", message)
         if wrong is not None:
             known = re.findall(r"[\w-]+", wrong[2])
             near = difflib.get_close_matches(wrong[1], known, n=1)

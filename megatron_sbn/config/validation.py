@@ -20,6 +20,7 @@ def validate_recipe(recipe: Recipe) -> None:
     check_experts(recipe)
     _check_linear(recipe)
     _check_schedule(recipe)
+    _check_without_effect(recipe)
     _check_rollback(recipe)
     if recipe.training.global_batch_size % recipe.training.micro_batch_size:
         raise RecipeError(
@@ -49,6 +50,9 @@ def validate_world_size(recipe: Recipe, world_size: int) -> None:
             f"{model_size} ranks, and {world_size} were started; start {model_size} (--nproc-per-node) or change it"
         )
     check_expert_world(recipe, world_size)
+    absent = [rank for rank in (training.profile.ranks if training.profile else ()) if rank >= world_size]
+    if absent:
+        raise RecipeError(f"training.profile.ranks: there is no rank {absent[0]} of {world_size}; name others")
     data_size = world_size // model_size
     unit = training.micro_batch_size * data_size
     if training.global_batch_size % unit:
@@ -202,6 +206,17 @@ def _check_exact(recipe: Recipe) -> None:
     widest = max(model.hidden_size, model.mlp_width, model.num_attention_heads * model.head_dim)
     if widest > MAX_EXACT_INPUT:
         raise RecipeError(f"a linear input of {widest} exceeds {MAX_EXACT_INPUT}, where integer sums stop being exact")
+
+
+def _check_without_effect(recipe: Recipe) -> None:
+    """Settings that would do nothing in this run."""
+    if recipe.start_from is None and recipe.start_with != "everything":
+        raise RecipeError(f"start_with = {recipe.start_with}: there is no start_from; name a run, or leave it out")
+    profile, steps = recipe.training.profile, recipe.training.steps
+    if profile is not None and profile.start >= steps:
+        raise RecipeError(f"training.profile.start = {profile.start}: the run has {steps} steps; start earlier")
+    if profile is not None and not profile.ranks:
+        raise RecipeError("training.profile.ranks = []: profiles nothing; name ranks, or leave training.profile out")
 
 
 def _check_schedule(recipe: Recipe) -> None:

@@ -44,6 +44,8 @@ def _none_if_one(value: int | None) -> int | None:
 
 
 def _check_folder(value: str) -> str:
+    if not value:
+        raise ValueError("is empty; name a folder, or null for the default")
     if "\0" in value or any(len(os.fsencode(part)) > 255 for part in value.split("/")):
         raise ValueError("no folder can be called so; a name in it has at most 255 bytes, and no NUL")
     return value

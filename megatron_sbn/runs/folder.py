@@ -45,11 +45,13 @@ class RunFolder:
     Attributes:
         continues: whether it has checkpoints, from one of which it goes on.
         changed: what this start changes in the recipe that it continues, a line each.
+        start_from: the checkpoint that a new run begins from, RUN@STEP; None: from new weights.
     """
 
     path: Path
     continues: bool
     changed: tuple[str, ...] = ()
+    start_from: str | None = None
 
     @property
     def recipe(self) -> Path:

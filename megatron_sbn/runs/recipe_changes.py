@@ -1,9 +1,9 @@
 """What a start changes in the recipe of a run that it continues: refused, said, or of no account.
 
 Refused: what would make one run of two experiments (the model, the layers' format at steps that are done, the training
-data, fewer steps than are done). Said, and kept in recipe_changes.jsonl: everything else that changes what is computed.
-Of no account: where and how it is computed, saved and tracked. Seed, batch and sequence length are the checkpoint's own
-to refuse. Imports no torch.
+data, what decides which samples come next, another start_from, fewer steps than are done). Said, and kept in
+recipe_changes.jsonl: everything else that changes what is computed. Of no account: where and how it is computed, saved
+and tracked. Imports no torch.
 
     {"step": 40, "time": 1790000000.0, "changed": {"optimizer.lr": ["0.001", "0.0005"]}}
 """
@@ -18,15 +18,16 @@ from pydantic import ValidationError
 
 from megatron_sbn.config import Linear, Recipe
 from megatron_sbn.errors import RecipeError
-from megatron_sbn.redaction import excerpt
+from megatron_sbn.redaction import one_line
 
-WAY_OUT = "name another run_dir, with start_from={run} to begin from its weights"
+WAY_OUT = "name another run_dir (start_from={run} start_with=weights begins it with these weights)"
+_OF_THE_ORDER = ("training.seed", "training.global_batch_size", "model.seq_length")
 _OF_NO_ACCOUNT = (
     *("name", "run_dir", "device", "start_from", "start_with", "parallel.", "checkpoint.", "tracking."),
     *("model.recompute_granularity", "model.init_method_std", "linear.backend", "linear.forward_form"),
     *("optimizer.cpu_offload", "training.micro_batch_size", "training.log_interval", "training.time_limit"),
     *("training.hang_", "training.rank_check_interval", "training.telemetry_interval", "data.tokenizer"),
-    *("training.seed", "training.global_batch_size", "model.seq_length", "training.profile"),
+    *("training.profile",),
 )
 _FORMAT = ("weight_format", "sparsity", "activation_bits", "order", "mask_source")
 
@@ -41,7 +42,7 @@ def earlier_recipe(path: Path) -> Recipe | None:
 
 def changed_keys(was: Recipe, now: Recipe) -> dict[str, tuple[str, str]]:
     """Keys that count and their (earlier, present) values as text."""
-    before, after = _flat(was.plain()), _flat(now.plain())
+    before, after = (_flat(own.plain()) | {"linear.phases": own.linear.schedule or "none"} for own in (was, now))
     keys = [key for key in after if before.get(key) != after[key]] + [key for key in before if key not in after]
     return {key: (_text(before.get(key)), _text(after.get(key))) for key in keys if not key.startswith(_OF_NO_ACCOUNT)}
 
@@ -50,16 +51,18 @@ def check_changes(was: Recipe, now: Recipe, done: int, run: Path) -> dict[str, t
     """`changed_keys` of a run of `done` steps. Raises RecipeError for one that may not change."""
     changed = changed_keys(was, now)
     way_out = WAY_OUT.format(run=run)
-    if now.training.steps < done:
+    check_steps(now, done, run)
+    if now.start_from is not None and not same_start(was, now):
         raise RecipeError(
-            f"training.steps = {now.training.steps}: {run} has done {done} steps already; set {done} or more, or "
-            f"{way_out}"
+            f"start_from = {now.start_from}: {run} has done {done} steps and began from {was.start_from or 'nothing'}; "
+            "leave it out to continue, or name another run_dir"
         )
     for key, (before, after) in changed.items():
-        if (key.startswith("model.") and key != "model.bf16") or key == "data.train":
+        is_model = key.startswith("model.") and key not in ("model.bf16", "model.seq_length")
+        if is_model or key == "data.train" or key in _OF_THE_ORDER:
             raise RecipeError(
-                f"{key} was {excerpt(before)} in {run}, which has done {done} steps, and is {excerpt(after)}; set it "
-                f"back, or {way_out}"
+                f"{key} was {one_line(before)} in {run}, which has done {done} steps, and is {one_line(after)}; set it "
+                f"back, or {'name another run_dir' if is_model else way_out}"
             )
     for step in _steps_to_compare(was, now, done):
         for setting in _FORMAT:
@@ -72,11 +75,26 @@ def check_changes(was: Recipe, now: Recipe, done: int, run: Path) -> dict[str, t
     return changed
 
 
+def check_steps(now: Recipe, done: int, run: Path) -> None:
+    """Raises RecipeError where the run has done more steps than the recipe has."""
+    if now.training.steps < done:
+        raise RecipeError(
+            f"training.steps = {now.training.steps}: {run} has done {done} steps already; set {done} or more, or "
+            f"{WAY_OUT.format(run=run)}"
+        )
+
+
+def same_start(was: Recipe, now: Recipe) -> bool:
+    """Whether both begin from the same checkpoint; the record has the step that RUN alone stood for."""
+    if was.start_from is None or now.start_from is None:
+        return was.start_from == now.start_from
+    from_same = was.start_from == now.start_from or was.start_from.startswith(f"{now.start_from}@")
+    return from_same and was.start_with == now.start_with
+
+
 def describe(changed: dict[str, tuple[str, str]]) -> list[str]:
     """A line each: KEY: BEFORE -> AFTER."""
-    return [
-        f"{key}: {excerpt(before)} -> {excerpt(after)}".replace("'", "") for key, (before, after) in changed.items()
-    ]
+    return [f"{key}: {one_line(before)[:200]} -> {one_line(after)[:200]}" for key, (before, after) in changed.items()]
 
 
 def keep_changes(path: Path, step: int, changed: dict[str, tuple[str, str]]) -> None:

@@ -22,7 +22,7 @@ from megatron_sbn.runs.tracking_record import RunRecordFile, artifact_files
 from megatron_sbn.tracking.mlflow_assets import log_datasets, log_models
 from megatron_sbn.tracking.mlflow_settings import configure_mlflow
 from megatron_sbn.tracking.pending_points import PendingPoints
-from megatron_sbn.tracking.sqlite_file import artifact_location, database_file, ensure_tables
+from megatron_sbn.tracking.sqlite_file import artifact_location, database_file, ensure_tables, remove_stray_folder
 from megatron_sbn.tracking.study import STUDY_TAG, Study, attach, delivered
 
 if TYPE_CHECKING:
@@ -110,6 +110,9 @@ class Delivery:
         record = self._file.record
         with self._conversation():
             ended = _milliseconds(record.ended or time.time())
+            database = database_file(self._uri)
+            if database is not None:
+                remove_stray_folder(database)
             log_models(self._client, self._experiment, self._run_id, self._file.path.parent)
             self._client.set_terminated(self._run_id, record.status, ended)
             self._join_study()

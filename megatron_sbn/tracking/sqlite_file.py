@@ -4,6 +4,7 @@ mlflow makes its tables one by one and cannot go on where a killed process left 
 database is made under another name and renamed. Whoever comes first makes it; the others wait.
 """
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -43,3 +44,12 @@ def ensure_tables(path: Path, make: Callable[[str], object]) -> None:
             left_behind.unlink(missing_ok=True)
         make(database_uri(partial))
         partial.replace(path)
+    remove_stray_folder(path)
+
+
+def remove_stray_folder(path: Path) -> None:
+    """mlflow makes a folder of the escaped name beside the database's, where its path has to be escaped in a URI."""
+    stray = Path(database_uri(path).removeprefix(_SCHEME)).parent
+    if stray != path.absolute().parent:
+        with contextlib.suppress(OSError):
+            stray.rmdir()

@@ -154,7 +154,7 @@ class CheckpointManager:
             if saved != wanted and not weights_only:
                 raise CheckpointError(
                     f"{opened.path}: {key} was {saved} and is {wanted}, which would change what is read next; "
-                    f"set it to {saved}, or name another run_dir"
+                    f"set it to {saved}, or begin a new run with start_with=weights"
                 )
         for name in parameter_names(list(opened.manifest.tensors)):
             if name not in known:

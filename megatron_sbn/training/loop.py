@@ -151,8 +151,8 @@ class Loop:
             state = self.checkpoints.restore()
             self.first, self.batches, self.bad_steps = state.step, state.data.batches, state.bad_steps
             self.run_id = state.run_id
-        elif recipe.start_from is not None:
-            state = self.checkpoints.branch(recipe.start_from, recipe.start_with == "weights")
+        elif folder.start_from is not None:
+            state = self.checkpoints.branch(folder.start_from, recipe.start_with == "weights")
             if recipe.start_with == "everything":
                 self.first, self.batches, self.bad_steps = state.step, state.data.batches, state.bad_steps
         else:

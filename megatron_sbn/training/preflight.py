@@ -7,10 +7,11 @@ import tempfile
 from pathlib import Path
 
 from megatron_sbn.checkpoint.directory import holds_any, resolve, saved_step
+from megatron_sbn.checkpoint.manifest import read_manifest, read_state
 from megatron_sbn.config import Recipe
-from megatron_sbn.errors import InputError
+from megatron_sbn.errors import CheckpointError, InputError, RecipeError
 from megatron_sbn.runs.folder import CHECKPOINTS, RECIPE
-from megatron_sbn.runs.recipe_changes import check_changes, earlier_recipe
+from megatron_sbn.runs.recipe_changes import check_changes, check_steps, earlier_recipe
 from megatron_sbn.runs.status import read_status
 from megatron_sbn.tracking.destination import destination
 
@@ -27,21 +28,40 @@ def check_start(recipe: Recipe) -> None:
     _check_writable(run or Path("runs"))
     continues = run is not None and holds_any(run / CHECKPOINTS)
     if run is not None and continues:
-        was = earlier_recipe(run / RECIPE)
+        was, done = earlier_recipe(run / RECIPE), saved_step(run)
         if was is not None:
-            check_changes(was, recipe, saved_step(run), run)
+            check_changes(was, recipe, done, run)
+        check_steps(recipe, done, run)
     elif recipe.start_from is not None:
-        resolve(recipe.start_from)
+        _check_source(recipe, recipe.start_from)
 
 
 def finished_already(recipe: Recipe) -> str | None:
     """A line about a run that has nothing left to do; None for any other."""
     if recipe.run_dir is None or recipe.checkpoint.resume == "never":
         return None
-    status = read_status(Path(recipe.run_dir))
+    run = Path(recipe.run_dir)
+    status = read_status(run)
+    if saved_step(run) not in (0, recipe.training.steps):  # `latest` was set back, to go on from there
+        return None
     if status is None or status.state != "FINISHED" or status.step != recipe.training.steps:
         return None
     return f"{recipe.run_dir}: finished already, {status.step} steps; raise training.steps, or name another run_dir"
+
+
+def _check_source(recipe: Recipe, source: str) -> None:
+    """Raises CheckpointError where nothing is there to begin with, RecipeError where nothing would be left to do."""
+    path = resolve(source)
+    if recipe.start_with == "weights":
+        return
+    if not any(name.startswith("optimizer.") for name in read_manifest(path).tensors):
+        raise CheckpointError(f"{path}: has weights and no optimizer state; set start_with=weights")
+    step = read_state(path).step
+    if step >= recipe.training.steps:
+        raise RecipeError(
+            f"training.steps = {recipe.training.steps}: {path} is of step {step}, so nothing is left to do; set more, "
+            "or start_with=weights to begin at step 0"
+        )
 
 
 def _check_writable(folder: Path) -> None:

@@ -12,13 +12,20 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_sbn.atomic_files import exclusive, write_atomically
-from megatron_sbn.checkpoint.directory import clean, holds_any, saved_step
+from megatron_sbn.checkpoint.directory import clean, holds_any, resolve, saved_step, step_of
 from megatron_sbn.config import Recipe
 from megatron_sbn.errors import CheckpointError, InputError, RecipeError, SbnError
 from megatron_sbn.parallel.state import ParallelState
 from megatron_sbn.redaction import mask_secrets
 from megatron_sbn.runs.folder import CHECKPOINTS, LOGS, RECIPE, RECIPE_CHANGES, RUNS, RunFolder, new_folder
-from megatron_sbn.runs.recipe_changes import check_changes, describe, earlier_recipe, keep_changes
+from megatron_sbn.runs.recipe_changes import (
+    check_changes,
+    check_steps,
+    describe,
+    earlier_recipe,
+    keep_changes,
+    same_start,
+)
 from megatron_sbn.runs.status import State, read_status, write_status
 from megatron_sbn.training.schedule import learning_rate
 
@@ -75,24 +82,56 @@ def _decide(recipe: Recipe, stack: ExitStack) -> RunFolder | SbnError:
     path = Path(recipe.run_dir) if recipe.run_dir else RUNS / recipe.name
     try:
         path = path if recipe.run_dir else new_folder(recipe.name)
-        stack.enter_context(exclusive(path / "run"))
+        _lock(path, stack)
         continues = _continues(recipe, path)
-        changed = _changed(recipe, path) if continues else ()
+        was = earlier_recipe(path / RECIPE)
+        changed = _changed(was, recipe, path) if continues else ()
+        start = _start_from(was, recipe, continues)
+        kept = recipe.model_copy(update={"start_from": start, "start_with": _start_with(was, recipe, continues)})
         for folder in (path / CHECKPOINTS, path / LOGS):
             folder.mkdir(parents=True, exist_ok=True)
         clean(path / CHECKPOINTS)
-        write_atomically(path / RECIPE, mask_secrets(recipe.to_yaml()).encode())
+        write_atomically(path / RECIPE, mask_secrets(kept.to_yaml()).encode())
     except (CheckpointError, InputError, RecipeError) as error:
         return error
     except OSError as error:
         return InputError(f"run_dir = {path}: cannot be written: {error.strerror}; name another folder")
-    return RunFolder(path, continues, changed)
+    return RunFolder(path, continues, changed, None if continues else start)
 
 
-def _changed(recipe: Recipe, path: Path) -> tuple[str, ...]:
+def _lock(path: Path, stack: ExitStack) -> None:
+    try:
+        stack.enter_context(exclusive(path / "run"))
+    except InputError as error:
+        if "another process" not in str(error):
+            raise
+        raise InputError(
+            f"run_dir = {path}: another process trains in it; wait for it, stop it (sbn cancel {path}), or name another"
+        ) from None
+
+
+def _start_from(was: Recipe | None, recipe: Recipe, continues: bool) -> str | None:
+    """RUN@STEP of the checkpoint that the run begins from, fixed at its first start; None for new weights."""
+    if was is not None and was.start_from is not None and (continues or same_start(was, recipe)):
+        return was.start_from
+    if recipe.start_from is None or continues:
+        return None
+    path = resolve(recipe.start_from)
+    step = step_of(path)
+    if step is None or path == Path(recipe.start_from) or recipe.start_from.endswith(f"@{step}"):
+        return recipe.start_from
+    return f"{recipe.start_from}@{step}"
+
+
+def _start_with(was: Recipe | None, recipe: Recipe, continues: bool) -> str:
+    return was.start_with if was is not None and continues else recipe.start_with
+
+
+def _changed(was: Recipe | None, recipe: Recipe, path: Path) -> tuple[str, ...]:
     """What this start changes in a run, a line each, and keeps it. Raises RecipeError for what may not change."""
-    was, done = earlier_recipe(path / RECIPE), saved_step(path)
+    done = saved_step(path)
     if was is None:
+        check_steps(recipe, done, path)
         return (f"unknown: {path / RECIPE} is not a recipe of this version",)
     changed = check_changes(was, recipe, done, path)
     if not changed:

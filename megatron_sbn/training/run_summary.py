@@ -27,8 +27,8 @@ def startup_summary(
     """Lines before the first step; `first` steps are done, `kernels` is `WeightQuantizer.kernels()`."""
     model, training = recipe.model, recipe.training
     begins = f"continues after step {first}" if first else "starts"
-    if recipe.start_from is not None and not folder.continues:
-        begins += f" with {recipe.start_with} of {recipe.start_from}"
+    if folder.start_from is not None:
+        begins += f" with {recipe.start_with} of {folder.start_from}"
     kinds = model_parameters(recipe)
     each = training.global_batch_size * model.seq_length
     per_replica = training.global_batch_size // parallel.data.size // training.micro_batch_size

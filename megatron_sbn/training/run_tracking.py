@@ -25,7 +25,7 @@ def start_tracker(recipe: Recipe, parallel: ParallelState, folder: RunFolder, ru
             "layout": parallel.describe(),
             "run_folder": str(folder.path.resolve()),
         }
-        | ({"start_from": recipe.start_from} if recipe.start_from else {})
+        | ({"start_from": f"{folder.start_from}, {recipe.start_with}"} if folder.start_from else {})
     )
     write_atomically(folder.environment, installed_packages().encode())
     place = destination(recipe, folder.path)

@@ -70,6 +70,10 @@ training: {steps: 10, global_batch_size: 16, micro_batch_size: 4}
         ("training.on_bad_step=rollback checkpoint.interval=5 training.rollback_steps=6", "what is kept reaches back: 2, one each 5", "checkpoint.keep to 3"),
         # the schedule
         ("optimizer.min_lr=1e-3", "optimizer.min_lr = 0.001 is above optimizer.lr = 0.0003", "lower it"),
+        ("start_with=weights", "start_with = weights: there is no start_from", "name a run"),
+        ("training.profile={start: 10}", "training.profile.start = 10: the run has 10 steps", "start earlier"),
+        ("training.profile={start: 1, ranks: []}", "profiles nothing", "name ranks"),
+        ("linear.phases=[{step: 10, sparsity: '4:8'}]", "linear.phases.0.step = 10: never begins", "begin earlier"),
         ("optimizer.lr_warmup_steps=11", "optimizer.lr_warmup_steps = 11 is longer than the 10 steps", "shorten it"),
         ("optimizer.stages=[{step: 1,lr: 1,end_lr: 1,weight_decay: 0}]", "optimizer.stages start at steps [1]", "the first at 0"),
         (
@@ -96,7 +100,7 @@ def split(overrides: str) -> list[str]:
     """Overrides in one string: a new one begins at ` section.key=`."""
     parts: list[str] = []
     for word in overrides.split(" "):
-        if "=" in word and "." in word.partition("=")[0]:
+        if ("=" in word and "." in word.partition("=")[0]) or word.startswith("start_"):
             parts.append(word)
         else:
             parts[-1] += " " + word

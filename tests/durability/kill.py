@@ -85,18 +85,19 @@ def write_recipe(folder: Path) -> Path:
     """A tiny recipe with all that keeps state from step to step: masks kept for some steps, telemetry, warm-up."""
     from megatron_sbn.data.shards import ShardWriter
 
-    writer = ShardWriter(folder / "tokens.bin", folder / "tokens.idx", VOCABULARY)
     generator = np.random.default_rng(0)
-    for _ in range(50):
-        writer.add(generator.integers(0, VOCABULARY, 100))
-    writer.finish()
+    for name in ("tokens", "held-out"):
+        writer = ShardWriter(folder / f"{name}.bin", folder / f"{name}.idx", VOCABULARY)
+        for _ in range(50):
+            writer.add(generator.integers(0, VOCABULARY, 100))
+        writer.finish()
     path = folder / "tiny.yaml"
     path.write_text(
         f"""name: tiny
 model: {{num_layers: 2, hidden_size: 64, ffn_hidden_size: 128, num_attention_heads: 4, num_query_groups: 2,
   seq_length: 16, vocab_size: {VOCABULARY}, bf16: false}}
 linear: {{mask_interval: 3}}
-data: {{train: {folder}/tokens, validation: {folder}/tokens}}
+data: {{train: {folder}/tokens, validation: {folder}/held-out}}
 optimizer: {{lr: 6e-3, lr_warmup_steps: 2}}
 training: {{steps: {STEPS}, global_batch_size: 4, micro_batch_size: 2, telemetry_interval: 2, validation_interval: 6,
   validation_samples: 4}}

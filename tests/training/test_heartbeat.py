@@ -137,7 +137,7 @@ def test_a_rank_that_hangs_is_named_then_the_run_ends(recipe: Path) -> None:  # 
 def test_a_long_validation_is_no_hang(recipe: Path) -> None:  # noqa: F811
     run = recipe.parent / "validated"
     long = (
-        f"data.validation={recipe.parent}/tokens",
+        f"data.validation={recipe.parent}/held-out",
         "training.validation_interval=2",
         "training.validation_samples=160",  # 80 micro-batches, 8 s
     )

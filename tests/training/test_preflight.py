@@ -7,7 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_sbn.checkpoint.directory import begin, publish
+from megatron_sbn.checkpoint.manifest import MANIFEST, STATE, DataPosition, Layout, State, manifest_text, state_text
+from megatron_sbn.checkpoint.regions import Region
+from megatron_sbn.checkpoint.shards import Chunk, Written, describe, merge, write_chunks
 from megatron_sbn.cli import main
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.errors import CheckpointError, InputError, RecipeError, SbnError
@@ -51,6 +56,43 @@ def test_a_finished_run_is_said_and_starts_no_rank(
     assert f"finished already, {steps} steps; raise training.steps" in capsys.readouterr().out
     for overrides in ([f"training.steps={2 * steps}"], ["checkpoint.resume=never"]):
         assert finished_already(recipe(f"run_dir={tmp_path}", *overrides)) is None
+
+
+def checkpoint(run: Path, step: int, tensor: str) -> None:
+    """A checkpoint of one tensor; its run folder has `latest`."""
+    folder = run / "checkpoints"
+    state = State(
+        step=step,
+        layout=Layout(tensor=1, pipeline=1, data=1, virtual_pipeline=1, expert=1, zero_stage=1),
+        data=DataPosition(batches=step, seed=1, global_batch_size=1, seq_length=1),
+        optimizer_steps=step,
+    )
+    path = begin(folder, step)
+    (path / STATE).write_bytes(state_text(state))
+    chunk = Chunk(tensor, (2,), Region((0,), (2,)), torch.zeros(2))
+    written = [Written({STATE: describe(path / STATE)}, {}), write_chunks(path, 0, [chunk])]
+    (path / MANIFEST).write_bytes(manifest_text(merge(written)))
+    publish(folder, step)
+
+
+def test_a_branch_that_has_nothing_to_do_or_to_begin_with(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "whole", 90, "optimizer.exp_avg.a")
+    checkpoint(tmp_path / "average", 10, "a")
+    with pytest.raises(RecipeError, match=r"training.steps = 90: .*whole.*is of step 90, so nothing is left to do"):
+        check_start(recipe(f"start_from={tmp_path / 'whole'}"))
+    with pytest.raises(CheckpointError, match=r"average.* has weights and no optimizer state; set start_with=weights"):
+        check_start(recipe(f"start_from={tmp_path / 'average'}"))
+    for words in ((f"start_from={tmp_path / 'whole'}", "training.steps=91"), (f"start_from={tmp_path / 'average'}",)):
+        check_start(recipe(*words, *(["start_with=weights"] if "average" in words[0] else [])))
+
+
+def test_a_finished_run_that_was_set_back_goes_on(tmp_path: Path) -> None:
+    steps = recipe().training.steps
+    write_status(tmp_path, "FINISHED", 0, steps)
+    checkpoint(tmp_path, 30, "a")
+    assert finished_already(recipe(f"run_dir={tmp_path}")) is None
+    checkpoint(tmp_path, steps, "a")
+    assert finished_already(recipe(f"run_dir={tmp_path}")) is not None
 
 
 @pytest.mark.parametrize(
