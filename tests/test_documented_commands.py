@@ -25,7 +25,7 @@ HERE = (
     (r"--vocab-size 32000", "--vocab-size 300"),
     (r"@40\b(.*)@50\b", r"@1\1@2"),
     (r"http://mlflow\.example:5000", "sqlite:///{project}/runs/mlflow.db"),
-    (r"^(sbn (submit|sweep submit) (?!.*--dry-run).*)$", r"\1 --dry-run"),
+    (r"^(sbn (?:sweep )?submit)(?!.*--dry-run)", r"\1 --dry-run"),
     (r"\[--dry-run\]", "--dry-run"),
 )
 SMALL = """
