@@ -1,7 +1,6 @@
 """What a job of a recipe for GPUs gets of a Slurm whose nodes have some: by name, for this machine has none."""
 
 import re
-from pathlib import Path
 
 import pytest
 from cluster import Cluster
@@ -14,7 +13,8 @@ SHOW = 'echo "GPUs of this node: $SLURM_GPUS_ON_NODE, CPUs of its task: $SLURM_C
 
 
 @pytest.mark.usefixtures("slurm")
-def test_a_rank_a_gpu_with_its_cpus(tmp_path: Path) -> None:
+def test_a_rank_a_gpu_with_its_cpus(tmp_path_factory: pytest.TempPathFactory) -> None:
+    tmp_path = tmp_path_factory.mktemp("gpus")  # Slurm's sockets have paths of at most 107 characters
     with Cluster(tmp_path / "cluster", gpus=2) as cluster:
         recipe = write_recipe(tmp_path)
         (tmp_path / "env.sh").write_text((tmp_path / "env.sh").read_text() + f"sbn_node_environment() {{ {SHOW}; }}\n")
