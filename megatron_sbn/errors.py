@@ -57,9 +57,13 @@ class CheckpointError(SbnError):
 
 
 class StopRequestedError(SbnError):
-    """Asked to stop before the first step: nothing was begun, so there is nothing to save."""
+    """Asked to stop before the first step: nothing was begun, so there is nothing to save. `reason`: the signal."""
 
     status = STOPPED
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}: stopped before the first step, with nothing to save")
+        self.reason = reason
 
 
 class RankLostError(SbnError):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sbn import engines
-from megatron_sbn.errors import InputError, RecipeError, SbnError
+from megatron_sbn.errors import InputError, RecipeError, SbnError, StopRequestedError
 from megatron_sbn.launch import environment
 from megatron_sbn.launch.output import outlive_reader
 from megatron_sbn.launch.stop_signals import StopSignals
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         try:
             recipe = _checked(arguments)
             signals.allow(recipe.checkpoint.signal_deadline)
-            return _train(recipe, signals)
+            return _recorded(recipe, signals)
         except SbnError as error:
             _report(error)
             return error.status
@@ -56,6 +56,17 @@ def _checked(arguments: list[str]) -> "Recipe":
         check_start(recipe)
         check_data(recipe)
     return recipe
+
+
+def _recorded(recipe: "Recipe", signals: StopSignals) -> int:
+    from megatron_sbn.training.preflight import record_stop
+
+    try:
+        return _train(recipe, signals)
+    except StopRequestedError as error:
+        if environment.rank() == 0:
+            record_stop(recipe, error.reason)
+        raise
 
 
 def _train(recipe: "Recipe", signals: StopSignals) -> int:

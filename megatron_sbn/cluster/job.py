@@ -116,7 +116,7 @@ def end(task: Task, srun_status: int, asked: str) -> int:
     status = read_status(task.folder)
     if status is None or status.state == "RUNNING":
         saved = saved_step(task.folder)
-        if asked and srun_status in KILLED_BY_REQUEST:
+        if asked and srun_status in (0, *KILLED_BY_REQUEST):  # 0: every node's ranks stopped before the first step
             write_status(task.folder, "STOPPED", STOPPED, saved, f"SIG{asked}")
         else:
             write_status(task.folder, "FAILED", srun_status or 1, saved, f"srun ended with status {srun_status}")

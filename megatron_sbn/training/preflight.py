@@ -4,15 +4,17 @@ Imports no torch, and nothing that does.
 """
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
+from megatron_sbn.atomic_files import exclusive
 from megatron_sbn.checkpoint.directory import holds_any, resolve, saved_step
 from megatron_sbn.checkpoint.manifest import read_manifest, read_state
 from megatron_sbn.config import Recipe
-from megatron_sbn.errors import CheckpointError, InputError, RecipeError
+from megatron_sbn.errors import STOPPED, CheckpointError, InputError, RecipeError
 from megatron_sbn.runs.folder import CHECKPOINTS, RECIPE
 from megatron_sbn.runs.recipe_changes import check_changes, check_steps, earlier_recipe
-from megatron_sbn.runs.status import read_status
+from megatron_sbn.runs.status import read_status, write_status
 from megatron_sbn.tracking.destination import destination
 
 
@@ -47,6 +49,15 @@ def finished_already(recipe: Recipe) -> str | None:
     if status is None or status.state != "FINISHED" or status.step != recipe.training.steps:
         return None
     return f"{recipe.run_dir}: finished already, {status.step} steps; raise training.steps, or name another run_dir"
+
+
+def record_stop(recipe: Recipe, reason: str) -> None:
+    """STOPPED in status.json of a run that was asked to stop before its folder was opened; not where another trains."""
+    if recipe.run_dir is None:
+        return
+    run = Path(recipe.run_dir)
+    with suppress(InputError), exclusive(run / "run"):
+        write_status(run, "STOPPED", STOPPED, saved_step(run), reason)
 
 
 def _check_source(recipe: Recipe, source: str) -> None:

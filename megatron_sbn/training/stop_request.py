@@ -39,7 +39,7 @@ class Reason(enum.IntEnum):
 def check_before_first_step(signals: StopSignals) -> None:
     """Raises StopRequestedError where this rank was asked to stop."""
     for number in signals.noted:
-        raise StopRequestedError(f"{number.name}: stopped before the first step, with nothing to save")
+        raise StopRequestedError(number.name)
 
 
 class StopRequest:
