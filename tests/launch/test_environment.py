@@ -111,7 +111,8 @@ def test_a_recipe_for_the_cpu_hides_gpus_before_torch_is_imported(tmp_path: Path
         "environment.hide_gpus = hide_and_look\n"
         f"train.main([{str(recipe)!r}])\n"
     )
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}
+    # Rank 1: the data, which is not here, is rank 0's to look at.
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1", "RANK": "1", "WORLD_SIZE": "2"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert run.stdout == "''\n", run.stderr
 
