@@ -12,7 +12,7 @@ def train(options: argparse.Namespace) -> int:
     from megatron_sbn.data.data_check import warn_of_data
     from megatron_sbn.engines import check_installed
     from megatron_sbn.launch import launch
-    from megatron_sbn.training.preflight import check_start, finished_already
+    from megatron_sbn.training.preflight import check_start, finished_already, record_death
 
     recipe = load_recipe(options.recipe, options.overrides)
     ranks = options.nproc_per_node or min_world_size(recipe)
@@ -25,7 +25,9 @@ def train(options: argparse.Namespace) -> int:
         return 0
     warn_of_data(recipe)
     print(f"starting {ranks} rank{'s' if ranks > 1 else ''} (importing the engines takes about 10 s)", flush=True)
-    return launch([options.recipe, *options.overrides], ranks)
+    status = launch([options.recipe, *options.overrides], ranks)
+    record_death(recipe, status)
+    return status
 
 
 def quickstart(options: argparse.Namespace) -> int:

@@ -60,6 +60,18 @@ def record_stop(recipe: Recipe, reason: str) -> None:
         write_status(run, "STOPPED", STOPPED, saved_step(run), reason)
 
 
+def record_death(recipe: Recipe, status: int) -> None:
+    """FAILED in status.json of a run whose ranks are gone and could not say so, such as one that was killed."""
+    if recipe.run_dir is None or status in (0, STOPPED):
+        return
+    run = Path(recipe.run_dir)
+    known = read_status(run)
+    if known is None or known.state != "RUNNING":
+        return
+    with suppress(InputError), exclusive(run / "run"):
+        write_status(run, "FAILED", status, saved_step(run), f"a rank ended with status {status} and could not say why")
+
+
 def _check_source(recipe: Recipe, source: str) -> None:
     """Raises CheckpointError where nothing is there to begin with, RecipeError where nothing would be left to do."""
     path = resolve(source)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_sbn.atomic_files import exclusive
 from megatron_sbn.checkpoint.directory import begin, publish
 from megatron_sbn.checkpoint.manifest import MANIFEST, STATE, DataPosition, Layout, State, manifest_text, state_text
 from megatron_sbn.checkpoint.regions import Region
@@ -16,8 +17,8 @@ from megatron_sbn.checkpoint.shards import Chunk, Written, describe, merge, writ
 from megatron_sbn.cli import main
 from megatron_sbn.config import Recipe, load_recipe
 from megatron_sbn.errors import CheckpointError, InputError, RecipeError, SbnError
-from megatron_sbn.runs.status import write_status
-from megatron_sbn.training.preflight import check_start, finished_already
+from megatron_sbn.runs.status import read_status, write_status
+from megatron_sbn.training.preflight import check_start, finished_already, record_death, record_stop
 
 QUICK = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 
@@ -108,3 +109,26 @@ def test_torchrun_gets_the_line_in_its_error_file(word: str, message: str, tmp_p
     line = done.stderr.strip()
     assert message in line
     assert json.loads(file.read_text())["message"]["message"] == line
+
+
+def test_ranks_that_are_gone_leave_no_run_that_runs_for_ever(tmp_path: Path) -> None:
+    run = recipe(f"run_dir={tmp_path}")
+    write_status(tmp_path, "RUNNING", None, 0)
+    with exclusive(tmp_path / "run"):  # another process trains there
+        record_death(run, 137)
+        record_stop(run, "SIGTERM")
+    for status in (0, 75):
+        record_death(run, status)
+    found = read_status(tmp_path)
+    assert found is not None
+    assert found.state == "RUNNING"
+    record_death(run, 137)
+    found = read_status(tmp_path)
+    assert found is not None
+    assert (found.state, found.exit_status) == ("FAILED", 137)
+    record_death(run, 1)  # what a run said of itself stays
+    assert read_status(tmp_path) == found
+    record_stop(run, "SIGTERM")
+    stopped = read_status(tmp_path)
+    assert stopped is not None
+    assert (stopped.state, stopped.reason) == ("STOPPED", "SIGTERM")
