@@ -136,7 +136,7 @@ def test_a_run_is_shown_and_cancelled(cluster: Cluster, recipe: Path) -> None:
         f"runs/held: job {waiting} was PENDING (JobHeldUser) and is out of the queue",
     ]
     assert cluster.await_end(job, LIMIT_SECONDS)["JobState"] == "CANCELLED"
-    assert "runs/long  STOPPED (SIGTERM)" in status(cluster, recipe)
+    assert re.search(r"^runs/long +STOPPED \(SIGTERM\)", status(cluster, recipe), re.MULTILINE)
     head = (recipe.parent / "runs" / "long" / "logs" / f"sbn-{job}-node-0.log").read_text().splitlines()
     assert [line.split()[0] for line in head[1:6]] == ["host", "CPUs", "memory", "GPUs", "driver"]
 
